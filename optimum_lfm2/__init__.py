@@ -1,0 +1,12 @@
+"""LFM2 for Hugging Face Optimum: ONNX export and generation with ONNX Runtime."""
+
+from optimum.exporters.tasks import TasksManager
+
+import optimum.exporters.onnx.__main__  # Optimum's own configs first, so that ours replace them
+from optimum_lfm2.configs import Lfm2OnnxConfig
+from optimum_lfm2.export.loading import Lfm2TasksManager
+
+
+TASKS = ("text-generation", "text-generation-with-past", "feature-extraction", "feature-extraction-with-past")
+TasksManager.create_register("onnx", overwrite_existing=True)("lfm2", *TASKS)(Lfm2OnnxConfig)
+optimum.exporters.onnx.__main__.TasksManager = Lfm2TasksManager

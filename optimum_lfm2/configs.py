@@ -1,0 +1,145 @@
+"""Optimum's description of an LFM2 export: inputs, outputs, axes, dummy inputs and the hooks of the conversion."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from optimum.exporters.onnx.config import TextDecoderOnnxConfig
+from optimum.utils import DEFAULT_DUMMY_SHAPES, NormalizedTextConfig
+
+from packaging import version
+
+from optimum_lfm2.caches import (
+    BATCH,
+    LOGITS_TO_KEEP,
+    PAST,
+    SEQUENCE,
+    TOTAL,
+    CacheTensor,
+    cache_tensors,
+    flatten,
+    unflatten,
+)
+from optimum_lfm2.export.patcher import Lfm2ModelPatcher
+from optimum_lfm2.export.weights import bind
+
+
+Shapes = dict[str, tuple[int | str, ...] | None]
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
+
+
+class Lfm2OnnxConfig(TextDecoderOnnxConfig):
+    """Dense LFM2 models: `text-generation`, `feature-extraction`, each with and without past.
+
+    Inputs: `input_ids`, `attention_mask`, the caches in layer order, and for text-generation `num_logits_to_keep`.
+    Outputs: `logits` or `last_hidden_state`, then the present caches in the same order.
+    """
+
+    NORMALIZED_CONFIG_CLASS = NormalizedTextConfig
+    MIN_TRANSFORMERS_VERSION = version.parse("4.54.0")
+    DEFAULT_ONNX_OPSET = 18
+    _MODEL_PATCHER = Lfm2ModelPatcher
+
+    weights: Mapping[str, torch.Tensor] = {}
+
+    @property
+    def ATOL_FOR_VALIDATION(self) -> float:  # noqa: N802  Optimum's name
+        return 1e-4 if self.float_dtype == "fp32" else 2e-2
+
+    @property
+    def cache_tensors(self) -> list[CacheTensor]:
+        return cache_tensors(self._config.layer_types)
+
+    @property
+    def inputs(self) -> dict[str, dict[int, str]]:
+        return _axes(self.input_shapes())
+
+    @property
+    def outputs(self) -> dict[str, dict[int, str]]:
+        return _axes(self.output_shapes())
+
+    def input_shapes(self) -> Shapes:
+        """The inputs in order, with a name for each axis that varies; `num_logits_to_keep` takes any shape of one element."""
+        shapes: Shapes = {
+            "input_ids": (BATCH, SEQUENCE),
+            "attention_mask": (BATCH, TOTAL if self.use_past_in_inputs else SEQUENCE),
+        }
+        if self.use_past_in_inputs:
+            shapes |= {tensor.past: tensor.shape(self._config, PAST) for tensor in self.cache_tensors}
+        if self.task == "text-generation":
+            shapes[LOGITS_TO_KEEP] = None
+        return shapes
+
+    def output_shapes(self) -> Shapes:
+        if self.task == "text-generation":
+            shapes: Shapes = {"logits": (BATCH, "num_logits", self._config.vocab_size)}
+        else:
+            shapes = {"last_hidden_state": (BATCH, SEQUENCE, self._config.hidden_size)}
+        if self.use_past:
+            shapes |= {tensor.present: tensor.shape(self._config, TOTAL) for tensor in self.cache_tensors}
+        return shapes
+
+    def ordered_inputs(self, model: Any) -> dict[str, dict[int, str]]:
+        """The inputs as declared: the forward of the patched model takes them in this order."""
+        return self.inputs
+
+    def generate_dummy_inputs(self, framework: str = "pt", **shapes: Any) -> dict[str, Any]:
+        """Rows with padding on either side, on a cache that is full where onnxruntime takes it.
+
+        `GroupQueryAttention` refuses several rows with several new tokens on a full cache. So Optimum's default shapes
+        become one row of 16 tokens on a cache of 16; other shapes are kept, with an empty cache where it must be.
+        """
+        default = {name: DEFAULT_DUMMY_SHAPES[name] for name in ("batch_size", "sequence_length")}
+        wanted = {name: shapes.get(name, value) for name, value in default.items()}
+        batch, length = (1, default["sequence_length"]) if wanted == default else wanted.values()
+        past = 16 if self.use_past_in_inputs and (batch == 1 or length == 1) else 0
+
+        generator = torch.Generator().manual_seed(0)
+        mask = torch.ones(batch, past + length, dtype=torch.int64)
+        for row in range(batch):
+            mask[row, : min(row % 2 * 2 + (past > 0), past + length - 1)] = 0  # left padding, in the cache or before it
+            if length > 2 and row % 2 == 0:
+                mask[row, -2:] = 0  # right padding
+        inputs: dict[str, Any] = {
+            "input_ids": torch.randint(0, self._config.vocab_size, (batch, length), generator=generator),
+            "attention_mask": mask,
+        }
+        if self.use_past_in_inputs:
+            inputs["past_key_values"] = self._dummy_caches(batch, past, generator)
+        if self.task == "text-generation":
+            inputs[LOGITS_TO_KEEP] = torch.tensor(0)
+        return inputs
+
+    def _dummy_caches(self, batch: int, past: int, generator: torch.Generator) -> list[tuple[torch.Tensor, ...]]:
+        def values(tensor: CacheTensor) -> torch.Tensor:
+            values = torch.randn((batch, *tensor.shape(self._config, past)[1:]), generator=generator)
+            return (values if past else values * 0).to(DTYPES[self.float_dtype])
+
+        return unflatten([values(tensor) for tensor in self.cache_tensors], self._config.layer_types)
+
+    def flatten_output_collection_property(self, name: str, field: Iterable[Any]) -> dict[str, Any]:
+        if name not in ("past_key_values", "present"):
+            return super().flatten_output_collection_property(name, field)
+        names = [tensor.past if name == "past_key_values" else tensor.present for tensor in self.cache_tensors]
+        return dict(zip(names, flatten(field), strict=True))
+
+    def fix_dynamic_axes(
+        self, model_path: Path, device: str = "cpu", dtype: str | None = None, input_shapes: dict | None = None
+    ) -> None:
+        """Optimum calls this right after the trace: declare the shapes and stream the weights into the file."""
+        bind(model_path, self.weights, {**self.input_shapes(), **self.output_shapes()})
+
+    def post_process_exported_models(self, path: Path, models_and_onnx_configs: dict, onnx_files_subpaths: list[str]):
+        """Nothing is left to do: tied weights are one tensor already."""
+        return models_and_onnx_configs, onnx_files_subpaths
+
+
+def _axes(shapes: Shapes) -> dict[str, dict[int, str]]:
+    """Only the axes that vary, as Optimum and torch want them."""
+    return {
+        name: {i: axis for i, axis in enumerate(shape or ()) if isinstance(axis, str)} for name, shape in shapes.items()
+    }

@@ -1,0 +1,5 @@
+"""Errors that a user can act on."""
+
+
+class Lfm2Error(ValueError):
+    """Bad input: one line that names the thing and the remedy. The command line prints it alone and exits with 1."""

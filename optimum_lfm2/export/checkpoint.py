@@ -1,0 +1,111 @@
+"""A safetensors checkpoint, checked by its headers and read one tensor at a time."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+
+from optimum_lfm2.errors import Lfm2Error
+
+
+BASE_PREFIX = "model."
+
+
+class Checkpoint(Mapping[str, torch.Tensor]):
+    """The parameters of `model`, each read and converted when it is asked for, and not kept.
+
+    Args:
+        files: the file of each tensor, by the tensor's name.
+        model: a model on the meta device: its parameters' names, shapes and dtype are what the files must hold.
+
+    Raises:
+        Lfm2Error: for a tensor that is missing or has another shape, or a file that cannot be read.
+    """
+
+    def __init__(self, files: Mapping[str, Path], model: torch.nn.Module) -> None:
+        self._files = files
+        self._parameters = dict(model.named_parameters(remove_duplicate=False))
+        self._stored = {name: self._stored_name(first) for name, first in tied_names(model).items()}
+        self._check_headers()
+
+    def _stored_name(self, name: str) -> str:
+        """A decoder's parameters begin with `model.` where it was saved under a head."""
+        for candidate in (name, BASE_PREFIX + name, name.removeprefix(BASE_PREFIX)):
+            if candidate in self._files:
+                return candidate
+        raise Lfm2Error(
+            f"The checkpoint has no tensor {name}, which its config.json asks for. Is it complete, and of this model?"
+        )
+
+    def _check_headers(self) -> None:
+        shapes: dict[str, list[int]] = {}
+        for path in sorted(set(self._files.values())):
+            with _opened(path) as file:
+                shapes |= {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118  not a dict
+        for name, parameter in self._parameters.items():
+            stored = self._stored[name]
+            if stored not in shapes:
+                raise Lfm2Error(f"{self._files[stored]} has no tensor {stored}, though the checkpoint's index names it.")
+            if tuple(shapes[stored]) != tuple(parameter.shape):
+                raise Lfm2Error(
+                    f"{stored} in {self._files[stored]} has the shape {tuple(shapes[stored])}; the checkpoint's "
+                    f"config.json asks for {tuple(parameter.shape)}. One of the two belongs to another model."
+                )
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        stored = self._stored[name]
+        # Opened for each tensor: a mapping that lives on keeps every page that was read in memory.
+        with _opened(self._files[stored]) as file:
+            return file.get_tensor(stored).to(self._parameters[name].dtype, copy=True)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._stored)
+
+    def __len__(self) -> int:
+        return len(self._stored)
+
+
+def tied_names(model: torch.nn.Module) -> dict[str, str]:
+    """For each parameter's name the first name of the same parameter: its own, unless it is tied."""
+    first: dict[int, str] = {}
+    return {
+        name: first.setdefault(id(parameter), name)
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+    }
+
+
+def find_tensors(model_name_or_path: str, **hub: Any) -> dict[str, Path] | None:
+    """The file of each tensor of a safetensors checkpoint, by name; None where it has no safetensors files.
+
+    Args:
+        hub: `subfolder`, `revision`, `cache_dir`, `token` and the like, as `transformers.utils.cached_file` takes them.
+    """
+
+    def found(name: str) -> Path | None:
+        path = cached_file(model_name_or_path, name, _raise_exceptions_for_missing_entries=False, **hub)
+        return None if path is None else Path(path)
+
+    if (index := found(SAFE_WEIGHTS_INDEX_NAME)) is not None:
+        weight_map = json.loads(index.read_text())["weight_map"]
+        shards = {shard: found(shard) for shard in sorted(set(weight_map.values()))}
+        for shard, path in shards.items():
+            if path is None:
+                raise Lfm2Error(f"{model_name_or_path} has no file {shard}, which {index.name} names.")
+        return {name: shards[shard] for name, shard in weight_map.items()}
+    if (single := found(SAFE_WEIGHTS_NAME)) is not None:
+        with _opened(single) as file:
+            return dict.fromkeys(file.keys(), single)
+    return None
+
+
+def _opened(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except SafetensorError as error:
+        raise Lfm2Error(f"{path} is not a complete safetensors file ({error}). Download or copy it again.") from None

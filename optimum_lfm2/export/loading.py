@@ -1,0 +1,111 @@
+"""The model that Optimum exports: its structure at once, its weights when they are needed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from optimum.exporters.tasks import TasksManager
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
+
+from optimum_lfm2.errors import Lfm2Error
+from optimum_lfm2.export.checkpoint import Checkpoint, find_tensors
+
+
+MODEL_TYPES = ("lfm2",)
+AUTO_CLASSES = {"text-generation": AutoModelForCausalLM, "feature-extraction": AutoModel}
+
+
+class Lfm2TasksManager(TasksManager):
+    """The `TasksManager` of `optimum.exporters.onnx.main_export`, and of nothing else.
+
+    For LFM2 it infers the task of a local folder, and returns a model on the meta device whose weights `bind` streams
+    from the checkpoint: Optimum would load them all.
+    """
+
+    @classmethod
+    def infer_task_from_model(cls, model: Any, *args: Any, **kwargs: Any) -> str:
+        config = _lfm2_config(model, **kwargs) if isinstance(model, str) else None
+        if config is None:
+            return super().infer_task_from_model(model, *args, **kwargs)
+        return "text-generation" if is_causal(config) else "feature-extraction"
+
+    @staticmethod
+    def get_model_from_task(
+        task: str, model_name_or_path: str, torch_dtype: torch.dtype | None = None, device: Any = "cpu", **kwargs: Any
+    ) -> PreTrainedModel:
+        config = _lfm2_config(model_name_or_path, **kwargs)
+        hub = _hub(kwargs)
+        files = None if config is None else find_tensors(model_name_or_path, **hub)
+        if files is None:
+            return TasksManager.get_model_from_task(
+                task, model_name_or_path, torch_dtype=torch_dtype, device=device, **kwargs
+            )
+        model = weightless(config, task.removesuffix("-with-past"), torch_dtype or torch.float32)
+        if model.can_generate():
+            model.generation_config = _generation_config(model_name_or_path, config, hub)
+        model.checkpoint = Checkpoint(files, model)
+        model.to = _Materialize(model)
+        return model
+
+
+class _Materialize:
+    """`model.to` of a weightless model: reads the weights first. Optimum calls it before it runs the model."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model = model
+
+    def __call__(self, *args: Any, **kwargs: Any) -> PreTrainedModel:
+        model = self._model
+        del model.to
+        model.load_state_dict({name: model.checkpoint[name] for name in _own_names(model)}, assign=True, strict=False)
+        model.tie_weights()
+        _materialize_buffers(model)
+        return model.to(*args, **kwargs)
+
+
+def weightless(config: PretrainedConfig, task: str, dtype: torch.dtype) -> PreTrainedModel:
+    """The model of `config` on the meta device: names, shapes and dtype, and no memory."""
+    with torch.device("meta"):
+        return AUTO_CLASSES[task].from_config(config, torch_dtype=dtype).eval()
+
+
+def is_causal(config: PretrainedConfig) -> bool:
+    """Whether a checkpoint has a language model's head: all but those saved from the bare decoder."""
+    return any(name.endswith("ForCausalLM") for name in config.architectures or ["Lfm2ForCausalLM"])
+
+
+def _own_names(model: PreTrainedModel) -> list[str]:
+    return [name for name, _ in model.named_parameters()]
+
+
+def _materialize_buffers(model: PreTrainedModel) -> None:
+    """Buffers are not in the checkpoint: the rotary modules compute theirs."""
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if any(buffer.is_meta for buffer in child.buffers(recurse=False)):
+                setattr(module, name, type(child)(model.config))
+
+
+def _generation_config(model_name_or_path: str, config: PretrainedConfig, hub: dict[str, Any]) -> GenerationConfig:
+    try:
+        return GenerationConfig.from_pretrained(model_name_or_path, **hub)
+    except OSError:
+        return GenerationConfig.from_model_config(config)
+
+
+def _lfm2_config(model_name_or_path: str, **kwargs: Any) -> PretrainedConfig | None:
+    config = AutoConfig.from_pretrained(model_name_or_path, **_hub(kwargs))
+    if config.model_type not in MODEL_TYPES:
+        return None
+    if getattr(config, "quantization_config", None):
+        method = config.quantization_config.get("quant_method", "unknown")
+        raise Lfm2Error(
+            f"{model_name_or_path} is quantised already ({method}). Export the original checkpoint, with --variant q4 or q8."
+        )
+    return config
+
+
+def _hub(kwargs: dict[str, Any]) -> dict[str, Any]:
+    names = ("subfolder", "revision", "cache_dir", "token", "local_files_only", "force_download")
+    return {name: kwargs[name] for name in names if kwargs.get(name) is not None}

@@ -1,0 +1,91 @@
+"""What Optimum calls in place of the model's own forward: the graph while it traces, transformers while it validates."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from optimum_lfm2.caches import flatten
+from optimum_lfm2.export import ops
+from optimum_lfm2.export.checkpoint import tied_names
+from optimum_lfm2.export.graph import decoder
+from optimum_lfm2.export.reference import fill_visible
+
+
+Caches = Sequence[tuple[torch.Tensor, ...]]
+
+
+class Lfm2ModelPatcher:
+    """Context manager that replaces `model.forward` by one with the graph's signature.
+
+    Traced, it runs `graph.decoder` with a placeholder for each weight. Called, it answers with transformers' own forward,
+    so that Optimum's validation does not compare our graph with itself.
+    """
+
+    def __init__(self, config: Any, model: PreTrainedModel, model_kwargs: dict[str, Any] | None = None) -> None:
+        self._onnx_config = config
+        self._model = model
+        self._parameters = dict(model.named_parameters(remove_duplicate=False))
+        # Read here: while torch traces, a shape is made of traced values.
+        self._shapes = {name: tuple(parameter.shape) for name, parameter in self._parameters.items()}
+        self._tied = tied_names(model)
+        self._rotary = _rotary(model)
+
+    def __enter__(self) -> Lfm2ModelPatcher:
+        self._onnx_config.weights = getattr(self._model, "checkpoint", self._parameters)
+        self._model.forward = self.forward
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        del self._model.forward
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        past_key_values: Caches | None = None,
+        num_logits_to_keep: torch.Tensor | None = None,
+    ) -> Any:
+        if torch.jit.is_tracing():
+            output, present = self._decode(
+                self._placeholder, input_ids, attention_mask, past_key_values, num_logits_to_keep
+            )
+            return (output, *flatten(present)) if self._onnx_config.use_past else output
+
+        output, present = self._decode(self._weight, input_ids, attention_mask, past_key_values, num_logits_to_keep)
+        del self._model.forward
+        try:
+            fill_visible(self._model, input_ids, attention_mask, past_key_values, output, present)
+        finally:
+            self._model.forward = self.forward
+        name = next(iter(self._onnx_config.outputs))
+        return {name: output, "past_key_values": present} if self._onnx_config.use_past else {name: output}
+
+    def _decode(self, weight: Any, input_ids: torch.Tensor, *inputs: Any) -> tuple[torch.Tensor, Caches]:
+        model = self._model
+        return decoder(
+            input_ids,
+            *inputs,
+            weight=weight,
+            config=model.config,
+            rotary=self._rotary,
+            prefix="model." if hasattr(model, "lm_head") else "",
+            dtype=model.dtype,
+        )
+
+    def _weight(self, name: str, tap: int = -1) -> torch.Tensor:
+        parameter = self._parameters[name]
+        return parameter if tap < 0 else parameter[:, 0, tap]
+
+    def _placeholder(self, name: str, tap: int = -1) -> torch.Tensor:
+        shape = self._shapes[name]
+        return ops.parameter(self._tied[name], shape if tap < 0 else shape[:1], self._model.dtype, tap)
+
+
+def _rotary(model: PreTrainedModel) -> tuple[torch.Tensor, float]:
+    module = getattr(model, "model", model).rotary_emb
+    rotary = type(module)(model.config)  # anew, for the model may be on the meta device
+    return rotary.inv_freq.float(), rotary.attention_scaling

@@ -1,0 +1,70 @@
+"""The gold that a graph is validated against: transformers' own forward, one row at a time, without padding."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from transformers import PreTrainedModel
+
+from optimum_lfm2 import compat
+from optimum_lfm2.caches import CONV
+
+
+Caches = Sequence[tuple[torch.Tensor, ...]]
+
+
+def fill_visible(
+    model: PreTrainedModel,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    past: Caches | None,
+    output: torch.Tensor,
+    present: Caches,
+) -> None:
+    """Write what transformers computes over every value of `output` and `present` that belongs to an unmasked token.
+
+    Values at masked tokens are nobody's business: they stay as they are.
+
+    Args:
+        input_ids: int64 (batch_size, sequence_length).
+        attention_mask: int64 (batch_size, past_sequence_length + sequence_length).
+        past: one tuple of caches a layer, or None.
+        output: logits or hidden states of all new tokens, (batch_size, sequence_length, width).
+        present: one tuple of caches a layer.
+    """
+    past_length = attention_mask.shape[1] - input_ids.shape[1]
+    for row in range(input_ids.shape[0]):
+        visible = attention_mask[row].nonzero()[:, 0]
+        seen, new = visible[visible < past_length], visible[visible >= past_length] - past_length
+        if len(new) == 0:
+            continue
+        caches = None if past is None else _row_of(past, row, seen)
+        outputs, caches = _run_row(model, input_ids[row, new], caches, len(seen))
+        output[row, new] = outputs
+        for layer_type, own, caches_of_layer in zip(model.config.layer_types, caches, present, strict=True):
+            for mine, whole in zip(own, caches_of_layer, strict=True):
+                if layer_type == CONV:
+                    whole[row] = mine[0]
+                else:
+                    whole[row][:, past_length + new] = mine[0][:, len(seen) :]
+
+
+def _row_of(past: Caches, row: int, seen: torch.Tensor) -> Caches:
+    """The row's caches without the columns that it does not see."""
+    return [tuple(x[row : row + 1] if len(caches) == 1 else x[row : row + 1, :, seen] for x in caches) for caches in past]
+
+
+def _run_row(
+    model: PreTrainedModel, ids: torch.Tensor, caches: Caches | None, length: int
+) -> tuple[torch.Tensor, Caches]:
+    """Feed `ids` to transformers: at once on an empty cache, token by token on a full one, as generation does."""
+    cache = compat.hybrid_cache(model, caches if length else None, length)
+    pieces = ids.split(1) if length else (ids,)
+    outputs = []
+    for piece in pieces:
+        positions = torch.arange(length, length + len(piece), device=ids.device)
+        out = model(input_ids=piece[None], past_key_values=cache, use_cache=True, cache_position=positions)
+        outputs.append(out[0][0])
+        length += len(piece)
+    return torch.cat(outputs), compat.hybrid_cache_layers(cache, model)

@@ -1,0 +1,93 @@
+"""Weights from the checkpoint into the file, one tensor in memory at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from onnx_ir.tensor_adapters import TorchTensor
+from tqdm import tqdm
+
+from optimum_lfm2.caches import LOGITS_TO_KEEP
+from optimum_lfm2.export.ops import PLACEHOLDER_DOMAIN
+
+
+# Small tensors stay in model.onnx: onnxruntime-web reads shapes and axes from there alone.
+EXTERNAL_FROM_BYTES = 1024
+IR_VERSION = 10
+
+
+def bind(path: Path, weights: Mapping[str, torch.Tensor], shapes: Mapping[str, Sequence[int | str] | None]) -> None:
+    """Turn a traced file with placeholders into a complete model beside one `{name}_data` file.
+
+    Args:
+        path: the traced file; it is replaced.
+        weights: each parameter by its name in the checkpoint; names that are tied share one tensor.
+        shapes: the shape of each input and output, symbols for the axes that vary; None declares no shape.
+    """
+    model = ir.load(path)
+    _replace_placeholders(model.graph, weights)
+    _declare_shapes(model.graph, shapes)
+    _add_default(model.graph)
+    model.ir_version = IR_VERSION
+    model.opset_imports.pop(PLACEHOLDER_DOMAIN, None)
+    _save(model, path)
+
+
+def _replace_placeholders(graph: ir.Graph, weights: Mapping[str, torch.Tensor]) -> None:
+    for node in list(graph):
+        if node.domain != PLACEHOLDER_DOMAIN:
+            continue
+        name, tap = node.attributes.get_string("name"), node.attributes.get_int("tap")
+        key = name if tap < 0 else f"{name}.{tap}"
+        if key not in graph.initializers:
+            placeholder = node.outputs[0]
+            graph.register_initializer(_initializer(key, placeholder, partial(_read, weights, name, tap)))
+        node.outputs[0].replace_all_uses_with(graph.initializers[key])
+        graph.remove(node, safe=True)
+
+
+def _read(weights: Mapping[str, torch.Tensor], name: str, tap: int) -> ir.TensorProtocol:
+    weight = weights[name].detach()
+    return TorchTensor(weight if tap < 0 else weight[:, 0, tap].contiguous())
+
+
+def _initializer(name: str, placeholder: ir.Value, read: Callable[[], ir.TensorProtocol]) -> ir.Value:
+    """A weight as a graph initializer that reads its values only while the file is written."""
+    tensor = ir.LazyTensor(read, dtype=placeholder.dtype, shape=placeholder.shape, name=name)
+    return ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+
+
+def _declare_shapes(graph: ir.Graph, shapes: Mapping[str, Sequence[int | str] | None]) -> None:
+    """Numbers for the axes that do not vary: clients build empty caches from them."""
+    for value in (*graph.inputs, *graph.outputs):
+        shape = shapes[value.name]
+        value.shape = None if shape is None else ir.Shape(shape)
+
+
+def _add_default(graph: ir.Graph) -> None:
+    """Give `num_logits_to_keep` the default 0, all: a loop that does not know the input still runs."""
+    for value in graph.inputs:
+        if value.name == LOGITS_TO_KEEP:
+            value.const_value = ir.tensor(np.array(0, dtype=np.int64), name=value.name)
+            graph.register_initializer(value)
+
+
+def _save(model: ir.Model, path: Path) -> None:
+    with tqdm(desc="Writing weights", unit="tensor", disable=None, leave=False) as bar:
+
+        def advance(tensor: ir.TensorProtocol, info: ir.external_data.CallbackInfo) -> None:
+            bar.total = info.total
+            bar.update()
+
+        ir.save(
+            model,
+            path,
+            external_data=f"{path.name}_data",
+            size_threshold_bytes=EXTERNAL_FROM_BYTES - 1,
+            callback=advance,
+        )
