@@ -4,9 +4,13 @@ from optimum.exporters.tasks import TasksManager
 
 import optimum.exporters.onnx.__main__  # Optimum's own configs first, so that ours replace them
 from optimum_lfm2.configs import Lfm2OnnxConfig
-from optimum_lfm2.export.loading import Lfm2TasksManager
+from optimum_lfm2.export.loading import MODEL_TYPES, Lfm2TasksManager
+from optimum_lfm2.modeling import ORTLfm2ForCausalLM, dispatch
 
 
 TASKS = ("text-generation", "text-generation-with-past", "feature-extraction", "feature-extraction-with-past")
 TasksManager.create_register("onnx", overwrite_existing=True)("lfm2", *TASKS)(Lfm2OnnxConfig)
 optimum.exporters.onnx.__main__.TasksManager = Lfm2TasksManager
+dispatch(MODEL_TYPES)
+
+__all__ = ["Lfm2OnnxConfig", "ORTLfm2ForCausalLM"]

@@ -7,11 +7,14 @@ that a loop which knows nothing can zip present to past by position.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from transformers import PretrainedConfig
+
+from optimum_lfm2.errors import Lfm2Error
 
 
 BATCH = "batch_size"
@@ -20,6 +23,10 @@ PAST = "past_sequence_length"
 TOTAL = "past_sequence_length + sequence_length"
 
 LOGITS_TO_KEEP = "num_logits_to_keep"
+
+# Metadata of the model file. Our exporter writes them; a graph without them is taken to be right for unpadded rows only.
+ANY_PADDING = "optimum_lfm2.any_padding"
+IN_PLACE = "optimum_lfm2.kv_cache_in_place"
 
 CONV = "conv"
 ATTENTION = "full_attention"
@@ -44,6 +51,33 @@ class CacheTensor:
         if self.grows:
             return (BATCH, config.num_key_value_heads, length, head_dim(config))
         return (BATCH, config.hidden_size, config.conv_L_cache)
+
+
+# Both conventions that people use: the Hub's, and the one of onnxruntime-genai's builder.
+_NAMES = (
+    re.compile(r"(?P<time>past|present)_(?P<kind>conv)\.(?P<layer>\d+)"),
+    re.compile(r"(?P<time>past|present)\.(?P<layer>\d+)\.(?P<kind>conv)"),
+    re.compile(r"(?P<time>past|present)(_key_values)?\.(?P<layer>\d+)\.(?P<kind>key|value)"),
+)
+
+
+def read_cache_tensors(inputs: Iterable[str], outputs: Iterable[str]) -> list[CacheTensor]:
+    """The cache tensors that a graph declares, in the order of its inputs, whichever convention names them.
+
+    Raises:
+        Lfm2Error: for a cache input without its output, or the reverse.
+    """
+    past, present = _recognised(inputs, "past"), _recognised(outputs, "present")
+    if past and (unmatched := past.keys() ^ present.keys()):
+        layer, kind = min(unmatched)
+        side = "input" if (layer, kind) in present else "output"
+        raise Lfm2Error(f"The graph has no {side} for the {kind} cache of layer {layer}. Export the model again.")
+    return [CacheTensor(layer, kind, name, present[layer, kind]) for (layer, kind), name in past.items()]
+
+
+def _recognised(names: Iterable[str], time: str) -> dict[tuple[int, str], str]:
+    matches = ((name, pattern.fullmatch(name)) for name in names for pattern in _NAMES)
+    return {(int(m["layer"]), m["kind"]): name for name, m in matches if m and m["time"] == time}
 
 
 def cache_tensors(layer_types: Sequence[str]) -> list[CacheTensor]:

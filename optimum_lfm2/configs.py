@@ -13,7 +13,9 @@ from optimum.utils import DEFAULT_DUMMY_SHAPES, NormalizedTextConfig
 from packaging import version
 
 from optimum_lfm2.caches import (
+    ANY_PADDING,
     BATCH,
+    IN_PLACE,
     LOGITS_TO_KEEP,
     PAST,
     SEQUENCE,
@@ -21,8 +23,10 @@ from optimum_lfm2.caches import (
     CacheTensor,
     cache_tensors,
     flatten,
+    head_dim,
     unflatten,
 )
+from optimum_lfm2.export import ops
 from optimum_lfm2.export.patcher import Lfm2ModelPatcher
 from optimum_lfm2.export.weights import bind
 
@@ -83,6 +87,11 @@ class Lfm2OnnxConfig(TextDecoderOnnxConfig):
             shapes |= {tensor.present: tensor.shape(self._config, TOTAL) for tensor in self.cache_tensors}
         return shapes
 
+    def metadata(self) -> dict[str, str]:
+        """What our runtime may rely on. Heads of other widths are padded in the graph, outside the cache's own buffer."""
+        in_place = head_dim(self._config) % ops.HEAD_DIM_MULTIPLE == 0
+        return {ANY_PADDING: "true", IN_PLACE: str(in_place).lower()}
+
     def ordered_inputs(self, model: Any) -> dict[str, dict[int, str]]:
         """The inputs as declared: the forward of the patched model takes them in this order."""
         return self.inputs
@@ -131,7 +140,7 @@ class Lfm2OnnxConfig(TextDecoderOnnxConfig):
         self, model_path: Path, device: str = "cpu", dtype: str | None = None, input_shapes: dict | None = None
     ) -> None:
         """Optimum calls this right after the trace: declare the shapes and stream the weights into the file."""
-        bind(model_path, self.weights, {**self.input_shapes(), **self.output_shapes()})
+        bind(model_path, self.weights, {**self.input_shapes(), **self.output_shapes()}, self.metadata())
 
     def post_process_exported_models(self, path: Path, models_and_onnx_configs: dict, onnx_files_subpaths: list[str]):
         """Nothing is left to do: tied weights are one tensor already."""

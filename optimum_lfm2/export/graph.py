@@ -119,7 +119,7 @@ def attention(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Grouped-query attention with per-head norms of query and key before RoPE; returns output, keys, values."""
     heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, head_dim(config)
-    padding = -dim % 8  # GroupQueryAttention takes heads whose width is a multiple of 8: others get zeros, unseen outside
+    padding = -dim % ops.HEAD_DIM_MULTIPLE  # zeros that nobody outside sees
 
     def project(part: str) -> torch.Tensor:
         return ops.linear(hidden, weight(f"{name}.{part}_proj.weight"))

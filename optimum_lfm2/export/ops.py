@@ -17,6 +17,7 @@ from torch.autograd import Function
 
 # The placeholder domain: `weights.py` replaces every node of it, so no exported file mentions it.
 PLACEHOLDER_DOMAIN = "optimum_lfm2"
+HEAD_DIM_MULTIPLE = 8  # of the heads that GroupQueryAttention takes
 MASKED = -1e4  # finfo.min overflows to -inf in fp16, and a row without any key then becomes NaN
 
 

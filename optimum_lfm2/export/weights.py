@@ -21,18 +21,25 @@ EXTERNAL_FROM_BYTES = 1024
 IR_VERSION = 10
 
 
-def bind(path: Path, weights: Mapping[str, torch.Tensor], shapes: Mapping[str, Sequence[int | str] | None]) -> None:
+def bind(
+    path: Path,
+    weights: Mapping[str, torch.Tensor],
+    shapes: Mapping[str, Sequence[int | str] | None],
+    metadata: Mapping[str, str],
+) -> None:
     """Turn a traced file with placeholders into a complete model beside one `{name}_data` file.
 
     Args:
         path: the traced file; it is replaced.
         weights: each parameter by its name in the checkpoint; names that are tied share one tensor.
         shapes: the shape of each input and output, symbols for the axes that vary; None declares no shape.
+        metadata: what the file says of itself to those who load it.
     """
     model = ir.load(path)
     _replace_placeholders(model.graph, weights)
     _declare_shapes(model.graph, shapes)
     _add_default(model.graph)
+    model.metadata_props.update(metadata)
     model.ir_version = IR_VERSION
     model.opset_imports.pop(PLACEHOLDER_DOMAIN, None)
     _save(model, path)

@@ -1,0 +1,232 @@
+"""Generation with an exported LFM2: transformers' `generate` on ONNX Runtime."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from onnxruntime import InferenceSession, SessionOptions
+from optimum.onnxruntime import ORTModelForCausalLM
+from optimum.onnxruntime.modeling import ORTModel
+from transformers import GenerationConfig, PretrainedConfig
+from transformers.generation import GenerationMode
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from optimum_lfm2.errors import Lfm2Error
+from optimum_lfm2.runtime.cache import Lfm2Cache
+from optimum_lfm2.runtime.layout import GraphLayout
+from optimum_lfm2.runtime.rows import RowRunner
+from optimum_lfm2.runtime.session import GraphSession
+from optimum_lfm2.runtime.threads import single_torch_thread
+
+
+PREALLOCATED = 2048  # columns at most; a longer sequence doubles the buffers
+WARNINGS_OFF = 3  # onnxruntime's severity "error": its warnings at load are about choices that were made on purpose
+
+
+class ORTLfm2ForCausalLM(ORTModelForCausalLM):
+    """LFM2 with a language modeling head on ONNX Runtime.
+
+    `ORTModelForCausalLM.from_pretrained` returns this class for an LFM2 folder once `optimum_lfm2` is imported. It learns
+    the caches from the graph, so that it also runs exports made by others. A row never depends on its neighbours: whatever
+    `attention_mask` hides, on either side or between, each row gets the tokens that it gets alone.
+    """
+
+    _supports_cache_class = True
+
+    def __init__(
+        self,
+        *,
+        config: PretrainedConfig,
+        session: InferenceSession,
+        use_io_binding: bool | None = None,
+        generation_config: GenerationConfig | None = None,
+        model_save_dir: str | Path | TemporaryDirectory | None = None,
+    ) -> None:
+        # Not ORTModelForCausalLM's: it looks for caches of its own models, and warns of what it does not find.
+        ORTModel.__init__(
+            self,
+            config=config,
+            session=session,
+            use_io_binding=True if use_io_binding is None else use_io_binding,
+            model_save_dir=model_save_dir,
+        )
+        self.layout = GraphLayout.read(session)
+        self.layout.check(config, self.path)
+        self.can_use_cache = bool(self.layout.caches)
+        self.generation_config = generation_config or GenerationConfig.from_model_config(config)
+        if not self.can_use_cache:
+            self.config.use_cache = self.generation_config.use_cache = False
+        self._connect()
+
+    def _connect(self) -> None:
+        self._graph = GraphSession(self.session, self.layout, self.device)
+        self._rows = RowRunner(self._graph)
+
+    def to(self, *args: Any, **kwargs: Any) -> ORTLfm2ForCausalLM:
+        super().to(*args, **kwargs)
+        self._connect()
+        return self
+
+    @torch.no_grad()
+    def forward(
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.LongTensor | None = None,
+        past_key_values: Lfm2Cache | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast | tuple:
+        """Logits of new tokens, and the cache that knows them.
+
+        Args:
+            input_ids: int64 (batch_size, sequence_length): the new tokens alone if there is a cache.
+            attention_mask: int64 (batch_size, cached + sequence_length), 0 hides a token wherever it is. It alone
+                decides positions; `position_ids` are not taken.
+            past_key_values: the cache of an earlier call; it is changed, and returned.
+            use_cache: whether to return a cache; by default what the config says.
+            logits_to_keep: compute the logits of the last so many tokens only (0: all), or of the tokens at these indices.
+
+        Returns:
+            `logits`, (batch_size, kept, vocab_size) in the graph's dtype, and `past_key_values`.
+
+        Raises:
+            Lfm2Error: for ids outside the vocabulary, a mask of another length, a prompt that is too long, arguments
+                that an exported graph cannot honour.
+        """
+        self._refuse(kwargs)
+        if past_key_values is not None and not isinstance(past_key_values, Lfm2Cache):
+            raise Lfm2Error(
+                f"past_key_values is a {type(past_key_values).__name__}; this model continues only the cache that it "
+                "returned itself, which holds convolution states too."
+            )
+        use_cache = self.config.use_cache if use_cache is None else use_cache
+        if (use_cache or past_key_values is not None) and not self.can_use_cache:
+            raise Lfm2Error(f"{self.path} has no cache inputs. Export it with --task text-generation-with-past, or pass use_cache=False.")
+        attention_mask = self._checked(input_ids, attention_mask, past_key_values)
+
+        cache = past_key_values
+        if cache is None and self.can_use_cache:
+            cache = self._graph.new_cache(input_ids.shape[0])
+        keep = logits_to_keep if isinstance(logits_to_keep, int) else 0
+        logits = self._rows.run(input_ids, attention_mask, cache, keep, self.use_io_binding)
+        if isinstance(logits_to_keep, torch.Tensor):
+            logits = logits[:, logits_to_keep]
+        cache = cache if use_cache else None
+        if return_dict is False:
+            return (logits,) if cache is None else (logits, cache)
+        return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
+
+    def _checked(
+        self, ids: torch.Tensor, mask: torch.Tensor | None, cache: Lfm2Cache | None
+    ) -> torch.Tensor:
+        """The attention mask, after the checks that `forward` promises."""
+        past = 0 if cache is None else cache.length
+        batch, length = ids.shape[0], past + ids.shape[1]
+        if ids.min() < 0 or ids.max() >= self.config.vocab_size:
+            raise Lfm2Error(
+                f"input_ids has {int(ids.min())} to {int(ids.max())}, outside the vocabulary of {self.config.vocab_size}. "
+                "Does the tokenizer belong to this model?"
+            )
+        if cache is not None and cache.batch_size != batch:
+            raise Lfm2Error(f"input_ids has {batch} rows, but the cache has {cache.batch_size}.")
+        if ids.shape[1] > 1 and length > self.config.max_position_embeddings:
+            raise Lfm2Error(
+                f"The prompt has {length} tokens; the model takes {self.config.max_position_embeddings} "
+                "(max_position_embeddings in config.json). Shorten it."
+            )
+        if mask is None:
+            return torch.ones((batch, length), dtype=torch.int64, device=ids.device)
+        if tuple(mask.shape) != (batch, length):
+            raise Lfm2Error(
+                f"attention_mask has the shape {tuple(mask.shape)}; it needs {(batch, length)}: a column for each of the "
+                f"{past} cached and {ids.shape[1]} new tokens."
+            )
+        return mask.to(torch.int64)
+
+    def _refuse(self, kwargs: dict[str, Any]) -> None:
+        for name in ("inputs_embeds", "labels"):
+            if kwargs.get(name) is not None:
+                raise Lfm2Error(f"{name} cannot be used: the exported graph takes input_ids and gives logits.")
+        for name in ("output_attentions", "output_hidden_states"):
+            if kwargs.get(name):
+                raise Lfm2Error(f"{name}=True cannot be honoured: the exported graph gives logits and caches alone.")
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """transformers' `generate`, with torch held to one thread until it returns."""
+        with single_torch_thread():
+            return super().generate(*args, **kwargs)
+
+    def _prepare_cache_for_generation(
+        self,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        generation_mode: GenerationMode,
+        batch_size: int,
+        max_cache_length: int,
+        *_: Any,
+    ) -> None:
+        if generation_mode == GenerationMode.ASSISTED_GENERATION:
+            raise Lfm2Error("Assisted generation takes tokens back, and LFM2's convolution states cannot be undone. Leave it out.")
+        if not generation_config.use_cache:
+            return
+        rows = batch_size * max(generation_config.num_beams, generation_config.num_return_sequences)
+        if model_kwargs.get("past_key_values") is None:
+            model_kwargs["past_key_values"] = self._graph.new_cache(rows, min(max_cache_length, PREALLOCATED))
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: torch.LongTensor,
+        past_key_values: Lfm2Cache | None = None,
+        attention_mask: torch.LongTensor | None = None,
+        cache_position: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """The tokens that the cache has not seen, and the mask as it is."""
+        if past_key_values is not None and cache_position is not None:
+            input_ids = input_ids[:, -len(cache_position) :]
+        return {
+            "input_ids": input_ids,
+            "past_key_values": past_key_values,
+            "attention_mask": attention_mask,
+            "use_cache": use_cache,
+            "logits_to_keep": logits_to_keep,
+            **{name: value for name, value in kwargs.items() if name in ("output_attentions", "output_hidden_states")},
+        }
+
+    @staticmethod
+    def _reorder_cache(past_key_values: Lfm2Cache, beam_idx: torch.Tensor) -> Lfm2Cache:
+        past_key_values.reorder_cache(beam_idx)
+        return past_key_values
+
+    @classmethod
+    def _from_pretrained(
+        cls,
+        model_id: str | Path,
+        config: PretrainedConfig,
+        session_options: SessionOptions | None = None,
+        **kwargs: Any,
+    ) -> ORTLfm2ForCausalLM:
+        if session_options is None:
+            session_options = SessionOptions()
+            session_options.log_severity_level = WARNINGS_OFF
+        return super()._from_pretrained(model_id, config, session_options=session_options, **kwargs)
+
+
+def dispatch(model_types: tuple[str, ...]) -> None:
+    """Make `ORTModelForCausalLM` itself load and export these model types as `ORTLfm2ForCausalLM`."""
+    for name in ("_from_pretrained", "_export"):
+        original = getattr(ORTModelForCausalLM, name).__func__
+
+        def dispatching(cls, model_id, config, *args, _name=name, _original=original, **kwargs):
+            if cls is ORTModelForCausalLM and config.model_type in model_types:
+                return getattr(ORTLfm2ForCausalLM, _name)(model_id, config, *args, **kwargs)
+            return _original(cls, model_id, config, *args, **kwargs)
+
+        setattr(ORTModelForCausalLM, name, classmethod(dispatching))

@@ -1,0 +1,115 @@
+"""What a session declares: the only thing that the runtime knows about a graph."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from onnxruntime import InferenceSession
+from optimum.onnxruntime.utils import TypeHelper
+from transformers import PretrainedConfig
+
+from optimum_lfm2.caches import (
+    ANY_PADDING,
+    CONV,
+    IN_PLACE,
+    LOGITS_TO_KEEP,
+    CacheTensor,
+    cache_tensors,
+    head_dim,
+    read_cache_tensors,
+)
+from optimum_lfm2.errors import Lfm2Error
+
+
+@dataclass(frozen=True)
+class GraphLayout:
+    """The signature of an LFM2 graph, whoever exported it.
+
+    Attributes:
+        caches: the cache tensors in the order of the inputs; empty for a graph without them.
+        shapes: of each cache input by name, without the batch: (hidden_size, width) or (kv_heads, head_dim).
+        dtypes: of each cache input by name.
+        outputs: all outputs, in order; the first is `logits`.
+        vocab_size: width of the logits, None if it is not declared.
+        any_padding: whether a row is right beside any neighbour; else rows run alone and without padding.
+        in_place: whether keys and values may lie in buffers longer than the sequence, shared by past and present.
+    """
+
+    caches: tuple[CacheTensor, ...]
+    shapes: dict[str, tuple[int, int]]
+    dtypes: dict[str, torch.dtype]
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    vocab_size: int | None
+    any_padding: bool
+    in_place: bool
+
+    @property
+    def keeps_logits(self) -> bool:
+        return LOGITS_TO_KEEP in self.inputs
+
+    @classmethod
+    def read(cls, session: InferenceSession) -> GraphLayout:
+        """Raises `Lfm2Error` where the graph's caches are not LFM2's."""
+        inputs = {value.name: value for value in session.get_inputs()}
+        inputs |= {value.name: value for value in session.get_overridable_initializers()}
+        outputs = {value.name: value for value in session.get_outputs()}
+        if "logits" not in outputs:
+            raise Lfm2Error(
+                f"The graph has no output logits, only {', '.join(list(outputs)[:3])}: it was not exported for "
+                "text-generation. Export it with --task text-generation-with-past."
+            )
+        caches = read_cache_tensors(inputs, outputs)
+        metadata = session.get_modelmeta().custom_metadata_map
+        width = outputs["logits"].shape[-1]
+        return cls(
+            caches=tuple(caches),
+            shapes={c.past: _fixed(inputs[c.past].shape, c) for c in caches},
+            dtypes={c.past: TypeHelper.ort_type_to_torch_type(inputs[c.past].type) for c in caches},
+            inputs=tuple(inputs),
+            outputs=tuple(outputs),
+            vocab_size=width if isinstance(width, int) else None,
+            any_padding=metadata.get(ANY_PADDING) == "true",
+            in_place=metadata.get(IN_PLACE) == "true",
+        )
+
+    def check(self, config: PretrainedConfig, path: object) -> None:
+        """Raise `Lfm2Error` where the graph is not the one that `config` describes."""
+
+        def disagree(what: str, graph: object, expected: object) -> Lfm2Error:
+            return Lfm2Error(
+                f"{path} has {what} {graph}, but its config.json says {expected}. They belong to different models: "
+                "export the checkpoint again."
+            )
+
+        if self.vocab_size not in (None, config.vocab_size):
+            raise disagree("a vocabulary of", self.vocab_size, config.vocab_size)
+        if not self.caches:
+            return
+        declared = {(c.layer, c.kind): c for c in self.caches}
+        expected = {(c.layer, c.kind): c for c in cache_tensors(config.layer_types)}
+        if missing := expected.keys() - declared.keys():
+            raise Lfm2Error(
+                f"{path} has no input {expected[min(missing)].past}, which its config.json asks for. Export the checkpoint again."
+            )
+        if extra := declared.keys() - expected.keys():
+            raise disagree("the cache input", declared[min(extra)].past, "nothing of it")
+        for cache in self.caches:
+            shape = self.shapes[cache.past]
+            if cache.kind == CONV:
+                right = shape[0] == config.hidden_size and shape[1] in (config.conv_L_cache, config.conv_L_cache - 1)
+                wanted: tuple[int, int] = (config.hidden_size, config.conv_L_cache)
+            else:
+                wanted = (config.num_key_value_heads, head_dim(config))
+                right = shape == wanted
+            if not right:
+                raise disagree(f"{cache.past} of shape", shape, wanted)
+
+
+def _fixed(shape: list[int | str], cache: CacheTensor) -> tuple[int, int]:
+    """The two dimensions besides batch and length, which must be numbers: empty caches are made from them."""
+    first, second = (shape[1], shape[3]) if cache.grows else (shape[1], shape[2])
+    if not isinstance(first, int) or not isinstance(second, int):
+        raise Lfm2Error(f"{cache.past} is declared as {shape}: its fixed dimensions must be numbers. Export the model again.")
+    return first, second
