@@ -48,7 +48,7 @@ CHECKPOINTS: dict[str, dict] = {
 }
 
 
-def make_checkpoint(name: str, folder: Path, seed: int = 0, dtype: torch.dtype = torch.float32) -> Path:
+def make_checkpoint(name: str, folder: Path, seed: int = 1, dtype: torch.dtype = torch.float32) -> Path:
     """Save a checkpoint of the table, with weights whose greedy text varies, under `folder`."""
     config = Lfm2Config(**{**BASE, **CHECKPOINTS[name]})
     torch.manual_seed(seed)
