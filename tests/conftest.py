@@ -1,0 +1,61 @@
+"""Session fixtures: each checkpoint of the table is made, exported and loaded once."""
+
+from __future__ import annotations
+
+import os
+
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test needs the Hub, and none may wait for it
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from optimum.exporters.onnx import main_export
+from transformers import Lfm2ForCausalLM, PreTrainedModel
+
+import optimum_lfm2  # noqa: F401  registers LFM2 with Optimum
+from checkpoints import make_checkpoint
+
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`checkpoint(name)`: the folder of a checkpoint of `tests.checkpoints`. Read it, never write to it."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+
+    @cache
+    def checkpoint(name: str) -> Path:
+        return make_checkpoint(name, folder)
+
+    return checkpoint
+
+
+@pytest.fixture(scope="session")
+def exported(checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`exported(name, **options)`: the folder of its export with `main_export`'s options. Read it, never write to it."""
+    folder = tmp_path_factory.mktemp("exports")
+
+    @cache
+    def exported(name: str, **options: object) -> Path:
+        path = folder / "-".join([name, *(f"{key}={value}" for key, value in sorted(options.items()))])
+        main_export(str(checkpoint(name)), path, **{"do_validation": False, **options})
+        return path
+
+    return exported
+
+
+@pytest.fixture(scope="session")
+def gold_model(checkpoint: Callable[[str], Path]) -> Callable[[str], PreTrainedModel]:
+    """`gold_model(name)`: the checkpoint as transformers loads it."""
+
+    @cache
+    def gold_model(name: str) -> PreTrainedModel:
+        return Lfm2ForCausalLM.from_pretrained(checkpoint(name)).eval()
+
+    return gold_model
