@@ -63,7 +63,7 @@ class ORTLfm2ForCausalLM(ORTModelForCausalLM):
 
     def _connect(self) -> None:
         self._graph = GraphSession(self.session, self.layout, self.device)
-        self._rows = RowRunner(self._graph)
+        self._rows = RowRunner(self._graph, self.layout.any_padding)
 
     def to(self, *args: Any, **kwargs: Any) -> ORTLfm2ForCausalLM:
         super().to(*args, **kwargs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 import torch
@@ -38,6 +39,8 @@ class Lfm2Cache:
             self.tensors[cache.past] = torch.zeros(shape, dtype=layout.dtypes[cache.past], device=device)
             if not cache.grows:
                 self.spare[cache.past] = torch.empty_like(self.tensors[cache.past])
+        # One cache a row instead, without the row's masked tokens, for graphs that are wrong on them.
+        self.alone: list[Lfm2Cache] | None = None
         # Whatever was prepared for these very buffers: dropped when they are replaced.
         self.bindings: dict[object, object] = {}
 
@@ -72,6 +75,9 @@ class Lfm2Cache:
         """Row i becomes what row `beam_idx[i]` was; also used to repeat and to select rows."""
         index = beam_idx.to(self.device)
         self.batch_size = len(index)
+        if self.alone is not None:
+            self.alone = [copy.deepcopy(self.alone[i]) for i in index.tolist()]
+            return
         self.tensors = {name: tensor.index_select(0, index) for name, tensor in self.tensors.items()}
         self.spare = {name: torch.empty_like(self.tensors[name]) for name in self.spare}
         self.bindings.clear()
@@ -104,13 +110,20 @@ class Lfm2Cache:
                 "be undone. Copy the cache beforehand, or run the shorter prompt again."
             )
 
+    def separate(self) -> list[Lfm2Cache]:
+        """From now on one cache a row, each of its own length."""
+        if self.alone is None:
+            self.alone = [copy.deepcopy(row) for row in self.split()]
+            self.tensors, self.spare = {}, {}
+        return self.alone
+
     def split(self) -> list[Lfm2Cache]:
         """One cache a row, whose buffers are views of this one's; `join` takes them back."""
         rows = []
         for i in range(self.batch_size):
             row = object.__new__(Lfm2Cache)
             row.layout, row.device, row.length, row.capacity = self.layout, self.device, self.length, self.capacity
-            row.batch_size, row.bindings = 1, {}
+            row.batch_size, row.bindings, row.alone = 1, {}, None
             row.tensors = {name: tensor[i : i + 1] for name, tensor in self.tensors.items()}
             row.spare = {name: tensor[i : i + 1] for name, tensor in self.spare.items()}
             rows.append(row)
@@ -118,29 +131,28 @@ class Lfm2Cache:
 
     def join(self, rows: Sequence[Lfm2Cache]) -> None:
         """Become the rows, which were split from here and have all seen the same number of columns since."""
-        for name, tensor in self.tensors.items():
+        for name in self.tensors:
             parts = [row.tensors[name] for row in rows]
-            whole = tensor if parts[0].data_ptr() == tensor.data_ptr() else self.spare.get(name)
-            if whole is None or parts[0].data_ptr() != whole.data_ptr():
-                whole = torch.cat(parts)
+            if name in self.spare and parts[0].data_ptr() == self.spare[name].data_ptr():
+                self.tensors[name], self.spare[name] = self.spare[name], self.tensors[name]
+            elif parts[0].data_ptr() != self.tensors[name].data_ptr():  # not a view: the session made it anew
+                self.tensors[name] = torch.cat(parts)
                 self.bindings.clear()
-            if whole is self.spare.get(name):
-                self.spare[name] = tensor
-            self.tensors[name] = whole
         self.length, self.capacity = rows[0].length, rows[0].capacity
 
     def _growing(self) -> list[str]:
         return [cache.past for cache in self.layout.caches if cache.grows]
 
     def __deepcopy__(self, memo: dict) -> Lfm2Cache:
-        copy = object.__new__(Lfm2Cache)
-        copy.__dict__ = {
+        twin = object.__new__(Lfm2Cache)
+        twin.__dict__ = {
             **self.__dict__,
+            "alone": copy.deepcopy(self.alone, memo),
             "tensors": {name: tensor.clone() for name, tensor in self.tensors.items()},
             "spare": {name: tensor.clone() for name, tensor in self.spare.items()},
             "bindings": {},
         }
-        return copy
+        return twin
 
     def __len__(self) -> int:
         return len({cache.layer for cache in self.layout.caches})

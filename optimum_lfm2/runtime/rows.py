@@ -3,24 +3,32 @@
 from __future__ import annotations
 
 import torch
+from optimum.utils import logging
 
+from optimum_lfm2.errors import Lfm2Error
 from optimum_lfm2.runtime.cache import Lfm2Cache
 from optimum_lfm2.runtime.session import GraphSession
 
 
 PREFILL_CHUNK = 512
 
+logger = logging.get_logger(__name__)
+
 
 class RowRunner:
     """`GraphSession.run` without its limits: each row gets what it gets alone."""
 
-    def __init__(self, graph: GraphSession) -> None:
+    def __init__(self, graph: GraphSession, any_padding: bool) -> None:
         self._graph = graph
+        self._any_padding = any_padding
+        self._told = False
 
     def run(
         self, ids: torch.Tensor, mask: torch.Tensor, cache: Lfm2Cache | None, keep: int, io_binding: bool
     ) -> torch.Tensor:
         """Arguments and result as of `GraphSession.run`."""
+        if not self._any_padding and (bool((mask == 0).any()) or (cache is not None and cache.alone is not None)):
+            return self._run_alone(ids, mask, cache, keep, io_binding)
         order = None if cache is None else contiguous_order(mask, cache.length)
         if order is None:
             return self._run_contiguous(ids, mask, cache, keep, io_binding)
@@ -65,6 +73,44 @@ class RowRunner:
             if kept > 0:
                 logits.append(chunk)
         return torch.cat(logits, dim=1)
+
+
+    def _run_alone(
+        self, ids: torch.Tensor, mask: torch.Tensor, cache: Lfm2Cache | None, keep: int, io_binding: bool
+    ) -> torch.Tensor:
+        """For a graph that others exported, which padding would mislead: every row by itself, without its masked tokens."""
+        if not self._told:
+            logger.info("This graph is wrong on padded rows: they run one by one, without their padding.")
+            self._told = True
+        batch, sequence = ids.shape
+        past = 0 if cache is None else cache.length
+        own = None if cache is None else cache.separate()
+        first_kept = sequence - (min(keep, sequence) or sequence)
+        logits: torch.Tensor | None = None
+        for i in range(batch):
+            row_cache = None if own is None else own[i]
+            if row_cache is not None and int((mask[i, :past] != 0).sum()) != row_cache.length:
+                raise Lfm2Error("attention_mask hides cached tokens that it showed before, which this graph cannot forget.")
+            visible = mask[i, past:].nonzero()[:, 0]
+            if len(visible) == 0:
+                continue
+            kept = visible[visible >= first_kept]
+            row = self._run_in_chunks(
+                ids[i : i + 1, visible],
+                mask.new_ones(1, len(visible) + (0 if row_cache is None else row_cache.length)),
+                row_cache,
+                max(len(kept), 1),
+                io_binding,
+            )
+            if logits is None:
+                logits = row.new_zeros(batch, sequence - first_kept, row.shape[2])
+            if len(kept):
+                logits[i, kept - first_kept] = row[0, -len(kept) :]
+        if logits is None:
+            raise Lfm2Error("attention_mask hides every token.")
+        if cache is not None:
+            cache.length = past + sequence
+        return logits
 
 
 def contiguous_order(mask: torch.Tensor, past: int) -> torch.Tensor | None:

@@ -8,6 +8,7 @@ from onnxruntime import InferenceSession, IOBinding
 from optimum.onnxruntime.utils import TypeHelper
 
 from optimum_lfm2.caches import LOGITS_TO_KEEP
+from optimum_lfm2.errors import Lfm2Error
 from optimum_lfm2.runtime.cache import Lfm2Cache
 from optimum_lfm2.runtime.layout import GraphLayout
 
@@ -50,7 +51,12 @@ class GraphSession:
             logits = self._run_copying(inputs, cache)
         if cache is not None:
             cache.length += sequence
-        return logits if self._layout.keeps_logits or keep == 0 else logits[:, -keep:]
+        if logits.shape[1] < (min(keep, sequence) or sequence):
+            raise Lfm2Error(
+                f"This graph gives the logits of the last token alone, not of {keep or sequence}. Pass logits_to_keep=1, or "
+                "export it without pruning the head."
+            )
+        return logits[:, -keep:]
 
     def _run_in_place(self, inputs: dict[str, torch.Tensor], cache: Lfm2Cache, kept: int) -> torch.Tensor:
         """Past and present keys and values are one buffer; conv states are written beside themselves."""

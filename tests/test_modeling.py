@@ -1,0 +1,406 @@
+"""`ORTLfm2ForCausalLM` against transformers alone: one unpadded row at a time."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import onnxruntime
+import pytest
+import torch
+from checkpoints import CHECKPOINTS, gold_tokens, prompts
+from optimum.onnxruntime import ORTModelForCausalLM
+from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
+
+from optimum_lfm2 import ORTLfm2ForCausalLM
+from optimum_lfm2.errors import Lfm2Error
+from optimum_lfm2.runtime import rows
+from optimum_lfm2.runtime.cache import Lfm2Cache
+
+
+NEW = 32
+GREEDY = {"do_sample": False, "max_new_tokens": NEW, "eos_token_id": None, "pad_token_id": 0}
+
+
+@pytest.fixture
+def model(exported) -> ORTLfm2ForCausalLM:
+    return ORTModelForCausalLM.from_pretrained(exported("hybrid"))
+
+
+@pytest.fixture(params=[True, False], ids=["io_binding", "no_io_binding"])
+def either(request, model) -> ORTLfm2ForCausalLM:
+    model.use_io_binding = request.param
+    return model
+
+
+@pytest.fixture(scope="session")
+def gold(gold_model):
+    """Greedy tokens of random prompts of the given lengths, by transformers alone."""
+    known: dict[tuple[str, int, int], tuple[torch.Tensor, list[int]]] = {}
+
+    def find(length: int, name: str = "hybrid", seed: int = 1) -> tuple[torch.Tensor, list[int]]:
+        key = (name, length, seed)
+        if key not in known:
+            (prompt,) = prompts([length], seed=seed)
+            known[key] = prompt, gold_tokens(gold_model(name), prompt, NEW)
+        return known[key]
+
+    return find
+
+
+def pad(rows_: list[torch.Tensor], side: str) -> dict[str, torch.Tensor]:
+    width = max(len(row) for row in rows_)
+    ids = torch.full((len(rows_), width), 9)  # not the pad token: nothing may hang on its embedding
+    mask = torch.zeros_like(ids)
+    for i, row in enumerate(rows_):
+        columns = slice(width - len(row), width) if side == "left" else slice(0, len(row))
+        ids[i, columns], mask[i, columns] = row, 1
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def decode(model: ORTLfm2ForCausalLM, out, mask: torch.Tensor, tokens: torch.Tensor, count: int) -> list[list[int]]:
+    """Go on greedily from a forward's cache, by hand."""
+    taken = [tokens]
+    while len(taken) < count:
+        mask = torch.cat([mask, torch.ones(len(mask), 1, dtype=torch.int64)], dim=1)
+        out = model(input_ids=taken[-1][:, None], attention_mask=mask, past_key_values=out.past_key_values)
+        taken.append(out.logits[:, -1].argmax(-1))
+    return torch.stack(taken, dim=1).tolist()
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_greedy_and_left_padding_for_every_checkpoint(name, exported, gold):
+    model = ORTModelForCausalLM.from_pretrained(exported(name))
+    assert isinstance(model, ORTLfm2ForCausalLM)
+    rows_, golds = zip(*(gold(length, name) for length in (9, 1, 30)), strict=True)
+    for row, tokens in zip(rows_, golds, strict=True):
+        assert model.generate(row[None], **GREEDY)[0, len(row) :].tolist() == tokens
+    assert model.generate(**pad(list(rows_), "left"), **GREEDY)[:, 30:].tolist() == list(golds)
+
+
+def test_batch_is_its_rows_alone_with_and_without_io_binding(either, gold):
+    rows_, golds = zip(*(gold(length) for length in (9, 1, 30, 4)), strict=True)
+    assert either.generate(**pad(list(rows_), "left"), **GREEDY)[:, 30:].tolist() == list(golds)
+
+
+def test_right_padding_then_decoding(either, gold):
+    rows_, golds = zip(*(gold(length) for length in (9, 1, 30, 4)), strict=True)
+    batch = pad(list(rows_), "right")
+    out = either(**batch)
+    last = batch["attention_mask"].sum(1) - 1
+    first = out.logits[torch.arange(4), last].argmax(-1)
+    assert decode(either, out, batch["attention_mask"], first, NEW) == list(golds)
+
+
+def test_a_mask_with_holes(either, gold):
+    (row, tokens), (other, other_tokens) = gold(9), gold(4)
+    ids, mask = torch.full((2, 16), 9), torch.zeros(2, 16, dtype=torch.int64)
+    for i, (values, columns) in enumerate([(row, [0, 1, 3, 4, 7, 8, 9, 12, 15]), (other, [2, 5, 6, 15])]):
+        ids[i, columns], mask[i, columns] = values, 1
+    assert either.generate(ids, attention_mask=mask, **GREEDY)[:, 16:].tolist() == [tokens, other_tokens]
+
+
+@pytest.mark.parametrize("size", [1, 3, 8])
+def test_chunked_prefill(size, either, gold):
+    rows_, golds = zip(*(gold(length) for length in (9, 1, 30)), strict=True)
+    out = either.generate(**pad(list(rows_), "left"), prefill_chunk_size=size, **GREEDY)
+    assert out[:, 30:].tolist() == list(golds)
+
+
+def test_long_prompts_run_in_chunks_of_their_own(either, gold, monkeypatch):
+    monkeypatch.setattr(rows, "PREFILL_CHUNK", 7)
+    whole = either(input_ids=gold(30)[0][None]).logits
+    rows_, golds = zip(*(gold(length) for length in (9, 1, 30)), strict=True)
+    assert either.generate(**pad(list(rows_), "left"), **GREEDY)[:, 30:].tolist() == list(golds)
+    for keep in (0, 1, 5, 10, 31):
+        kept = either(input_ids=gold(30)[0][None], logits_to_keep=keep).logits
+        torch.testing.assert_close(kept, whole[:, -keep:], atol=1e-4, rtol=0)
+
+
+def test_chat_goes_on_from_the_returned_cache(either, gold, gold_model):
+    turn, reply = gold(9)
+    out = either.generate(turn[None], return_dict_in_generate=True, **GREEDY)
+    assert isinstance(out.past_key_values, Lfm2Cache)
+    chat = torch.cat([out.sequences[0], prompts([11], seed=5)[0]])
+    expected = gold_tokens(gold_model("hybrid"), chat, NEW)
+    again = either.generate(chat[None], past_key_values=copy.deepcopy(out.past_key_values), **GREEDY)
+    assert again[0, len(chat) :].tolist() == expected
+    assert out.sequences[0, len(turn) :].tolist() == reply
+    # once more from the same point: the copy left the first cache alone
+    assert either.generate(chat[None], past_key_values=out.past_key_values, **GREEDY)[0].tolist() == again[0].tolist()
+
+
+def test_chats_of_several_rows_with_padding_in_every_turn(either, gold_model):
+    """Second turns of unequal length, padded on the left of a full cache: what GQA refuses and a conv state cannot hold."""
+    first, second = prompts([9, 2, 5]), prompts([3, 12, 1], seed=3)
+    golds = [gold_tokens(gold_model("hybrid"), torch.cat(pair), NEW) for pair in zip(first, second, strict=True)]
+    for side in ("left", "right"):
+        one, two = pad(first, side), pad(second, side)
+        cache = either(**one).past_key_values
+        mask = torch.cat([one["attention_mask"], two["attention_mask"]], dim=1)
+        out = either(input_ids=two["input_ids"], attention_mask=mask, past_key_values=cache)
+        last = two["attention_mask"].cumsum(1).argmax(1)
+        first_tokens = out.logits[torch.arange(3), last].argmax(-1)
+        assert decode(either, out, mask, first_tokens, NEW) == golds
+
+
+def test_sampling_with_a_seed(model, gold, gold_model):
+    prompt, _ = gold(9)
+    settings = {**GREEDY, "do_sample": True, "temperature": 1.3, "top_k": 40, "top_p": 0.95}
+    torch.manual_seed(3)
+    expected = gold_model("hybrid").generate(prompt[None], **settings)
+    torch.manual_seed(3)
+    assert model.generate(prompt[None], **settings).tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("settings", [{"num_beams": 4}, {"num_beams": 4, "num_return_sequences": 3, "length_penalty": 0.5}])
+def test_beams(settings, either, gold, gold_model):
+    prompt, _ = gold(9)
+    # transformers' own beams need use_cache=False in 4.57
+    expected = gold_model("hybrid").generate(prompt[None], use_cache=False, **GREEDY, **settings)
+    assert either.generate(prompt[None], **GREEDY, **settings).tolist() == expected.tolist()
+
+
+def test_beams_of_padded_rows(model, gold, gold_model):
+    rows_ = [gold(length)[0] for length in (9, 1, 30)]
+    golds = [gold_model("hybrid").generate(row[None], use_cache=False, num_beams=3, **GREEDY)[0] for row in rows_]
+    out = model.generate(**pad(rows_, "left"), num_beams=3, **GREEDY)
+    assert out[:, 30:].tolist() == [g[len(row) :].tolist() for g, row in zip(golds, rows_, strict=True)]
+
+
+def test_end_of_text_stops_a_row_and_not_its_neighbour(model, gold):
+    (short, tokens), (other, other_tokens) = gold(9), gold(4)
+    eos = next(token for token in tokens[5:] if token not in other_tokens and token not in tokens[:5])
+    out = model.generate(**pad([short, other], "left"), **{**GREEDY, "eos_token_id": eos})[:, 9:].tolist()
+    end = tokens.index(eos) + 1
+    assert out[0] == tokens[:end] + [0] * (NEW - end)
+    assert out[1] == other_tokens
+
+
+def test_stopping_criteria_and_streamers(model, gold):
+    prompt, tokens = gold(9)
+
+    class Enough(StoppingCriteria):
+        def __call__(self, input_ids, scores, **kwargs):
+            return torch.tensor([input_ids.shape[1] >= len(prompt) + 5])
+
+    class Collect(BaseStreamer):
+        def __init__(self):
+            self.values, self.ended = [], False
+
+        def put(self, value):
+            self.values.extend(value.reshape(-1).tolist())
+
+        def end(self):
+            self.ended = True
+
+    streamer = Collect()
+    out = model.generate(prompt[None], stopping_criteria=StoppingCriteriaList([Enough()]), streamer=streamer, **GREEDY)
+    assert out[0, len(prompt) :].tolist() == tokens[:5]
+    assert streamer.ended
+    assert streamer.values == out[0].tolist()
+
+
+def test_scores_and_logits(model, gold, gold_model):
+    prompt, _ = gold(9)
+    settings = {**GREEDY, "return_dict_in_generate": True, "output_scores": True, "output_logits": True}
+    expected = gold_model("hybrid").generate(prompt[None], **settings)
+    out = model.generate(prompt[None], **settings)
+    assert len(out.logits) == NEW
+    assert all(logits.dtype == torch.float32 for logits in out.logits)
+    for ours, theirs in zip((*out.logits, *out.scores), (*expected.logits, *expected.scores), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
+
+
+def test_without_a_cache(model, gold):
+    prompt, tokens = gold(9)
+    assert model.generate(prompt[None], use_cache=False, **GREEDY)[0, len(prompt) :].tolist() == tokens
+    assert model(input_ids=prompt[None], use_cache=False).past_key_values is None
+
+
+def test_forward_with_and_without_past(either, gold, gold_model):
+    prompt, _ = gold(30)
+    with torch.no_grad():
+        expected = gold_model("hybrid")(input_ids=prompt[None], use_cache=False).logits
+    torch.testing.assert_close(either(input_ids=prompt[None]).logits, expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(either(prompt[None], logits_to_keep=3).logits, expected[:, -3:], atol=1e-4, rtol=0)
+    index = torch.tensor([2, 7])
+    torch.testing.assert_close(either(prompt[None], logits_to_keep=index).logits, expected[:, index], atol=1e-4, rtol=0)
+    logits, cache = either(input_ids=prompt[None, :11], return_dict=False)
+    assert cache.get_seq_length() == 11
+    rest = either(input_ids=prompt[None, 11:], past_key_values=cache)
+    assert rest.past_key_values is cache
+    torch.testing.assert_close(torch.cat([logits, rest.logits], dim=1), expected, atol=1e-4, rtol=0)
+
+
+def test_io_binding_can_change_in_the_middle(model, gold):
+    prompt, tokens = gold(9)
+    out, mask = model(input_ids=prompt[None]), torch.ones(1, 9, dtype=torch.int64)
+    taken = [out.logits[:, -1].argmax(-1)]
+    for step in range(NEW - 1):
+        model.use_io_binding = step % 3 != 0
+        mask = torch.cat([mask, torch.ones(1, 1, dtype=torch.int64)], dim=1)
+        out = model(input_ids=taken[-1][:, None], attention_mask=mask, past_key_values=out.past_key_values)
+        taken.append(out.logits[:, -1].argmax(-1))
+    assert [int(token) for token in taken] == tokens
+
+
+def test_a_graph_without_cache_generates(exported, gold):
+    model = ORTModelForCausalLM.from_pretrained(exported("hybrid", task="text-generation"))
+    assert not model.can_use_cache
+    rows_, golds = zip(*(gold(length) for length in (9, 1, 30)), strict=True)
+    assert model.generate(**pad(list(rows_), "left"), **GREEDY)[:, 30:].tolist() == list(golds)
+    with pytest.raises(Lfm2Error, match="no cache inputs"):
+        model(input_ids=rows_[0][None], use_cache=True)
+
+
+def test_export_on_load(checkpoint, gold):
+    model = ORTModelForCausalLM.from_pretrained(checkpoint("hybrid"), export=True)
+    assert isinstance(model, ORTLfm2ForCausalLM)
+    prompt, tokens = gold(9)
+    assert model.generate(prompt[None], **GREEDY)[0, 9:].tolist() == tokens
+
+
+def test_save_and_load_again(model, gold, tmp_path):
+    prompt, tokens = gold(9)
+    model.save_pretrained(tmp_path / "saved")
+    again = ORTModelForCausalLM.from_pretrained(tmp_path / "saved")
+    assert again.generate(prompt[None], **GREEDY)[0, 9:].tolist() == tokens
+
+
+def test_file_name_and_subfolder(exported, gold, tmp_path):
+    prompt, tokens = gold(9)
+    source = exported("hybrid")
+    (tmp_path / "onnx").mkdir()
+    for file in source.iterdir():
+        target = tmp_path / "onnx" if file.name.startswith("model.onnx") else tmp_path
+        (target / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "onnx" / "model.onnx").rename(tmp_path / "onnx" / "model_q.onnx")
+    model = ORTModelForCausalLM.from_pretrained(tmp_path, subfolder="onnx", file_name="model_q.onnx")
+    assert isinstance(model, ORTLfm2ForCausalLM)
+    assert model.generate(prompt[None], **GREEDY)[0, 9:].tolist() == tokens
+
+
+def test_session_options_and_providers(exported, gold):
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    prompt, tokens = gold(9)
+    model = ORTModelForCausalLM.from_pretrained(
+        exported("hybrid"), session_options=options, provider="CPUExecutionProvider", provider_options={}
+    )
+    assert model.session.get_session_options().intra_op_num_threads == 1
+    assert model.to("cpu").generate(prompt[None], **GREEDY)[0, 9:].tolist() == tokens
+    with pytest.raises(ValueError, match="CUDAExecutionProvider|cuda"):
+        ORTModelForCausalLM.from_pretrained(exported("hybrid"), provider="CUDAExecutionProvider")
+
+
+def test_pipeline(checkpoint_with_tokenizer, exported_with_tokenizer):
+    from optimum.pipelines import pipeline
+
+    generator = pipeline("text-generation", model=str(exported_with_tokenizer), accelerator="ort")
+    assert isinstance(generator.model, ORTLfm2ForCausalLM)
+    text = generator("Once upon a time", max_new_tokens=12, do_sample=False)[0]["generated_text"]
+    assert text.startswith("Once upon a time")
+    assert len(text) > len("Once upon a time")
+
+
+def test_threads_are_restored(model, gold, monkeypatch):
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        seen = []
+        run = model._rows.run
+        monkeypatch.setattr(model._rows, "run", lambda *args: (seen.append(torch.get_num_threads()), run(*args))[1])
+        model.generate(gold(9)[0][None], **GREEDY)
+        assert set(seen) == {1}
+        assert torch.get_num_threads() == 2
+        monkeypatch.setattr(model._rows, "run", lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            model.generate(gold(9)[0][None], **GREEDY)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+class TestBadInput:
+    def test_ids_outside_the_vocabulary(self, model):
+        for bad in (-1, 256):
+            with pytest.raises(Lfm2Error, match="outside the vocabulary of 256"):
+                model(input_ids=torch.tensor([[9, bad]]))
+
+    def test_mask_of_another_length(self, model):
+        with pytest.raises(Lfm2Error, match=r"needs \(1, 3\)"):
+            model(input_ids=torch.tensor([[9, 8, 7]]), attention_mask=torch.ones(1, 4, dtype=torch.int64))
+        cache = model(input_ids=torch.tensor([[9, 8, 7]])).past_key_values
+        with pytest.raises(Lfm2Error, match="3 cached and 1 new"):
+            model(torch.tensor([[9]]), attention_mask=torch.ones(1, 1, dtype=torch.int64), past_key_values=cache)
+
+    def test_prompt_too_long(self, model):
+        with pytest.raises(Lfm2Error, match="takes 512"):
+            model(input_ids=torch.full((1, 513), 9))
+
+    def test_rows_that_do_not_fit_the_cache(self, model):
+        cache = model(input_ids=torch.tensor([[9, 8, 7]])).past_key_values
+        with pytest.raises(Lfm2Error, match="2 rows, but the cache has 1"):
+            model(input_ids=torch.tensor([[9], [8]]), past_key_values=cache)
+
+    def test_a_cache_of_another_kind(self, model):
+        with pytest.raises(Lfm2Error, match="tuple"):
+            model(input_ids=torch.tensor([[9]]), past_key_values=((torch.zeros(1),),))
+
+    def test_taking_tokens_back(self, model):
+        cache = model(input_ids=torch.tensor([[9, 8, 7]])).past_key_values
+        cache.crop(3)
+        with pytest.raises(Lfm2Error, match="cannot be undone"):
+            cache.crop(2)
+        with pytest.raises(Lfm2Error, match="cannot be undone"):
+            cache.crop(-1)
+
+    def test_assisted_generation(self, model, gold_model):
+        with pytest.raises(Lfm2Error, match="Assisted generation"):
+            model.generate(torch.tensor([[9, 8]]), assistant_model=gold_model("hybrid"), max_new_tokens=4)
+
+    @pytest.mark.parametrize("name", ["output_attentions", "output_hidden_states"])
+    def test_what_a_graph_does_not_give(self, name, model):
+        with pytest.raises(Lfm2Error, match=name):
+            model(input_ids=torch.tensor([[9]]), **{name: True})
+
+    def test_a_graph_that_lacks_a_cache_input(self, exported, tmp_path):
+        import onnx_ir as ir
+
+        folder = copy_folder(exported("hybrid"), tmp_path)
+        graph = ir.load(folder / "model.onnx")
+        gone = next(value for value in graph.graph.inputs if value.name == "past_conv.3")
+        gone.name = "something_else"
+        ir.save(graph, folder / "model.onnx")
+        with pytest.raises(Lfm2Error, match=r"no input for the conv cache of layer 3"):
+            ORTModelForCausalLM.from_pretrained(folder)
+
+    @pytest.mark.parametrize(
+        ("name", "value", "message"),
+        [
+            ("vocab_size", 300, "vocabulary"),
+            ("conv_L_cache", 5, "past_conv.0"),
+            ("num_key_value_heads", 4, "past_key_values.2.key"),
+            ("layer_types", ["conv"] * 4 + ["full_attention"], "past_conv.2"),
+        ],
+    )
+    def test_a_config_of_another_model(self, name, value, message, exported, tmp_path):
+        import json
+
+        folder = copy_folder(exported("hybrid"), tmp_path)
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, name: value}))
+        with pytest.raises(Lfm2Error, match=message):
+            ORTModelForCausalLM.from_pretrained(folder)
+
+    def test_a_graph_of_another_task(self, exported):
+        with pytest.raises(Lfm2Error, match="text-generation"):
+            ORTModelForCausalLM.from_pretrained(exported("hybrid", task="feature-extraction"))
+
+
+def copy_folder(source: Path, target: Path) -> Path:
+    for file in source.iterdir():
+        (target / file.name).write_bytes(file.read_bytes())
+    return target
