@@ -1,0 +1,122 @@
+"""The options of `optimum-cli export onnx`: those that make no sense for LFM2 are refused before any work."""
+
+from __future__ import annotations
+
+import math
+from argparse import Namespace
+from collections.abc import Mapping
+from typing import Any
+
+from optimum.exporters.tasks import TasksManager
+from optimum.utils import DEFAULT_DUMMY_SHAPES
+
+from optimum_lfm2.errors import Lfm2Error
+from optimum_lfm2.export.loading import MODEL_TYPES
+from optimum_lfm2.export.supported import check_architecture
+
+
+OPSETS = range(18, 21)  # below, torch writes older forms of some operators; above, its exporter knows none
+MODEL_KWARGS = ("float_embedding",)
+TEXT_SHAPES = ("batch_size", "sequence_length")
+
+
+def check(args: Namespace, config: Mapping[str, Any]) -> None:
+    """
+    Refuse a request that would fail, be wrong or be silently ignored.
+
+    Args:
+        args: what `optimum-cli export onnx` parsed.
+        config: the checkpoint's `config.json`.
+
+    Raises:
+        Lfm2Error: one line that says why, and what to do instead.
+    """
+    _check_model(args, config)
+    _check_task(args, config)
+    _check_precision(args)
+    _check_variant(args, config)
+    _check_rewrites(args)
+    _check_inputs(args, config)
+
+
+def _check_model(args: Namespace, config: Mapping[str, Any]) -> None:
+    if (model_type := config["model_type"]) not in MODEL_TYPES:
+        raise Lfm2Error(
+            f"{args.model} is of the type {model_type}, which this version of optimum-lfm2 does not export. "
+            f"It exports {', '.join(MODEL_TYPES)}."
+        )
+    if args.library_name not in (None, "transformers"):
+        raise Lfm2Error(f"--library-name {args.library_name}: LFM2 is a model of transformers. Leave the option out.")
+    check_architecture(config)
+
+
+def _check_task(args: Namespace, config: Mapping[str, Any]) -> None:
+    supported = TasksManager.get_supported_tasks_for_model_type(
+        config["model_type"], "onnx", library_name="transformers"
+    )
+    task = TasksManager.map_from_synonym(args.task)
+    if task != "auto" and task not in supported:
+        raise Lfm2Error(f"--task {args.task}: LFM2 is exported for {', '.join(supported)}.")
+    if args.monolith and task.endswith("-with-past"):
+        raise Lfm2Error(
+            f"--monolith means a graph without cache. Leave it out, or use --task {task[: -len('-with-past')]}."
+        )
+
+
+def _check_precision(args: Namespace) -> None:
+    if args.dtype == "bf16":
+        raise Lfm2Error(
+            "--dtype bf16: onnxruntime has no bfloat16 kernels for these operators on the CPU. "
+            "Use --dtype fp32, or fp16 for a file of the same size."
+        )
+    if args.atol is not None and not (math.isfinite(args.atol) and args.atol >= 0):
+        raise Lfm2Error(f"--atol {args.atol}: a tolerance is a number from 0 on, such as 1e-4.")
+    if args.device != "cpu":
+        raise Lfm2Error(
+            f"--device {args.device}: weights go straight from the checkpoint into the file, so no GPU would help. "
+            "Leave it out; the file runs on every device."
+        )
+
+
+def _check_variant(args: Namespace, config: Mapping[str, Any]) -> None:
+    constructor = TasksManager.get_exporter_config_constructor(
+        "onnx", model_type=config["model_type"], task="text-generation", library_name="transformers"
+    )
+    variants = constructor.func.VARIANTS
+    if args.variant not in variants:
+        known = "".join(f"\n  {name}: {description}" for name, description in variants.items())
+        raise Lfm2Error(f"--variant {args.variant}: LFM2 has no such variant. It has:{known}")
+    known_kwargs = ", ".join(MODEL_KWARGS)
+    if not isinstance(args.model_kwargs or {}, dict):
+        raise Lfm2Error(f"--model-kwargs {args.model_kwargs}: give a JSON object; LFM2 knows {known_kwargs}.")
+    if unknown := sorted(set(args.model_kwargs or ()) - set(MODEL_KWARGS)):
+        raise Lfm2Error(f"--model-kwargs: nothing knows {', '.join(unknown)}. LFM2 knows {known_kwargs}.")
+
+
+def _check_rewrites(args: Namespace) -> None:
+    if args.opset is not None and args.opset not in OPSETS:
+        raise Lfm2Error(
+            f"--opset {args.opset}: LFM2 is exported with {OPSETS[0]} to {OPSETS[-1]}; {OPSETS[0]} runs everywhere."
+        )
+    for option in ("optimize", "slim"):
+        if getattr(args, option):
+            raise Lfm2Error(
+                f"--{option}: the graph is made of onnxruntime's fused operators already, and its weights would be loaded "
+                "into memory as a whole. Leave it out."
+            )
+    if args.no_dynamic_axes:
+        raise Lfm2Error("--no-dynamic-axes: a decoder of fixed shape cannot grow its cache. Leave it out.")
+
+
+def _check_inputs(args: Namespace, config: Mapping[str, Any]) -> None:
+    if args.pad_token_id is not None:
+        raise Lfm2Error("--pad_token_id: LFM2 takes padding from attention_mask alone. Leave it out.")
+    for name, default in DEFAULT_DUMMY_SHAPES.items():
+        value = getattr(args, name, default)
+        if name in TEXT_SHAPES and value < 1:
+            raise Lfm2Error(f"--{name} {value}: an example input has at least one. Leave it out for the default.")
+        if name not in TEXT_SHAPES and value != default:
+            raise Lfm2Error(f"--{name}: LFM2's inputs have no such axis. Leave it out.")
+    longest = config.get("max_position_embeddings")
+    if longest and args.sequence_length > longest:
+        raise Lfm2Error(f"--sequence_length {args.sequence_length}: the model goes to {longest} tokens. Use fewer.")

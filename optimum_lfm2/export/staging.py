@@ -1,0 +1,90 @@
+"""Write a folder as a whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+from optimum_lfm2.errors import Lfm2Error
+
+
+@contextmanager
+def staged(output: Path) -> Iterator[Path]:
+    """
+    An empty folder beside `output`, whose files move into `output` when the block ends well.
+
+    Files of the same name are replaced, others in `output` stay. When the block fails or is interrupted (SIGTERM too),
+    `output` is as it was, and nothing half-written is left behind.
+
+    Raises:
+        Lfm2Error: where `output` is a file.
+        OSError: where the folder cannot be written.
+    """
+    output = Path(os.path.abspath(output))  # noqa: PTH100  resolve() would follow a link and replace its target's folder
+    if output.exists() and not output.is_dir():
+        raise Lfm2Error(f"{output} is a file. Give another folder to write to.")
+    created = [folder for folder in output.parents if not folder.exists()]
+    with _terminable():
+        try:
+            output.parent.mkdir(parents=True, exist_ok=True)
+            folder = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+            try:
+                new, old = folder / "new", folder / "old"
+                new.mkdir()
+                yield new
+                _move(new, old, output)
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
+        except BaseException:
+            for parent in created:
+                if parent.exists() and not any(parent.iterdir()):
+                    parent.rmdir()
+            raise
+
+
+def _move(new: Path, old: Path, output: Path) -> None:
+    """Move every file of `new` into `output`; what they replace waits in `old`, to come back if a move fails."""
+    existed = output.exists()
+    undo: list[tuple[Path, Path]] = []
+    try:
+        for source in sorted(path for path in new.rglob("*") if not path.is_dir()):
+            name = source.relative_to(new)
+            if (output / name).exists() or (output / name).is_symlink():
+                _rename(output / name, old / name, undo)
+            _rename(source, output / name, undo)
+    except BaseException:
+        for source, target in reversed(undo):
+            target.replace(source)
+        if not existed:
+            shutil.rmtree(output, ignore_errors=True)
+        raise
+
+
+def _rename(source: Path, target: Path, undo: list[tuple[Path, Path]]) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    source.replace(target)
+    undo.append((source, target))
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Let SIGTERM unwind the stack, as Ctrl-C does."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

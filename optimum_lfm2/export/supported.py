@@ -1,0 +1,39 @@
+"""Which configurations the graph is right for. Others are refused by name, before any work."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from optimum_lfm2.caches import ATTENTION, CONV
+from optimum_lfm2.errors import Lfm2Error
+
+
+# Those whose frequencies depend on nothing but the configuration; `dynamic` and `longrope` change them with the prompt.
+ROPE_TYPES = ("default", "linear", "yarn", "llama3")
+
+
+def check_architecture(config: Mapping[str, Any]) -> None:
+    """
+    Refuse what the graph would compute wrongly.
+
+    Args:
+        config: the checkpoint's `config.json`, or `PretrainedConfig.to_dict()`.
+
+    Raises:
+        Lfm2Error: for a layer type or a rope type that is not known.
+    """
+    unknown = sorted(set(config.get("layer_types") or ()) - {CONV, ATTENTION})
+    if unknown:
+        raise Lfm2Error(
+            f"layer_types in config.json names {', '.join(map(str, unknown))}; LFM2 has {CONV} and {ATTENTION}. "
+            "Is it a model of another family?"
+        )
+    for field in ("rope_scaling", "rope_parameters"):
+        rope = config.get(field) or {}
+        rope_type = rope.get("rope_type", rope.get("type", "default"))
+        if rope_type not in ROPE_TYPES:
+            raise Lfm2Error(
+                f"{field} in config.json asks for {rope_type}, which no exported graph can do: its angles depend on the "
+                f"prompt's length. Use {', '.join(ROPE_TYPES)}."
+            )
