@@ -14,11 +14,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoints import make_checkpoint
 from optimum.exporters.onnx import main_export
 from transformers import Lfm2ForCausalLM, PreTrainedModel
 
 import optimum_lfm2  # noqa: F401  registers LFM2 with Optimum
-from checkpoints import make_checkpoint
 
 
 torch.set_num_threads(1)

@@ -23,7 +23,7 @@ CHECKPOINT_FILES = (
     "model_index.json",
     "modules.json",
     "*/config.json",
-)  # transformers', diffusers', ...
+)
 
 
 def register() -> list[tuple[type, type | None]]:
@@ -97,7 +97,7 @@ def _download(args: Namespace) -> Path | None:
         raise ValueError(f"{args.model} is neither a folder nor a model of the Hub. Is it spelled right?") from None
     except LocalEntryNotFoundError:
         raise ValueError(
-            f"{args.model} is not a folder, and the Hub cannot be reached to look for it. Check the path or the network."
+            f"{args.model} is no folder, and the Hub cannot be reached to look for it. Check the path or the network."
         ) from None
     except EntryNotFoundError:
         return None

@@ -13,6 +13,6 @@ REGISTER_COMMANDS = []
 for _name in MODULES:
     try:
         REGISTER_COMMANDS += importlib.import_module(f"optimum.commands.lfm2.{_name}").register()
-    except Exception as _error:
+    except Exception as _error:  # noqa: PERF203  one that fails must not stop the next
         _logger = logging.getLogger("optimum_lfm2")
         _logger.error("LFM2's %s is not available: %s: %s", _name, type(_error).__name__, _error)
