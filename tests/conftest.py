@@ -38,7 +38,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
 @pytest.fixture(scope="session")
 def exported(checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """`exported(name, **options)`: the folder of its export with `main_export`'s options. Read it, never write to it."""
+    """`exported(name, **options)`: the folder of its export, with options of `main_export`. Never write to it."""
     folder = tmp_path_factory.mktemp("exports")
 
     @cache

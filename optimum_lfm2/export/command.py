@@ -30,8 +30,7 @@ QUIET = (
 
 
 def run_export(command: Any, original: Callable[[Any], None], config: Mapping[str, Any]) -> None:
-    """
-    Run Optimum's own command for an LFM2 checkpoint.
+    """Run Optimum's own command for an LFM2 checkpoint.
 
     Args:
         command: the `ONNXExportCommand`.
@@ -92,8 +91,8 @@ def _reason(error: Exception) -> str:
     largest, name = max(differences)
     tolerance = re.search(r"tolerance (\S+):", str(error))
     return (
-        f"{name} differs from transformers by {largest:.2g}, and {len(differences) - 1} more outputs differ; allowed are "
-        f"{tolerance[1] if tolerance else 'less'}. To accept that, use --atol."
+        f"{name} differs from transformers by {largest:.2g}, and {len(differences) - 1} more outputs differ; "
+        f"allowed are {tolerance[1] if tolerance else 'less'}. To accept that, use --atol."
     )
 
 

@@ -1,6 +1,7 @@
 """LFM2 as an ONNX graph: masks, the two blocks, the decoder, in the order in which the data flows.
 
-Written for the exporter: the calls of `ops.py` are the graph's nodes. transformers' `modeling_lfm2.py` is what it must equal.
+Written for the exporter: the calls of `ops.py` are the graph's nodes. What it must equal is transformers'
+`modeling_lfm2.py`.
 One rule everywhere: only `attention_mask` decides what a row sees.
 """
 
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PretrainedConfig
 
-from optimum_lfm2.caches import CONV, head_dim
+from optimum_lfm2.caches import ATTENTION, CONV, head_dim
 from optimum_lfm2.export import ops
 
 
@@ -22,6 +23,8 @@ Weight = Callable[..., torch.Tensor]
 @dataclass(frozen=True)
 class Rows:
     """What every layer needs to know of this call's rows; computed once in the graph.
+
+    In a model without attention, what only attention reads is None.
 
     Attributes:
         shape: int64 (3), [batch_size, sequence_length, -1].
@@ -36,10 +39,10 @@ class Rows:
     shape: torch.Tensor
     visible: torch.Tensor
     index: torch.Tensor
-    cos: torch.Tensor
-    sin: torch.Tensor
-    last: torch.Tensor
-    total: torch.Tensor
+    cos: torch.Tensor | None
+    sin: torch.Tensor | None
+    last: torch.Tensor | None
+    total: torch.Tensor | None
     bias: torch.Tensor
     end: torch.Tensor
 
@@ -50,15 +53,18 @@ def read_mask(
     inverse_frequencies: torch.Tensor,
     scaling: float,
     dtype: torch.dtype,
+    attends: bool,
 ) -> Rows:
     batch, sequence = input_ids.shape
     total = attention_mask.shape[1]
     new = attention_mask[:, total - sequence :]
     positions = (attention_mask.cumsum(1) - 1).clamp(min=0)[:, total - sequence :]
-    cos, sin = ops.rotary_table(positions, inverse_frequencies, scaling, dtype)
     columns = torch.arange(sequence, device=input_ids.device)
     masked = torch.where(attention_mask == 0, torch.full((), ops.MASKED, dtype=dtype), torch.zeros((), dtype=dtype))
-    last, length = ops.lengths(attention_mask)
+    cos = sin = last = length = None
+    if attends:  # torch's exporter cannot remove an unused node of several outputs
+        cos, sin = ops.rotary_table(positions, inverse_frequencies, scaling, dtype)
+        last, length = ops.lengths(attention_mask)
     return Rows(
         shape=ops.row_shape(input_ids),
         visible=new.reshape(-1, 1) != 0,
@@ -82,8 +88,8 @@ def short_conv(
         state: the last `conv_L_cache` columns of B * x, (batch_size, hidden_size, conv_L_cache), or None for none.
 
     Returns:
-        The block's output, and the new state: the columns up to the row's last unmasked token, so that right padding does
-        not flush it and a chunk of padding alone leaves it as it was.
+        The block's output, and the new state: the columns up to the row's last unmasked token, so that right padding
+        does not flush it and a chunk of padding alone leaves it as it was.
     """
     width, taps = config.hidden_size, config.conv_L_cache
     bias = (lambda part: weight(f"{name}.{part}.bias")) if config.conv_bias else (lambda part: None)
@@ -92,10 +98,8 @@ def short_conv(
     input_gate, output_gate, x = ops.split_in_three(gates, width)
     gated = torch.where(rows.visible, input_gate * x, torch.zeros((), dtype=hidden.dtype))
     gated = ops.rows(gated, rows.shape)
-    if state is None:
-        columns = ops.pad(gated, axis=1, before=taps)
-    else:
-        columns = torch.cat([state.transpose(1, 2), gated], dim=1)
+    empty = state is None
+    columns = ops.pad(gated, axis=1, before=taps) if empty else torch.cat([state.transpose(1, 2), gated], dim=1)
 
     mixed = None
     for tap in range(taps):
@@ -170,7 +174,8 @@ def decoder(
     """Embedding, layers, final norm, and the head where `num_logits_to_keep` is given.
 
     Args:
-        past: the caches of `optimum_lfm2.caches.cache_tensors`, one tuple a layer; None for a graph without cache inputs.
+        past: the caches of `optimum_lfm2.caches.cache_tensors`, one tuple a layer; None for a graph without
+            cache inputs.
         weight: gives a parameter by its name in the checkpoint.
         rotary: inverse frequencies (head_dim / 2) and attention scaling, from transformers' own module.
         prefix: what the decoder's parameter names begin with: `model.` under a head, else nothing.
@@ -179,7 +184,7 @@ def decoder(
         Logits (batch_size, num_logits, vocab_size) or hidden states (batch_size, sequence_length, hidden_size), and the
         present caches, one tuple a layer.
     """
-    rows = read_mask(input_ids, attention_mask, *rotary, dtype)
+    rows = read_mask(input_ids, attention_mask, *rotary, dtype, ATTENTION in config.layer_types)
     width, epsilon, last_layer = config.hidden_size, config.norm_eps, config.num_hidden_layers - 1
     present: list[tuple[torch.Tensor, ...]] = []
 

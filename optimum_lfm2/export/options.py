@@ -21,8 +21,7 @@ TEXT_SHAPES = ("batch_size", "sequence_length")
 
 
 def check(args: Namespace, config: Mapping[str, Any]) -> None:
-    """
-    Refuse a request that would fail, be wrong or be silently ignored.
+    """Refuse a request that would fail, be wrong or be silently ignored.
 
     Args:
         args: what `optimum-cli export onnx` parsed.
@@ -59,7 +58,7 @@ def _check_task(args: Namespace, config: Mapping[str, Any]) -> None:
         raise Lfm2Error(f"--task {args.task}: LFM2 is exported for {', '.join(supported)}.")
     if args.monolith and task.endswith("-with-past"):
         raise Lfm2Error(
-            f"--monolith means a graph without cache. Leave it out, or use --task {task[: -len('-with-past')]}."
+            f"--monolith means a graph without cache. Leave it out, or use --task {task.removesuffix('-with-past')}."
         )
 
 
@@ -101,8 +100,8 @@ def _check_rewrites(args: Namespace) -> None:
     for option in ("optimize", "slim"):
         if getattr(args, option):
             raise Lfm2Error(
-                f"--{option}: the graph is made of onnxruntime's fused operators already, and its weights would be loaded "
-                "into memory as a whole. Leave it out."
+                f"--{option}: the graph is made of onnxruntime's fused operators already, and its weights would be "
+                "loaded into memory as a whole. Leave it out."
             )
     if args.no_dynamic_axes:
         raise Lfm2Error("--no-dynamic-axes: a decoder of fixed shape cannot grow its cache. Leave it out.")

@@ -17,8 +17,7 @@ from optimum_lfm2.errors import Lfm2Error
 
 @contextmanager
 def staged(output: Path) -> Iterator[Path]:
-    """
-    An empty folder beside `output`, whose files move into `output` when the block ends well.
+    """An empty folder beside `output`, whose files move into `output` when the block ends well.
 
     Files of the same name are replaced, others in `output` stay. When the block fails or is interrupted (SIGTERM too),
     `output` is as it was, and nothing half-written is left behind.

@@ -14,8 +14,7 @@ ROPE_TYPES = ("default", "linear", "yarn", "llama3")
 
 
 def check_architecture(config: Mapping[str, Any]) -> None:
-    """
-    Refuse what the graph would compute wrongly.
+    """Refuse what the graph would compute wrongly.
 
     Args:
         config: the checkpoint's `config.json`, or `PretrainedConfig.to_dict()`.
@@ -34,6 +33,6 @@ def check_architecture(config: Mapping[str, Any]) -> None:
         rope_type = rope.get("rope_type", rope.get("type", "default"))
         if rope_type not in ROPE_TYPES:
             raise Lfm2Error(
-                f"{field} in config.json asks for {rope_type}, which no exported graph can do: its angles depend on the "
-                f"prompt's length. Use {', '.join(ROPE_TYPES)}."
+                f"{field} in config.json asks for {rope_type}, which no exported graph can do: its angles depend on "
+                f"the prompt's length. Use {', '.join(ROPE_TYPES)}."
             )

@@ -1,5 +1,4 @@
-"""
-`optimum-cli export onnx`, for LFM2 checkpoints. Every other model goes to Optimum as if this plugin were not there.
+"""`optimum-cli export onnx`, for LFM2 checkpoints. Every other model goes to Optimum as if this plugin were not there.
 
 Imported at every start of `optimum-cli`: nothing heavy at the top, and `optimum_lfm2` is heavy.
 """
@@ -51,8 +50,7 @@ def _wrap(original: Callable[[Any], None]) -> Callable[[Any], None]:
 
 
 def read_config(args: Namespace) -> dict[str, Any]:
-    """
-    The `config.json` of `--model`, a folder or an id of the Hub; empty where it has none, which Optimum may know.
+    """The `config.json` of `--model`, a folder or an id of the Hub; empty where it has none, which Optimum may know.
 
     Raises:
         ValueError: for what is no model at all.
