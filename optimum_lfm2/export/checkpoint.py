@@ -51,7 +51,9 @@ class Checkpoint(Mapping[str, torch.Tensor]):
         for name, parameter in self._parameters.items():
             stored = self._stored[name]
             if stored not in shapes:
-                raise Lfm2Error(f"{self._files[stored]} has no tensor {stored}, though the checkpoint's index names it.")
+                raise Lfm2Error(
+                    f"{self._files[stored]} has no tensor {stored}, though the checkpoint's index names it."
+                )
             if tuple(shapes[stored]) != tuple(parameter.shape):
                 raise Lfm2Error(
                     f"{stored} in {self._files[stored]} has the shape {tuple(shapes[stored])}; the checkpoint's "
@@ -62,7 +64,13 @@ class Checkpoint(Mapping[str, torch.Tensor]):
         stored = self._stored[name]
         # Opened for each tensor: a mapping that lives on keeps every page that was read in memory.
         with _opened(self._files[stored]) as file:
-            return file.get_tensor(stored).to(self._parameters[name].dtype, copy=True)
+            weight = file.get_tensor(stored)
+        converted = weight.to(self._parameters[name].dtype, copy=True)
+        if not converted.isfinite().all():
+            kind = str(converted.dtype).removeprefix("torch.")
+            remedy = f"too large for {kind}. Use --dtype fp32." if weight.isfinite().all() else "not finite numbers."
+            raise Lfm2Error(f"{stored} in {self._files[stored]} holds values that are {remedy}")
+        return converted
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._stored)

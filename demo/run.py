@@ -1,0 +1,21 @@
+"""Print what an exported model writes: `python demo/run.py FOLDER [PROMPT]`."""
+
+from __future__ import annotations
+
+import sys
+
+from optimum.onnxruntime import ORTModelForCausalLM
+from transformers import AutoTokenizer, TextStreamer
+
+import optimum_lfm2  # noqa: F401  ORTModelForCausalLM knows LFM2 from here on
+
+
+def main(folder: str, prompt: str = "Once upon a time") -> None:
+    model = ORTModelForCausalLM.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    inputs = tokenizer(prompt, return_tensors="pt")
+    model.generate(**inputs, max_new_tokens=128, do_sample=False, streamer=TextStreamer(tokenizer))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:3])
