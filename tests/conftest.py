@@ -23,15 +23,17 @@ import optimum_lfm2  # noqa: F401  registers LFM2 with Optimum
 
 torch.set_num_threads(1)
 
+TRAINED = Path(__file__).parent.parent / "demo" / "checkpoint"
+
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """`checkpoint(name)`: the folder of a checkpoint of `tests.checkpoints`. Read it, never write to it."""
+    """`checkpoint(name)`: the folder of a checkpoint of `tests.checkpoints`, or `trained`. Read it, never write to it."""
     folder = tmp_path_factory.mktemp("checkpoints")
 
     @cache
     def checkpoint(name: str) -> Path:
-        return make_checkpoint(name, folder)
+        return TRAINED if name == "trained" else make_checkpoint(name, folder)
 
     return checkpoint
 

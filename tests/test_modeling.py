@@ -10,7 +10,8 @@ import pytest
 import torch
 from checkpoints import CHECKPOINTS, gold_tokens, prompts
 from optimum.onnxruntime import ORTModelForCausalLM
-from transformers import StoppingCriteria, StoppingCriteriaList
+from optimum.pipelines import pipeline
+from transformers import AutoTokenizer, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from optimum_lfm2 import ORTLfm2ForCausalLM
@@ -295,14 +296,28 @@ def test_session_options_and_providers(exported, gold):
         ORTModelForCausalLM.from_pretrained(exported("hybrid"), provider="CUDAExecutionProvider")
 
 
-def test_pipeline(checkpoint_with_tokenizer, exported_with_tokenizer):
-    from optimum.pipelines import pipeline
+def test_the_trained_checkpoint_tells_stories(exported, gold_model):
+    """Real text, unequal rows: the words that transformers writes for each prompt alone."""
+    tokenizer = AutoTokenizer.from_pretrained(exported("trained"), padding_side="left")
+    texts = [
+        "Once upon a time there was a girl named Nora",
+        "In a house by the harbour lived",
+        "Early on Friday Oscar carried a brass bell to the market.",
+    ]
+    golds = [gold_tokens(gold_model("trained"), tokenizer(text, return_tensors="pt").input_ids[0], 48) for text in texts]
+    model = ORTModelForCausalLM.from_pretrained(exported("trained"))
+    batch = tokenizer(texts, return_tensors="pt", padding=True)
+    out = model.generate(**batch, **{**GREEDY, "max_new_tokens": 48})[:, batch.input_ids.shape[1] :]
+    assert out.tolist() == golds
+    assert "Nora" in tokenizer.decode(out[0])
 
-    generator = pipeline("text-generation", model=str(exported_with_tokenizer), accelerator="ort")
+
+def test_pipeline(exported):
+    generator = pipeline("text-generation", model=str(exported("trained")), accelerator="ort")
     assert isinstance(generator.model, ORTLfm2ForCausalLM)
-    text = generator("Once upon a time", max_new_tokens=12, do_sample=False)[0]["generated_text"]
-    assert text.startswith("Once upon a time")
-    assert len(text) > len("Once upon a time")
+    text = generator("Once upon a time there was a girl named", max_new_tokens=12, do_sample=False)[0]["generated_text"]
+    assert text.startswith("Once upon a time there was a girl named ")
+    assert len(text.split()) > 12
 
 
 def test_threads_are_restored(model, gold, monkeypatch):
