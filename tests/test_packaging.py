@@ -1,0 +1,100 @@
+"""What is installed: the wheel's files, what the plugin costs when `optimum-cli` starts, failures that stay its own."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+
+ROOT = Path(__file__).parent.parent
+HEAVY = ["torch", "transformers", "onnx", "onnxruntime", "numpy", "optimum_lfm2"]
+
+
+def run(code: str, *path: Path) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, path or [ROOT]))}
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, cwd=path[0] if path else ROOT)
+
+
+def test_no_init_in_the_namespace():
+    """One of them would hide all of Optimum."""
+    assert (ROOT / "optimum" / "commands" / "register" / "register_lfm2.py").is_file()
+    assert not list((ROOT / "optimum").rglob("__init__.py"))
+
+
+@pytest.mark.slow
+def test_wheel(tmp_path):
+    for folder in ("optimum", "optimum_lfm2"):
+        shutil.copytree(ROOT / folder, tmp_path / "source" / folder)
+    for file in ("pyproject.toml", "LICENSE", "README.md"):
+        shutil.copy(ROOT / file, tmp_path / "source" / file)
+    build = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--quiet", "."]
+    subprocess.run([*build, "-w", str(tmp_path)], cwd=tmp_path / "source", check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    names = set(zipfile.ZipFile(wheel).namelist())
+    sources = {
+        str(path.relative_to(ROOT)) for folder in ("optimum", "optimum_lfm2") for path in (ROOT / folder).rglob("*.py")
+    }
+    assert sources <= names
+    assert not [name for name in names if name.startswith("optimum/") and name.endswith("__init__.py")]
+    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+    done = run("import sys; sys.argv = ['optimum-cli', 'export', '--help']; " + CLI, tmp_path / "site")
+    assert done.returncode == 0
+    assert "onnx" in done.stdout
+    assert WRAPPED in run(SHOW_RUN, tmp_path / "site").stdout
+
+
+CLI = "from optimum.commands.optimum_cli import main; main()"
+WRAPPED = "optimum.commands.lfm2.export_onnx"
+SHOW_RUN = """
+from optimum.commands.optimum_cli import load_optimum_namespace_cli_commands
+load_optimum_namespace_cli_commands()
+from optimum.commands.export.onnx import ONNXExportCommand
+print(ONNXExportCommand.run.__globals__["__name__"])
+"""
+
+
+def test_the_command_is_wrapped_once():
+    done = run(
+        SHOW_RUN + "\nload_optimum_namespace_cli_commands()\nprint(ONNXExportCommand.run.__wrapped__.__module__)"
+    )
+    assert done.stdout.split() == [WRAPPED, "optimum.commands.export.onnx"]
+
+
+def test_start_imports_nothing_heavy():
+    code = """
+import sys, time
+from optimum.commands import optimum_cli
+from optimum.commands.register import register_export, register_onnxruntime
+before, started = set(sys.modules), time.perf_counter()
+optimum_cli.load_optimum_namespace_cli_commands()
+print(time.perf_counter() - started)
+print(*(set(sys.modules) - before))
+"""
+    seconds, *modules = run(code).stdout.split()
+    assert not {name.split(".")[0] for name in modules} & set(HEAVY)
+    assert "optimum.commands.register.register_lfm2" in modules
+    assert float(seconds) < 0.03 * 10  # 2 ms where it was measured; a busy machine may take its time
+
+
+@pytest.fixture
+def broken(tmp_path) -> Path:
+    """The plugin with a defect in one of its light modules."""
+    shutil.copytree(ROOT / "optimum", tmp_path / "optimum")
+    path = tmp_path / "optimum" / "commands" / "lfm2" / "export_onnx.py"
+    path.write_text("raise RuntimeError('a defect')\n")
+    return tmp_path
+
+
+def test_a_failure_of_the_plugin_is_one_line(broken):
+    done = run("import sys; sys.argv = ['optimum-cli', 'export', '--help']; " + CLI, broken)
+    assert done.returncode == 0
+    assert "onnx" in done.stdout
+    assert done.stderr.count("\n") == 1
+    assert "a defect" in done.stderr
