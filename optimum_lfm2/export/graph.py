@@ -115,7 +115,7 @@ def short_conv(
 
 def attention(
     hidden: torch.Tensor,
-    past: tuple[torch.Tensor, torch.Tensor] | None,
+    past: tuple[torch.Tensor, ...] | None,
     rows: Rows,
     weight: Weight,
     name: str,

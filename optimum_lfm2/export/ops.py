@@ -25,18 +25,18 @@ class Node(Function):
     """A Function whose `forward` the tracer does not look into: it would keep every intermediate value."""
 
     def __init_subclass__(cls) -> None:
-        cls.forward = staticmethod(_untraced(cls.forward))
+        cls.forward = staticmethod(_untraced(cls.forward))  # type: ignore[method-assign]
 
 
 def _untraced(forward):
     @functools.wraps(forward)
     def wrapper(*args):
         state = torch._C._get_tracing_state()
-        torch._C._set_tracing_state(None)
+        torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
         try:
             return forward(*args)
         finally:
-            torch._C._set_tracing_state(state)
+            torch._C._set_tracing_state(state)  # type: ignore[attr-defined]
 
     return wrapper
 
@@ -375,7 +375,7 @@ def group_query_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    past: tuple[torch.Tensor, torch.Tensor] | None,
+    past: tuple[torch.Tensor, ...] | None,
     last: torch.Tensor,
     total: torch.Tensor,
     bias: torch.Tensor,
