@@ -15,10 +15,9 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoints import make_checkpoint
-from optimum.exporters.onnx import main_export
 from transformers import Lfm2ForCausalLM, PreTrainedModel
 
-import optimum_lfm2  # noqa: F401  registers LFM2 with Optimum
+import optimum_lfm2  # noqa: F401  registers LFM2 with Optimum, and comes before it: it provides what Optimum imports
 
 
 torch.set_num_threads(1)
@@ -28,7 +27,7 @@ TRAINED = Path(__file__).parent.parent / "demo" / "checkpoint"
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """`checkpoint(name)`: the folder of a checkpoint of `tests.checkpoints`, or `trained`. Read it, never write to it."""
+    """`checkpoint(name)`: the folder of a checkpoint of `tests.checkpoints`, or `trained`. Never write to it."""
     folder = tmp_path_factory.mktemp("checkpoints")
 
     @cache
@@ -45,6 +44,8 @@ def exported(checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPat
 
     @cache
     def exported(name: str, **options: object) -> Path:
+        from optimum.exporters.onnx import main_export
+
         path = folder / "-".join([name, *(f"{key}={value}" for key, value in sorted(options.items()))])
         main_export(str(checkpoint(name)), path, **{"do_validation": False, **options})
         return path
