@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import shutil
 import subprocess
@@ -14,6 +15,13 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 HEAVY = ["torch", "transformers", "onnx", "onnxruntime", "numpy", "optimum_lfm2"]
+
+
+def is_installed() -> bool:
+    try:
+        return bool(importlib.metadata.version("optimum-lfm2"))
+    except importlib.metadata.PackageNotFoundError:
+        return False
 
 
 def run(code: str, *path: Path) -> subprocess.CompletedProcess[str]:
@@ -58,6 +66,15 @@ load_optimum_namespace_cli_commands()
 from optimum.commands.export.onnx import ONNXExportCommand
 print(ONNXExportCommand.run.__globals__["__name__"])
 """
+
+
+@pytest.mark.skipif(not is_installed(), reason="optimum-lfm2 is not installed, only on the path")
+def test_the_installed_package_reaches_the_command_line(tmp_path):
+    """Also from an editable install, where a finder of setuptools has to join the namespace's parts."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [sys.executable, "-c", SHOW_RUN]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
+    assert done.stdout.strip() == WRAPPED
 
 
 def test_the_command_is_wrapped_once():
