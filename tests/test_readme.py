@@ -1,0 +1,32 @@
+"""The README's snippets, run as they stand."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+
+README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+
+
+def snippets(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def test_the_python_snippet_answers(exported, tmp_path, monkeypatch, capsys):
+    (snippet,) = snippets("python")
+    shutil.copytree(exported("trained"), tmp_path / "lfm2_onnx")
+    monkeypatch.chdir(tmp_path)
+    exec(compile(snippet, "README.md", "exec"), {})
+    assert capsys.readouterr().out.splitlines() == [
+        "3 plus 4 is 7.",
+        "The silver key is next to the well. Ben put it there.",
+    ]
+
+
+@pytest.mark.parametrize("path", sorted(set(re.findall(r"\]\((?!http)([^)#]+)", README))))
+def test_links_lead_somewhere(path):
+    assert (Path(__file__).parent.parent / path).exists()
