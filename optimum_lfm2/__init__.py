@@ -1,5 +1,12 @@
 """LFM2 for Hugging Face Optimum: ONNX export and generation with ONNX Runtime."""
 
+# ruff: noqa: E402, I001  the order matters
+
+from optimum_lfm2.compat import complete_transformers
+
+
+complete_transformers()  # before anything of optimum is imported
+
 from optimum.exporters.tasks import TasksManager
 
 import optimum.exporters.onnx.__main__  # Optimum's own configs first, so that ours replace them

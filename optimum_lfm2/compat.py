@@ -1,52 +1,209 @@
-"""What differs between transformers releases; each entry says at which release it can go."""
+"""What differs between transformers releases; each entry says at which release it can go.
+
+Imported before anything of `optimum`: it imports nothing of it.
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import PreTrainedModel
-from transformers.models.lfm2.modeling_lfm2 import Lfm2HybridConvCache
+import transformers
+from transformers import AutoTokenizer, Lfm2Config, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from optimum_lfm2.caches import CONV
 
 
-class _HybridCache(Lfm2HybridConvCache):
-    """transformers 4's cache, which looks for an attention layer even where a model has none."""
+Caches = Sequence[tuple[torch.Tensor, ...]]
 
-    def __init__(self, model: PreTrainedModel, length: int) -> None:
+TRANSFORMERS_5 = int(transformers.__version__.split(".")[0]) >= 5
+TOKENIZER_CONFIG = "tokenizer_config.json"
+
+
+def complete_transformers() -> None:
+    """Put back the names that optimum-onnx imports and transformers 5 moved, and the class that transformers 4 lacks.
+
+    The former go with the first optimum-onnx that admits transformers 5, the latter with transformers 4.
+    """
+    if not TRANSFORMERS_5:
+        AutoTokenizer.register(
+            Lfm2Config, fast_tokenizer_class=TokenizersBackend, exist_ok=True
+        )  # known by its name too
+        return
+    import huggingface_hub
+    import transformers  # again: it replaces its own module while it is first used
+    from transformers import modeling_utils, pipelines, utils
+    from transformers.utils import generic, output_capturing
+
+    _put_back(modeling_utils, "get_parameter_dtype", lambda model: model.dtype)
+    _put_back(transformers, "AutoModelForVision2Seq", transformers.AutoModelForImageTextToText)
+    _put_back(utils, "is_offline_mode", huggingface_hub.is_offline_mode)
+    _put_back(generic, "OutputRecorder", output_capturing.OutputRecorder)
+    # Optimum looks classes up by str(class) in it: a registry of its own is as good, for it falls back to the class.
+    _put_back(generic, "_CAN_RECORD_REGISTRY", {})
+    # What it asks for no longer exists: generation parameters in a model's config.
+    _put_back(PretrainedConfig, "_get_non_default_generation_parameters", lambda config: {})
+    _route_pipelines(pipelines)
+
+
+def _put_back(module: Any, name: str, value: Any) -> None:
+    if not hasattr(module, name):
+        setattr(module, name, value)
+
+
+def _route_pipelines(pipelines: Any) -> None:
+    """Optimum's `pipeline` replaces `infer_framework_load_model` while it runs; transformers 5 calls `load_model`."""
+    if hasattr(pipelines, "infer_framework_load_model"):
+        return
+    load_model = pipelines.load_model
+    pipelines.infer_framework_load_model = None
+
+    def routed(*args: Any, **kwargs: Any) -> Any:
+        replacement = pipelines.infer_framework_load_model
+        if replacement is None:
+            return load_model(*args, **kwargs)
+        for name in ("code_revision", "dtype"):  # which Optimum's models do not take
+            kwargs.pop(name, None)
+        return replacement(*args, **kwargs)[1]
+
+    pipelines.load_model = routed
+
+
+def spell_rope_for_both(config: PretrainedConfig) -> None:
+    """Let `config` say the rope's parameters as transformers 4 reads them, at the top, and as 5 does, nested.
+
+    transformers 4 silently takes its default where it finds them nested. Goes with transformers 4.
+    """
+    rope = getattr(config, "rope_parameters", None)
+    if rope is None:
+        return
+    config.rope_theta = rope.get("rope_theta", getattr(config, "rope_theta", None))
+    scaling = {name: value for name, value in rope.items() if name != "rope_theta"}
+    if not TRANSFORMERS_5 and scaling.get("rope_type", "default") != "default":
+        config.rope_scaling = scaling
+
+
+class TokenizersBackend(PreTrainedTokenizerFast):
+    """The tokenizer class that transformers 5 names in `tokenizer_config.json`, for transformers 4. Goes with it."""
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: str, *args: Any, **kwargs: Any) -> PreTrainedTokenizerFast:
+        written = get_tokenizer_config(name_or_path, **kwargs)
+        tokenizer = super().from_pretrained(name_or_path, *args, **{**_special_tokens(written), **kwargs})
+        tokenizer.__class__ = PreTrainedTokenizerFast  # so that it is saved under the name that both know
+        return tokenizer
+
+
+def _special_tokens(tokenizer_config: dict[str, Any]) -> dict[str, Any]:
+    """Special tokens without a name of their own: transformers 5 lists them where 4 keeps named ones."""
+    extra = tokenizer_config.get("extra_special_tokens")
+    return {"additional_special_tokens": extra, "extra_special_tokens": {}} if isinstance(extra, list) else {}
+
+
+def spell_tokenizer_for_both(folder: Path) -> None:
+    """Rewrite a `tokenizer_config.json` of transformers 5 so that 4 alone reads it too. Goes with transformers 4."""
+    path = folder / TOKENIZER_CONFIG
+    if not path.is_file():
+        return
+    written = json.loads(path.read_text(encoding="utf-8"))
+    if written.get("tokenizer_class") != "TokenizersBackend":
+        return
+    written |= {"tokenizer_class": "PreTrainedTokenizerFast", **_special_tokens(written)}
+    path.write_text(json.dumps(written, indent=2, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
+
+
+class GenerationWithoutExperts:
+    """What `generate` of transformers 5 asks of a model that is no module. Goes with an optimum-onnx made for it."""
+
+    def get_experts_implementation(self) -> dict[str, str]:
+        """None: `generate` would switch to another one for decoding."""
+        return {}
+
+
+# The caches that transformers' own forward takes: transformers 4 has a class of LFM2's own, 5 one for every model.
+# The former goes with transformers 4.
+
+if TRANSFORMERS_5:
+    from transformers import DynamicCache
+
+    class _HybridCache(DynamicCache):
+        """transformers 5's cache, which looks for an attention layer even where a model has none."""
+
+        length = 0
+
+        def get_seq_length(self, layer_idx: int = 0) -> int:
+            return self.length
+
+        def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+            return self.length + query_length, 0
+
+    def hybrid_cache(model: PreTrainedModel, caches: Caches | None) -> Any:
+        """A cache of one row for transformers' own forward, filled with `caches` (one tuple a layer) or empty."""
+        cache = _HybridCache(config=model.config)
+        for layer, tensors in enumerate(caches or ()):
+            update = cache.update_conv_state if len(tensors) == 1 else cache.update
+            update(*(x.clone() for x in tensors), layer)
+        return cache
+
+    def hybrid_cache_layers(cache: Any) -> list[tuple[torch.Tensor, ...]]:
+        """The inverse of `hybrid_cache`: one tuple of caches a layer."""
+        return [
+            (layer.conv_states[0],) if hasattr(layer, "conv_states") else (layer.keys, layer.values)
+            for layer in cache.layers
+        ]
+
+    def call(model: PreTrainedModel, ids: torch.Tensor, cache: Any, length: int) -> torch.Tensor:
+        """The first output of transformers' forward for one row's new `ids`, (1, new), on `length` cached tokens."""
+        cache.length = length
+        positions = torch.arange(length, length + ids.shape[1], device=ids.device)
+        return model(input_ids=ids, position_ids=positions[None], past_key_values=cache, use_cache=True)[0]
+
+else:
+    from transformers.models.lfm2.modeling_lfm2 import Lfm2HybridConvCache
+
+    class _ConvCache(Lfm2HybridConvCache):
+        """transformers 4's cache, which looks for an attention layer even where a model has none."""
+
+        def __init__(self, model: PreTrainedModel) -> None:
+            self.key_cache: list[torch.Tensor] = []
+            self.value_cache: list[torch.Tensor] = []
+            self.conv_cache: list[torch.Tensor] = []
+            self.layer_types = model.config.layer_types
+            self.length = 0
+
+        def get_seq_length(self, layer_idx: int | None = 0) -> int:
+            return self.length
+
+    def hybrid_cache(model: PreTrainedModel, caches: Caches | None) -> Any:
+        """A cache of one row for transformers' own forward, filled with `caches` (one tuple a layer) or empty."""
         config = model.config
-        self.key_cache: list[torch.Tensor] = []
-        self.value_cache: list[torch.Tensor] = []
-        self.conv_cache: list[torch.Tensor] = []
-        self.layer_types = config.layer_types
-        self.length = length
+        cache = _ConvCache(model)
+        nothing = torch.zeros(0, dtype=model.dtype, device=model.device)
+        empty_state = torch.zeros(1, config.hidden_size, config.conv_L_cache, dtype=model.dtype, device=model.device)
+        for layer, layer_type in enumerate(config.layer_types):
+            key, value, conv = nothing, nothing, empty_state.clone()
+            if caches is not None and layer_type == CONV:
+                conv = caches[layer][0].clone()
+            elif caches is not None:
+                key, value = (x.clone() for x in caches[layer])
+            cache.key_cache.append(key)
+            cache.value_cache.append(value)
+            cache.conv_cache.append(conv)
+        return cache
 
-    def get_seq_length(self, layer_idx: int | None = 0) -> int:
-        return self.length
+    def hybrid_cache_layers(cache: Any) -> list[tuple[torch.Tensor, ...]]:
+        """The inverse of `hybrid_cache`: one tuple of caches a layer."""
+        return [
+            (cache.conv_cache[i],) if layer_type == CONV else (cache.key_cache[i], cache.value_cache[i])
+            for i, layer_type in enumerate(cache.layer_types)
+        ]
 
-
-def hybrid_cache(model: PreTrainedModel, caches: Sequence[tuple[torch.Tensor, ...]] | None, length: int):
-    """A cache of one row that transformers' own forward takes, filled with `caches` (one tuple a layer) or empty."""
-    config = model.config
-    cache = _HybridCache(model, length)
-    nothing = torch.zeros(0, dtype=model.dtype, device=model.device)
-    empty_state = torch.zeros(1, config.hidden_size, config.conv_L_cache, dtype=model.dtype, device=model.device)
-    for layer, layer_type in enumerate(config.layer_types):
-        key, value, conv = nothing, nothing, empty_state.clone()
-        if caches is not None and layer_type == CONV:
-            conv = caches[layer][0].clone()
-        elif caches is not None:
-            key, value = (x.clone() for x in caches[layer])
-        cache.key_cache.append(key)
-        cache.value_cache.append(value)
-        cache.conv_cache.append(conv)
-    return cache
-
-
-def hybrid_cache_layers(cache: _HybridCache, model: PreTrainedModel) -> list[tuple[torch.Tensor, ...]]:
-    """The inverse of `hybrid_cache`: one tuple of caches a layer."""
-    return [
-        (cache.conv_cache[i],) if layer_type == CONV else (cache.key_cache[i], cache.value_cache[i])
-        for i, layer_type in enumerate(model.config.layer_types)
-    ]
+    def call(model: PreTrainedModel, ids: torch.Tensor, cache: Any, length: int) -> torch.Tensor:
+        """The first output of transformers' forward for one row's new `ids`, (1, new), on `length` cached tokens."""
+        cache.length = length
+        positions = torch.arange(length, length + ids.shape[1], device=ids.device)
+        return model(input_ids=ids, past_key_values=cache, use_cache=True, cache_position=positions)[0]

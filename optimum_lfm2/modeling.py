@@ -14,6 +14,7 @@ from transformers import GenerationConfig, PretrainedConfig
 from transformers.generation import GenerationMode
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from optimum_lfm2 import compat
 from optimum_lfm2.errors import Lfm2Error
 from optimum_lfm2.runtime.cache import Lfm2Cache
 from optimum_lfm2.runtime.layout import GraphLayout
@@ -26,7 +27,7 @@ PREALLOCATED = 2048  # columns at most; a longer sequence doubles the buffers
 WARNINGS_OFF = 3  # onnxruntime's severity "error": its warnings at load are about choices that were made on purpose
 
 
-class ORTLfm2ForCausalLM(ORTModelForCausalLM):
+class ORTLfm2ForCausalLM(compat.GenerationWithoutExperts, ORTModelForCausalLM):
     """LFM2 with a language modeling head on ONNX Runtime.
 
     `ORTModelForCausalLM.from_pretrained` returns this class for an LFM2 folder once `optimum_lfm2` is imported. It learns
@@ -106,7 +107,9 @@ class ORTLfm2ForCausalLM(ORTModelForCausalLM):
             )
         use_cache = self.config.use_cache if use_cache is None else use_cache
         if (use_cache or past_key_values is not None) and not self.can_use_cache:
-            raise Lfm2Error(f"{self.path} has no cache inputs. Export it with --task text-generation-with-past, or pass use_cache=False.")
+            raise Lfm2Error(
+                f"{self.path} has no cache inputs. Export it with --task text-generation-with-past, or pass use_cache=False."
+            )
         attention_mask = self._checked(input_ids, attention_mask, past_key_values)
 
         cache = past_key_values
@@ -121,9 +124,7 @@ class ORTLfm2ForCausalLM(ORTModelForCausalLM):
             return (logits,) if cache is None else (logits, cache)
         return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
 
-    def _checked(
-        self, ids: torch.Tensor, mask: torch.Tensor | None, cache: Lfm2Cache | None
-    ) -> torch.Tensor:
+    def _checked(self, ids: torch.Tensor, mask: torch.Tensor | None, cache: Lfm2Cache | None) -> torch.Tensor:
         """The attention mask, after the checks that `forward` promises."""
         past = 0 if cache is None else cache.length
         batch, length = ids.shape[0], past + ids.shape[1]
@@ -171,7 +172,9 @@ class ORTLfm2ForCausalLM(ORTModelForCausalLM):
         *_: Any,
     ) -> None:
         if generation_mode == GenerationMode.ASSISTED_GENERATION:
-            raise Lfm2Error("Assisted generation takes tokens back, and LFM2's convolution states cannot be undone. Leave it out.")
+            raise Lfm2Error(
+                "Assisted generation takes tokens back, and LFM2's convolution states cannot be undone. Leave it out."
+            )
         if not generation_config.use_cache:
             return
         rows = batch_size * max(generation_config.num_beams, generation_config.num_return_sequences)
@@ -183,14 +186,15 @@ class ORTLfm2ForCausalLM(ORTModelForCausalLM):
         input_ids: torch.LongTensor,
         past_key_values: Lfm2Cache | None = None,
         attention_mask: torch.LongTensor | None = None,
-        cache_position: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Any,
     ) -> dict[str, Any]:
         """The tokens that the cache has not seen, and the mask as it is."""
-        if past_key_values is not None and cache_position is not None:
-            input_ids = input_ids[:, -len(cache_position) :]
+        if past_key_values is not None:
+            # The mask counts all tokens; the ids may be all of them or the new ones alone.
+            length = (input_ids if attention_mask is None else attention_mask).shape[1]
+            input_ids = input_ids[:, past_key_values.length - length :]
         return {
             "input_ids": input_ids,
             "past_key_values": past_key_values,

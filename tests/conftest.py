@@ -16,11 +16,13 @@ import pytest
 import torch
 from checkpoints import make_checkpoint
 from transformers import Lfm2ForCausalLM, PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
 
 import optimum_lfm2  # noqa: F401  registers LFM2 with Optimum, and comes before it: it provides what Optimum imports
 
 
 torch.set_num_threads(1)
+disable_progress_bar()  # transformers 5 shows one for every checkpoint that a test saves
 
 TRAINED = Path(__file__).parent.parent / "demo" / "checkpoint"
 

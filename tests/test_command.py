@@ -21,6 +21,8 @@ from optimum.commands.optimum_cli import main
 from optimum.exporters.onnx import convert
 from safetensors.torch import load_file, save_file
 
+from optimum_lfm2.compat import TRANSFORMERS_5
+
 
 ROOT = Path(__file__).parent.parent
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -380,6 +382,7 @@ def test_terminated(checkpoint, out):
 # Other models
 
 
+@pytest.mark.skipif(TRANSFORMERS_5, reason="optimum-onnx 0.1.0 exports no Llama with transformers 5")
 def test_other_models_go_to_optimum_untouched(cli, tmp_path):
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -397,6 +400,7 @@ def test_other_models_go_to_optimum_untouched(cli, tmp_path):
     assert (tmp_path / "out" / "model.onnx").is_file()
 
 
+@pytest.mark.skipif(TRANSFORMERS_5, reason="optimum-onnx 0.1.0 is not imported before us there: it would fail")
 def test_ours_wins_over_a_config_of_optimum(checkpoint, tmp_path):
     """If optimum-onnx brings its own one day."""
     code = """

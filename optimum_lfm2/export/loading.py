@@ -6,10 +6,19 @@ from typing import Any
 
 import torch
 from optimum.exporters.tasks import TasksManager
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
+from optimum_lfm2 import compat
 from optimum_lfm2.errors import Lfm2Error
 from optimum_lfm2.export.checkpoint import Checkpoint, find_tensors
+from optimum_lfm2.export.supported import check_architecture
 
 
 MODEL_TYPES = ("lfm2",)
@@ -38,10 +47,12 @@ class Lfm2TasksManager(TasksManager):
         hub = _hub(kwargs)
         files = None if config is None else find_tensors(model_name_or_path, **hub)
         if files is None:
+            if config is not None:
+                kwargs["config"] = config
             return TasksManager.get_model_from_task(
                 task, model_name_or_path, torch_dtype=torch_dtype, device=device, **kwargs
             )
-        model = weightless(config, task.removesuffix("-with-past"), torch_dtype or torch.float32)
+        model: Any = weightless(config, task.removesuffix("-with-past"), torch_dtype or torch.float32)
         if model.can_generate():
             model.generation_config = _generation_config(model_name_or_path, config, hub)
         model.checkpoint = Checkpoint(files, model)
@@ -52,7 +63,7 @@ class Lfm2TasksManager(TasksManager):
 class _Materialize:
     """`model.to` of a weightless model: reads the weights first. Optimum calls it before it runs the model."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: Any) -> None:
         self._model = model
 
     def __call__(self, *args: Any, **kwargs: Any) -> PreTrainedModel:
@@ -67,7 +78,7 @@ class _Materialize:
 def weightless(config: PretrainedConfig, task: str, dtype: torch.dtype) -> PreTrainedModel:
     """The model of `config` on the meta device: names, shapes and dtype, and no memory."""
     with torch.device("meta"):
-        return AUTO_CLASSES[task].from_config(config, torch_dtype=dtype).eval()
+        return AUTO_CLASSES[task].from_config(config, dtype=dtype).eval()
 
 
 def is_causal(config: PretrainedConfig) -> bool:
@@ -98,10 +109,13 @@ def _lfm2_config(model_name_or_path: str, **kwargs: Any) -> PretrainedConfig | N
     config = AutoConfig.from_pretrained(model_name_or_path, **_hub(kwargs))
     if config.model_type not in MODEL_TYPES:
         return None
+    compat.spell_rope_for_both(config)
+    check_architecture(config.to_dict())
     if getattr(config, "quantization_config", None):
         method = config.quantization_config.get("quant_method", "unknown")
         raise Lfm2Error(
-            f"{model_name_or_path} is quantised already ({method}). Export the original checkpoint, with --variant q4 or q8."
+            f"{model_name_or_path} is quantised already ({method}). "
+            "Export the original checkpoint, with --variant q4 or q8."
         )
     return config
 

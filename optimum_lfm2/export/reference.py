@@ -52,19 +52,19 @@ def fill_visible(
 
 def _row_of(past: Caches, row: int, seen: torch.Tensor) -> Caches:
     """The row's caches without the columns that it does not see."""
-    return [tuple(x[row : row + 1] if len(caches) == 1 else x[row : row + 1, :, seen] for x in caches) for caches in past]
+    return [
+        tuple(x[row : row + 1] if len(caches) == 1 else x[row : row + 1, :, seen] for x in caches) for caches in past
+    ]
 
 
 def _run_row(
     model: PreTrainedModel, ids: torch.Tensor, caches: Caches | None, length: int
 ) -> tuple[torch.Tensor, Caches]:
     """Feed `ids` to transformers: at once on an empty cache, token by token on a full one, as generation does."""
-    cache = compat.hybrid_cache(model, caches if length else None, length)
+    cache = compat.hybrid_cache(model, caches if length else None)
     pieces = ids.split(1) if length else (ids,)
     outputs = []
     for piece in pieces:
-        positions = torch.arange(length, length + len(piece), device=ids.device)
-        out = model(input_ids=piece[None], past_key_values=cache, use_cache=True, cache_position=positions)
-        outputs.append(out[0][0])
+        outputs.append(compat.call(model, piece[None], cache, length)[0])
         length += len(piece)
-    return torch.cat(outputs), compat.hybrid_cache_layers(cache, model)
+    return torch.cat(outputs), compat.hybrid_cache_layers(cache)
