@@ -1,7 +1,7 @@
 """The graph's vocabulary: each function is one ONNX node (or two), with its meaning in plain torch beside it.
 
-A `torch.autograd.Function` carries both: `forward` runs while torch traces, and in tests against ONNX Runtime; `symbolic`
-emits the node. Operators of the `com.microsoft` domain are described in onnxruntime's docs/ContribOperators.md.
+A `torch.autograd.Function` carries both: `forward` runs while torch traces, and in tests against ONNX Runtime;
+`symbolic` emits the node. Operators of `com.microsoft` are described in onnxruntime's docs/ContribOperators.md.
 Hidden states are two-dimensional, (tokens, width), tokens being batch_size * sequence_length: `Gemm` reads a Linear's
 weight as torch stores it. "Rows" are the same values as (batch_size, sequence_length, width).
 """
@@ -297,8 +297,8 @@ def rotary_table(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosines and sines of the call's own positions, (tokens, head_dim / 2) each.
 
-    They are computed in float32 as transformers does, a few hundred numbers a call, in place of a table of all positions
-    that would add 32 MB to every file.
+    They are computed in float32 as transformers does, a few hundred numbers a call, in place of a table of all
+    positions that would add 32 MB to every file.
     """
     return _RotaryTable.apply(positions, inverse_frequencies, scaling, dtype)
 
@@ -321,7 +321,7 @@ class _RotaryEmbedding(Node):
 def rotary_embedding(
     x: torch.Tensor, index: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, num_heads: int
 ) -> torch.Tensor:
-    """Rotate rows of `num_heads` heads by the angles at `index`, (batch, sequence), of the tables. Halves, not pairs."""
+    """Rotate rows of `num_heads` heads by the tables' angles at `index`, (batch, sequence). Halves, not pairs."""
     return _RotaryEmbedding.apply(x, index, cos, sin, num_heads)
 
 
@@ -411,7 +411,7 @@ class _SiLU(Node):
 
 
 def silu(x: torch.Tensor) -> torch.Tensor:
-    """x * sigmoid(x); ONNX Runtime fuses the pair when it loads the graph."""
+    """`x * sigmoid(x)`; ONNX Runtime fuses the pair when it loads the graph."""
     return _SiLU.apply(x)
 
 
