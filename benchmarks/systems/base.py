@@ -1,0 +1,80 @@
+"""What a system must be able to do to be measured."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+
+@dataclass
+class Timing:
+    """Tokens of a greedy continuation, and the seconds at the start and after each of them."""
+
+    tokens: list[int] = field(default_factory=list)
+    stamps: list[float] = field(default_factory=lambda: [time.perf_counter()])
+
+    def add(self, token: int) -> None:
+        self.stamps.append(time.perf_counter())
+        self.tokens.append(token)
+
+    @property
+    def prefill(self) -> float:
+        """Seconds until the first token."""
+        return self.stamps[1] - self.stamps[0]
+
+    @property
+    def decode(self) -> float:
+        """Seconds from the first token to the last."""
+        return self.stamps[-1] - self.stamps[1]
+
+
+class System:
+    """A system that takes one step at a time; one that has only a `generate` overrides `run`."""
+
+    def start(self, ids: list[int]) -> int:
+        """Forget everything, read the prompt, return the first token."""
+        raise NotImplementedError
+
+    def step(self, token: int) -> int:
+        """Read one token, return the next."""
+        raise NotImplementedError
+
+    def run(self, ids: list[int], new: int) -> Timing:
+        """The first token and `new` more, greedily; no token ends the text."""
+        timing = Timing()
+        token = self.start(ids)
+        timing.add(token)
+        for _ in range(new):
+            token = self.step(token)
+            timing.add(token)
+        return timing
+
+
+class Stamps:
+    """A transformers streamer that notes when each token comes."""
+
+    def __init__(self) -> None:
+        self.timing = Timing()
+        self.prompt_seen = False
+
+    def put(self, value) -> None:
+        if self.prompt_seen:
+            self.timing.add(int(value))
+        self.prompt_seen = True
+
+    def end(self) -> None:
+        pass
+
+
+def run_generate(model, ids: list[int], new: int) -> Timing:
+    """`System.run` for whatever has transformers' `generate`."""
+    import torch
+
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = 0
+    inputs = torch.tensor([ids])
+    stamps = Stamps()
+    model.generate(
+        inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=new + 1, do_sample=False, streamer=stamps
+    )
+    return stamps.timing

@@ -1,0 +1,19 @@
+"""transformers itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from benchmarks.systems import base
+
+
+class System(base.System):
+    def __init__(self, folder: Path, threads: int, length: int) -> None:
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        torch.set_num_threads(threads)
+        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa").eval()
+
+    def run(self, ids: list[int], new: int) -> base.Timing:
+        return base.run_generate(self.model, ids, new)
