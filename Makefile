@@ -7,7 +7,7 @@ MODEL ?= demo/checkpoint
 PROMPT ?= Once upon a time
 OUT ?= .demo/onnx
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-transformers5 lint clean
 
 demo: .venv/ready
 	.venv/bin/optimum-cli export onnx --model "$(MODEL)" "$(OUT)"
@@ -15,6 +15,10 @@ demo: .venv/ready
 
 test: .venv-test/ready lint
 	.venv-test/bin/python -m pytest --cov=optimum_lfm2 --cov-report=term --cov-fail-under=90
+
+# optimum-onnx 0.1.0 refuses transformers 5 in its metadata alone.
+test-transformers5: .venv-transformers5/ready
+	.venv-transformers5/bin/python -m pytest -m "not slow" --ignore=tests/test_packaging.py
 
 lint: .venv-test/ready
 	.venv-test/bin/ruff check
@@ -33,5 +37,12 @@ lint: .venv-test/ready
 	.venv-test/bin/pip install --quiet -e ".[dev]"
 	touch $@
 
+.venv-transformers5/ready: pyproject.toml
+	$(PYTHON) -m venv .venv-transformers5
+	.venv-transformers5/bin/pip install --quiet "$(TORCH)"
+	.venv-transformers5/bin/pip install --quiet "transformers>=5" onnxruntime onnx "onnx-ir>=1.1" requests tqdm pytest pytest-cov
+	.venv-transformers5/bin/pip install --quiet --no-deps optimum==2.1.0 optimum-onnx==0.1.0 -e .
+	touch $@
+
 clean:
-	rm -rf .venv .venv-test .demo
+	rm -rf .venv .venv-test .venv-transformers5 .demo
