@@ -12,6 +12,7 @@ from optimum.utils import DEFAULT_DUMMY_SHAPES, NormalizedTextConfig
 
 from packaging import version
 
+from optimum_lfm2 import compat
 from optimum_lfm2.caches import (
     ANY_PADDING,
     BATCH,
@@ -143,7 +144,8 @@ class Lfm2OnnxConfig(TextDecoderOnnxConfig):
         bind(model_path, self.weights, {**self.input_shapes(), **self.output_shapes()}, self.metadata())
 
     def post_process_exported_models(self, path: Path, models_and_onnx_configs: dict, onnx_files_subpaths: list[str]):
-        """Nothing is left to do: tied weights are one tensor already."""
+        """Tied weights are one tensor already; what Optimum has saved beside the model becomes readable for all."""
+        compat.spell_tokenizer_for_both(Path(path))
         return models_and_onnx_configs, onnx_files_subpaths
 
 
