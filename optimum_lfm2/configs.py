@@ -30,6 +30,7 @@ from optimum_lfm2.caches import (
 from optimum_lfm2.export import ops
 from optimum_lfm2.export.patcher import Lfm2ModelPatcher
 from optimum_lfm2.export.weights import bind
+from optimum_lfm2.genai import write_genai_config
 
 
 Shapes = dict[str, tuple[int | str, ...] | None]
@@ -146,6 +147,8 @@ class Lfm2OnnxConfig(TextDecoderOnnxConfig):
     def post_process_exported_models(self, path: Path, models_and_onnx_configs: dict, onnx_files_subpaths: list[str]):
         """Tied weights are one tensor already; what Optimum has saved beside the model becomes readable for all."""
         compat.spell_tokenizer_for_both(Path(path))
+        if self.task == "text-generation" and self.use_past:
+            write_genai_config(Path(path), onnx_files_subpaths[0], self._config, self.cache_tensors)
         return models_and_onnx_configs, onnx_files_subpaths
 
 
