@@ -37,7 +37,7 @@ def complete_transformers() -> None:
     import huggingface_hub
     import transformers  # again: it replaces its own module while it is first used
     from transformers import modeling_utils, pipelines, utils
-    from transformers.utils import generic, output_capturing
+    from transformers.utils import generic, output_capturing  # type: ignore[attr-defined]
 
     _put_back(modeling_utils, "get_parameter_dtype", lambda model: model.dtype)
     _put_back(transformers, "AutoModelForVision2Seq", transformers.AutoModelForImageTextToText)
@@ -91,7 +91,7 @@ class TokenizersBackend(PreTrainedTokenizerFast):
     """The tokenizer class that transformers 5 names in `tokenizer_config.json`, for transformers 4. Goes with it."""
 
     @classmethod
-    def from_pretrained(cls, name_or_path: str, *args: Any, **kwargs: Any) -> PreTrainedTokenizerFast:
+    def from_pretrained(cls, name_or_path: str, *args: Any, **kwargs: Any) -> PreTrainedTokenizerFast:  # type: ignore[override]
         written = get_tokenizer_config(name_or_path, **kwargs)
         tokenizer = super().from_pretrained(name_or_path, *args, **{**_special_tokens(written), **kwargs})
         tokenizer.__class__ = PreTrainedTokenizerFast  # so that it is saved under the name that both know
@@ -125,7 +125,7 @@ class GenerationWithoutExperts:
 
 
 # The caches that transformers' own forward takes: transformers 4 has a class of LFM2's own, 5 one for every model.
-# The former goes with transformers 4.
+# The former goes with transformers 4. Types are checked against the release that pip resolves: hence what is ignored.
 
 if TRANSFORMERS_5:
     from transformers import DynamicCache
@@ -138,12 +138,12 @@ if TRANSFORMERS_5:
         def get_seq_length(self, layer_idx: int = 0) -> int:
             return self.length
 
-        def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:  # type: ignore[override]
             return self.length + query_length, 0
 
     def hybrid_cache(model: PreTrainedModel, caches: Caches | None) -> Any:
         """A cache of one row for transformers' own forward, filled with `caches` (one tuple a layer) or empty."""
-        cache = _HybridCache(config=model.config)
+        cache: Any = _HybridCache(config=model.config)
         for layer, tensors in enumerate(caches or ()):
             update = cache.update_conv_state if len(tensors) == 1 else cache.update
             update(*(x.clone() for x in tensors), layer)
