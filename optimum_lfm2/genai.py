@@ -46,7 +46,8 @@ def genai_config(
     Args:
         generation: the checkpoint's `generation_config.json`: its tokens and sampling settings go before the config's.
     """
-    past, present = {}, {}
+    past: dict[str, str] = {}
+    present: dict[str, str] = {}
     for tensor in caches:
         past[f"past_{tensor.kind}_names"] = _template(tensor.past, tensor.layer)
         present[f"present_{tensor.kind}_names"] = _template(tensor.present, tensor.layer)
@@ -58,7 +59,7 @@ def genai_config(
     eos, pad = token("eos_token_id"), token("pad_token_id")
     if pad is None:
         pad = eos[0] if isinstance(eos, list) else eos
-    model = {
+    model: dict[str, Any] = {
         "type": "lfm2",
         "bos_token_id": token("bos_token_id"),
         "eos_token_id": eos,
@@ -87,7 +88,7 @@ def _template(name: str, layer: int) -> str:
 
 
 def _search(config: PretrainedConfig, generation: Mapping[str, Any]) -> dict[str, Any]:
-    search = {
+    search: dict[str, Any] = {
         "do_sample": False,
         "early_stopping": True,
         "max_length": config.max_position_embeddings,
