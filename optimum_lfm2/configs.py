@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from optimum.exporters.onnx.config import TextDecoderOnnxConfig
 from optimum.utils import DEFAULT_DUMMY_SHAPES, NormalizedTextConfig
-
 from packaging import version
 
 from optimum_lfm2 import compat
@@ -27,8 +27,10 @@ from optimum_lfm2.caches import (
     head_dim,
     unflatten,
 )
+from optimum_lfm2.errors import Lfm2Error
 from optimum_lfm2.export import ops
 from optimum_lfm2.export.patcher import Lfm2ModelPatcher
+from optimum_lfm2.export.quantize import VARIANTS, Scheme
 from optimum_lfm2.export.weights import bind
 from optimum_lfm2.genai import write_genai_config
 
@@ -50,10 +52,53 @@ class Lfm2OnnxConfig(TextDecoderOnnxConfig):
     DEFAULT_ONNX_OPSET = 18
     _MODEL_PATCHER = Lfm2ModelPatcher
 
+    VARIANTS: ClassVar[dict[str, str]] = {
+        "default": "Weights in float, as --dtype says.",
+        "q4": "Weights in 4 bits; with --dtype fp16 for devices that compute in half precision.",
+        "q8": "Weights in 8 bits, next to indistinguishable from float.",
+    }
+
+    DEFAULT_VARIANT = "default"
+
     weights: Mapping[str, torch.Tensor] = {}
+    magnitudes: Mapping[str, float] = {}  # the largest value of each output in validation
+    float_embedding = False
+
+    @property
+    def variant(self) -> str:
+        return self._variant
+
+    @variant.setter
+    def variant(self, name: str) -> None:
+        name = self.DEFAULT_VARIANT if name == "default" else name
+        if name not in self.VARIANTS:
+            known = "".join(f"\n  {variant}: {description}" for variant, description in self.VARIANTS.items())
+            raise Lfm2Error(f"LFM2 has no variant {name}. It has:{known}")
+        self._variant = name
+        # Optimum exports with a new config that it makes of this one's class alone: so the variant goes into the class.
+        self.__class__ = type(type(self).__name__, (type(self),), {"DEFAULT_VARIANT": name})
+
+    @property
+    def scheme(self) -> Scheme | None:
+        """How the weights are quantised; None: not at all."""
+        scheme = VARIANTS.get(self.variant)
+        return scheme and replace(scheme, float_embedding=self.float_embedding)
+
+    def patch_model_for_export(self, model: Any, model_kwargs: dict[str, Any] | None = None) -> Lfm2ModelPatcher:
+        """Optimum hands over `--model-kwargs`, to which it adds `logits_to_keep`."""
+        options = {name: value for name, value in (model_kwargs or {}).items() if name != "logits_to_keep"}
+        self.float_embedding = bool(options.pop("float_embedding", False))
+        if options:
+            raise Lfm2Error(
+                f"Unknown --model-kwargs: {', '.join(options)}. LFM2 knows float_embedding (true or false)."
+            )
+        return super().patch_model_for_export(model, model_kwargs)
 
     @property
     def ATOL_FOR_VALIDATION(self) -> float:  # noqa: N802  Optimum's name
+        """Relative to an output's largest value where that exceeds 1 (see `validation.py`)."""
+        if self.scheme is not None:
+            return 0.1  # against the dequantised weights: what is left is the noise of int8 activations
         return 1e-4 if self.float_dtype == "fp32" else 2e-2
 
     @property
@@ -69,7 +114,7 @@ class Lfm2OnnxConfig(TextDecoderOnnxConfig):
         return _axes(self.output_shapes())
 
     def input_shapes(self) -> Shapes:
-        """The inputs in order, with a name for each axis that varies; `num_logits_to_keep` takes any shape of one element."""
+        """The inputs in order, a name for each axis that varies; None: `num_logits_to_keep` takes a scalar or [1]."""
         shapes: Shapes = {
             "input_ids": (BATCH, SEQUENCE),
             "attention_mask": (BATCH, TOTAL if self.use_past_in_inputs else SEQUENCE),
@@ -90,7 +135,7 @@ class Lfm2OnnxConfig(TextDecoderOnnxConfig):
         return shapes
 
     def metadata(self) -> dict[str, str]:
-        """What our runtime may rely on. Heads of other widths are padded in the graph, outside the cache's own buffer."""
+        """What our runtime may rely on. Heads of other widths are padded in the graph, outside the cache's buffer."""
         in_place = head_dim(self._config) % ops.HEAD_DIM_MULTIPLE == 0
         return {ANY_PADDING: "true", IN_PLACE: str(in_place).lower()}
 
@@ -127,7 +172,7 @@ class Lfm2OnnxConfig(TextDecoderOnnxConfig):
 
     def _dummy_caches(self, batch: int, past: int, generator: torch.Generator) -> list[tuple[torch.Tensor, ...]]:
         def values(tensor: CacheTensor) -> torch.Tensor:
-            values = torch.randn((batch, *tensor.shape(self._config, past)[1:]), generator=generator)
+            values = torch.randn((batch, *map(int, tensor.shape(self._config, past)[1:])), generator=generator)
             return (values if past else values * 0).to(DTYPES[self.float_dtype])
 
         return unflatten([values(tensor) for tensor in self.cache_tensors], self._config.layer_types)
@@ -142,7 +187,7 @@ class Lfm2OnnxConfig(TextDecoderOnnxConfig):
         self, model_path: Path, device: str = "cpu", dtype: str | None = None, input_shapes: dict | None = None
     ) -> None:
         """Optimum calls this right after the trace: declare the shapes and stream the weights into the file."""
-        bind(model_path, self.weights, {**self.input_shapes(), **self.output_shapes()}, self.metadata())
+        bind(model_path, self.weights, {**self.input_shapes(), **self.output_shapes()}, self.metadata(), self.scheme)
 
     def post_process_exported_models(self, path: Path, models_and_onnx_configs: dict, onnx_files_subpaths: list[str]):
         """Tied weights are one tensor already; what Optimum has saved beside the model becomes readable for all."""

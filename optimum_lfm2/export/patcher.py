@@ -1,4 +1,4 @@
-"""What Optimum calls in place of the model's own forward: the graph while it traces, transformers while it validates."""
+"""What Optimum calls for the model's own forward: the graph while it traces, transformers while it validates."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from optimum_lfm2.caches import flatten
 from optimum_lfm2.export import ops
 from optimum_lfm2.export.checkpoint import tied_names
 from optimum_lfm2.export.graph import decoder
+from optimum_lfm2.export.quantize import dequantized
 from optimum_lfm2.export.reference import fill_visible
 
 
@@ -21,13 +22,13 @@ Caches = Sequence[tuple[torch.Tensor, ...]]
 class Lfm2ModelPatcher:
     """Context manager that replaces `model.forward` by one with the graph's signature.
 
-    Traced, it runs `graph.decoder` with a placeholder for each weight. Called, it answers with transformers' own forward,
-    so that Optimum's validation does not compare our graph with itself.
+    Traced, it runs `graph.decoder` with a placeholder for each weight. Called, it answers with transformers' own
+    forward, so that Optimum's validation does not compare our graph with itself.
     """
 
     def __init__(self, config: Any, model: PreTrainedModel, model_kwargs: dict[str, Any] | None = None) -> None:
         self._onnx_config = config
-        self._model = model
+        self._model: Any = model
         self._parameters = dict(model.named_parameters(remove_duplicate=False))
         # Read here: while torch traces, a shape is made of traced values.
         self._shapes = {name: tuple(parameter.shape) for name, parameter in self._parameters.items()}
@@ -55,20 +56,32 @@ class Lfm2ModelPatcher:
             )
             return (output, *flatten(present)) if self._onnx_config.use_past else output
 
-        output, present = self._decode(self._weight, input_ids, attention_mask, past_key_values, num_logits_to_keep)
-        del self._model.forward
-        try:
-            fill_visible(self._model, input_ids, attention_mask, past_key_values, output, present)
-        finally:
-            self._model.forward = self.forward
-        name = next(iter(self._onnx_config.outputs))
+        with dequantized(self._model, self._onnx_config.scheme):
+            output, present = self._decode(self._weight, input_ids, attention_mask, past_key_values, num_logits_to_keep)
+            del self._model.forward
+            try:
+                fill_visible(self._model, input_ids, attention_mask, past_key_values, output, present)
+            finally:
+                self._model.forward = self.forward
+        name, *presents = self._onnx_config.outputs
+        values = dict(zip([name, *presents], [output, *flatten(present)], strict=False))
+        self._onnx_config.magnitudes = {key: float(value.abs().max()) for key, value in values.items()}
         return {name: output, "past_key_values": present} if self._onnx_config.use_past else {name: output}
 
-    def _decode(self, weight: Any, input_ids: torch.Tensor, *inputs: Any) -> tuple[torch.Tensor, Caches]:
+    def _decode(
+        self,
+        weight: Any,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        past: Caches | None,
+        num_logits_to_keep: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, Caches]:
         model = self._model
         return decoder(
             input_ids,
-            *inputs,
+            attention_mask,
+            past,
+            num_logits_to_keep,
             weight=weight,
             config=model.config,
             rotary=self._rotary,
@@ -77,7 +90,7 @@ class Lfm2ModelPatcher:
         )
 
     def _weight(self, name: str, tap: int = -1) -> torch.Tensor:
-        parameter = self._parameters[name]
+        parameter = self._model.get_parameter(name)
         return parameter if tap < 0 else parameter[:, 0, tap]
 
     def _placeholder(self, name: str, tap: int = -1) -> torch.Tensor:
@@ -85,7 +98,7 @@ class Lfm2ModelPatcher:
         return ops.parameter(self._tied[name], shape if tap < 0 else shape[:1], self._model.dtype, tap)
 
 
-def _rotary(model: PreTrainedModel) -> tuple[torch.Tensor, float]:
+def _rotary(model: Any) -> tuple[torch.Tensor, float]:
     module = getattr(model, "model", model).rotary_emb
     rotary = type(module)(model.config)  # anew, for the model may be on the meta device
     return rotary.inv_freq.float(), rotary.attention_scaling

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from optimum_lfm2.caches import LOGITS_TO_KEEP
 from optimum_lfm2.export.ops import PLACEHOLDER_DOMAIN
+from optimum_lfm2.export.quantize import CONTRIB_DOMAIN, Quantizer, Scheme, register
 
 
 # Small tensors stay in model.onnx: onnxruntime-web reads shapes and axes from there alone.
@@ -26,6 +27,7 @@ def bind(
     weights: Mapping[str, torch.Tensor],
     shapes: Mapping[str, Sequence[int | str] | None],
     metadata: Mapping[str, str],
+    scheme: Scheme | None = None,
 ) -> None:
     """Turn a traced file with placeholders into a complete model beside one `{name}_data` file.
 
@@ -34,15 +36,23 @@ def bind(
         weights: each parameter by its name in the checkpoint; names that are tied share one tensor.
         shapes: the shape of each input and output, symbols for the axes that vary; None declares no shape.
         metadata: what the file says of itself to those who load it.
+        scheme: how to quantise the linear layers and the embedding; None keeps every weight as it is.
     """
     model = ir.load(path)
+    views: dict[ir.Value, str] = {}
+    if scheme is not None:
+        quantizer = Quantizer(model.graph, weights, scheme)
+        quantizer.run()
+        views = quantizer.views
+        model.opset_imports[CONTRIB_DOMAIN] = 1
     _replace_placeholders(model.graph, weights)
     _declare_shapes(model.graph, shapes)
+    _declare_linear_outputs(model.graph)
     _add_default(model.graph)
     model.metadata_props.update(metadata)
     model.ir_version = IR_VERSION
     model.opset_imports.pop(PLACEHOLDER_DOMAIN, None)
-    _save(model, path)
+    _save(model, path, views)
 
 
 def _replace_placeholders(graph: ir.Graph, weights: Mapping[str, torch.Tensor]) -> None:
@@ -51,10 +61,12 @@ def _replace_placeholders(graph: ir.Graph, weights: Mapping[str, torch.Tensor]) 
             continue
         name, tap = node.attributes.get_string("name"), node.attributes.get_int("tap")
         key = name if tap < 0 else f"{name}.{tap}"
-        if key not in graph.initializers:
-            placeholder = node.outputs[0]
-            graph.register_initializer(_initializer(key, placeholder, partial(_read, weights, name, tap)))
-        node.outputs[0].replace_all_uses_with(graph.initializers[key])
+        placeholder = node.outputs[0]
+        if placeholder.uses():  # the quantiser leaves some without
+            if key not in graph.initializers:
+                read = partial(_read, weights, name, tap)
+                register(graph, key, placeholder.dtype, placeholder.shape, read)
+            placeholder.replace_all_uses_with(graph.initializers[key])
         graph.remove(node, safe=True)
 
 
@@ -63,17 +75,19 @@ def _read(weights: Mapping[str, torch.Tensor], name: str, tap: int) -> ir.Tensor
     return TorchTensor(weight if tap < 0 else weight[:, 0, tap].contiguous())
 
 
-def _initializer(name: str, placeholder: ir.Value, read: Callable[[], ir.TensorProtocol]) -> ir.Value:
-    """A weight as a graph initializer that reads its values only while the file is written."""
-    tensor = ir.LazyTensor(read, dtype=placeholder.dtype, shape=placeholder.shape, name=name)
-    return ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
-
-
 def _declare_shapes(graph: ir.Graph, shapes: Mapping[str, Sequence[int | str] | None]) -> None:
     """Numbers for the axes that do not vary: clients build empty caches from them."""
     for value in (*graph.inputs, *graph.outputs):
         shape = shapes[value.name]
         value.shape = None if shape is None else ir.Shape(shape)
+
+
+def _declare_linear_outputs(graph: ir.Graph) -> None:
+    """Onnxruntime's quantizer needs their type, and ONNX's inference stops at operators that are not its own."""
+    for node in graph:
+        if node.op_type == "Gemm":
+            weight, output = node.inputs[1], node.outputs[0]
+            output.type, output.shape = ir.TensorType(weight.dtype), ir.Shape((None, weight.shape[0]))
 
 
 def _add_default(graph: ir.Graph) -> None:
@@ -84,17 +98,36 @@ def _add_default(graph: ir.Graph) -> None:
             graph.register_initializer(value)
 
 
-def _save(model: ir.Model, path: Path) -> None:
+def _save(model: ir.Model, path: Path, views: Mapping[ir.Value, str]) -> None:
     with tqdm(desc="Writing weights", unit="tensor", disable=None, leave=False) as bar:
 
         def advance(tensor: ir.TensorProtocol, info: ir.external_data.CallbackInfo) -> None:
             bar.total = info.total
             bar.update()
 
-        ir.save(
+        ir.external_data.unload_from_model(
             model,
-            path,
-            external_data=f"{path.name}_data",
+            path.parent,
+            f"{path.name}_data",
             size_threshold_bytes=EXTERNAL_FROM_BYTES - 1,
             callback=advance,
         )
+    for value, stored in views.items():
+        value.const_value = _view(model.graph.initializers[stored].const_value, value)
+        model.graph.register_initializer(value)
+    ir.save(model, path)
+
+
+def _view(tensor: ir.TensorProtocol, value: ir.Value) -> ir.TensorProtocol:
+    """The bytes of a stored tensor in the shape of `value`: onnxruntime maps the file, so they are not read twice."""
+    if isinstance(tensor, ir.ExternalTensor):
+        return ir.ExternalTensor(
+            tensor.location,
+            tensor.offset,
+            tensor.length,
+            tensor.dtype,
+            shape=value.shape,
+            name=value.name,
+            base_dir=tensor.base_dir,
+        )
+    return ir.tensor(tensor.numpy().reshape(value.shape.numpy()), name=value.name)
