@@ -6,6 +6,7 @@ Without --checkpoint it makes one of the exact shape of LFM2-350M. Whatever is n
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import json
 import os
@@ -22,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import report
-from benchmarks.systems import SYSTEMS, Entry
+from benchmarks.systems import SYSTEMS
 
 
 CONTEXT_SYSTEMS = "ours-q4,genai-int4,llama-q4_0"
@@ -43,6 +44,10 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--context", type=_numbers, default=[128, 256, 512, 1024, 2048, 4096], help="prompt lengths of the curve; '' for none")
     parser.add_argument("--context-systems", type=_names, default=_names(CONTEXT_SYSTEMS), help="of the curve")
     parser.add_argument("--long-prompt", type=int, default=16384, help=f"tokens whose memory is measured on {LONG_PROMPT_SYSTEM}; 0 for none")
+    parser.add_argument(
+        "--python", type=_interpreter, action="append", default=[], metavar="PACKAGE=PATH",
+        help="the Python that has a package, where it cannot be installed beside the others",
+    )  # fmt: skip
     parser.add_argument("--write-docs", action="store_true", help="put the table into docs/performance.md and the PNG beside it")
     return parser.parse_args(argv)
 
@@ -54,6 +59,13 @@ def _names(text: str) -> list[str]:
     return names
 
 
+def _interpreter(text: str) -> tuple[str, str]:
+    package, _, path = text.partition("=")
+    if package not in {entry.package for entry in SYSTEMS.values()} or not Path(path).is_file():
+        raise argparse.ArgumentTypeError(f"{text}: PACKAGE=PATH, of a package that is measured and a Python that exists")
+    return package, str(Path(path).absolute())  # not resolved: a virtual environment's Python is a link
+
+
 def _numbers(text: str) -> list[int]:
     return [int(number) for number in text.split(",") if number]
 
@@ -63,6 +75,7 @@ class Bench:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
+        self.pythons = dict(args.python)
         self.work = args.work.resolve()
         self.work.mkdir(parents=True, exist_ok=True)
         self.checkpoint = args.checkpoint.resolve() if args.checkpoint else self._made_checkpoint()
@@ -78,6 +91,11 @@ class Bench:
             add_tokenizer(make_350m(path))
         return path
 
+    def version(self, name: str) -> str | None:
+        """Of the package that a system needs; None where it is not installed."""
+        package = SYSTEMS[name].package
+        return _version(package, self.pythons.get(package, sys.executable))
+
     def folder(self, name: str) -> Path:
         files = SYSTEMS[name].files
         return self.checkpoint if files is None else self.work / files
@@ -87,7 +105,7 @@ class Bench:
         entry, folder = SYSTEMS[name], self.folder(name)
         if entry.files is None:
             return
-        key = f"{self.checkpoint} {_sources() if entry.module in ('ours', 'loop') else entry.version}"
+        key = f"{self.checkpoint} {_sources() if entry.module in ('ours', 'loop') else self.version(name)}"
         ready = folder.with_suffix(".ready")
         if ready.exists() and ready.read_text() == key:
             return
@@ -103,7 +121,7 @@ class Bench:
         values |= {"threads": self.args.threads, "vocabulary": self.vocabulary}
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
         done = subprocess.run(
-            [sys.executable, "-m", "benchmarks.worker", json.dumps(values)],
+            [self.pythons.get(SYSTEMS[name].package, sys.executable), "-m", "benchmarks.worker", json.dumps(values)],
             cwd=ROOT, env=environment, capture_output=True, text=True,
         )  # fmt: skip
         if done.returncode != 0:
@@ -140,7 +158,11 @@ class WorkerError(RuntimeError):
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Everything that `results.json` holds."""
     bench = Bench(args)
-    chosen = [name for name in args.systems if _installed(name, SYSTEMS[name])]
+    versions = {name: bench.version(name) for name in args.systems}
+    for name, version in versions.items():
+        if version is None:
+            say(f"{name} left out: {SYSTEMS[name].package} is not installed")
+    chosen = [name for name, version in versions.items() if version]
     ready = [name for name, _ in bench.attempt(chosen, "prepare")]
     systems: dict[str, dict[str, Any]] = {
         name: {**_description(name), "size": bench.size(name), "rounds": []} for name in ready
@@ -151,7 +173,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             speeds = " ".join(f"{median:.1f}" for median in map(report.median, (result["prefill"], result["decode"])))
             say(f"round {number + 1}: {name} {speeds} tok/s")
     results = {
-        "machine": _machine(),
+        "machine": _machine() | {"versions": {SYSTEMS[name].package: versions[name] for name in chosen}},
         "options": {key: getattr(args, key) for key in ("rounds", "repeats", "threads", "prompt", "new")},
         "systems": systems,
     }
@@ -170,15 +192,16 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     return results
 
 
-def _installed(name: str, entry: Entry) -> bool:
-    if not entry.installed:
-        say(f"{name} left out: {entry.package} is not installed")
-    return entry.installed
-
-
 def _description(name: str) -> dict[str, Any]:
     entry = SYSTEMS[name]
     return {"title": entry.title, "precision": entry.precision, "bits": entry.bits}
+
+
+@functools.cache
+def _version(package: str, python: str) -> str | None:
+    code = f"import importlib.metadata as m; print(m.version({package!r}))"
+    done = subprocess.run([python, "-c", code], capture_output=True, text=True)
+    return done.stdout.strip() if done.returncode == 0 else None
 
 
 def _sources() -> str:
@@ -191,16 +214,11 @@ def _sources() -> str:
 def _machine() -> dict[str, Any]:
     cpu = Path("/proc/cpuinfo")
     names = [line.split(": ")[1] for line in cpu.read_text().splitlines() if line.startswith("model name")] if cpu.exists() else []
-    versions = {entry.package: entry.version for entry in SYSTEMS.values() if entry.installed}
-    import importlib.metadata
-
-    versions["torch"] = importlib.metadata.version("torch")
     return {
         "cpu": names[0] if names else platform.processor(),
         "cores": os.cpu_count(),
         "date": time.strftime("%Y-%m-%d"),
         "python": platform.python_version(),
-        "versions": versions,
     }
 
 

@@ -6,8 +6,6 @@ Nothing here imports a system before it is used: a worker loads the one that it 
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
-import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -38,17 +36,6 @@ class Entry:
     module: str
     package: str
     options: tuple[tuple[str, str], ...] = ()
-
-    @property
-    def installed(self) -> bool:
-        return self.version is not None
-
-    @property
-    def version(self) -> str | None:
-        try:
-            return importlib.metadata.version(self.package)
-        except importlib.metadata.PackageNotFoundError:
-            return None
 
     def prepare(self, checkpoint: Path, folder: Path) -> None:
         importlib.import_module(f"benchmarks.systems.{self.module}").prepare(checkpoint, folder, **dict(self.options))

@@ -1,0 +1,48 @@
+"""openvino-genai, with the model that optimum-intel converts."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.systems import base
+
+
+def prepare(checkpoint: Path, folder: Path, weights: str) -> None:
+    command = [str(Path(sys.executable).parent / "optimum-cli"), "export", "openvino", "--model", str(checkpoint)]
+    command += ["--task", "text-generation-with-past", "--weight-format", weights, str(folder)]
+    subprocess.run(command, check=True, cwd=folder)
+
+
+class System(base.System):
+    def __init__(self, folder: Path, threads: int, length: int, weights: str) -> None:
+        import openvino
+        import openvino_genai
+
+        self.tensor = openvino.Tensor
+        self.api = openvino_genai
+        # Its default, paged attention, gives wrong tokens for LFM2.
+        self.pipe = openvino_genai.LLMPipeline(
+            str(folder), "CPU", ATTENTION_BACKEND="SDPA", INFERENCE_NUM_THREADS=threads
+        )
+
+    def run(self, ids: list[int], new: int) -> base.Timing:
+        config = self.api.GenerationConfig()
+        config.max_new_tokens, config.ignore_eos, config.do_sample = new + 1, True, False
+        config.apply_chat_template = False
+        timing, running = base.Timing(), self.api.StreamingStatus.RUNNING
+
+        class Stamps(self.api.StreamerBase):
+            def write(self, token):
+                for one in token if isinstance(token, list) else [token]:
+                    timing.add(int(one))
+                return running
+
+            def end(self) -> None:
+                pass
+
+        self.pipe.generate(self.tensor(np.array([ids], np.int64)), config, Stamps())
+        return timing
