@@ -67,28 +67,6 @@ def make_checkpoint(name: str, folder: Path, seed: int = 1, dtype: torch.dtype =
     return path
 
 
-def make_350m(path: Path) -> Path:
-    """Save a checkpoint of the exact shape of LFM2-350M, in bfloat16, with seeded random weights: 709 MB."""
-    config = Lfm2Config(
-        vocab_size=65536,
-        hidden_size=1024,
-        intermediate_size=6656,
-        num_hidden_layers=16,
-        num_attention_heads=16,
-        num_key_value_heads=8,
-        layer_types=[ATTENTION if i in (2, 5, 8, 10, 12, 14) else CONV for i in range(16)],
-        block_multiple_of=256,
-        eos_token_id=7,
-    )
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        Lfm2ForCausalLM(config).save_pretrained(path)
-    finally:
-        torch.set_default_dtype(torch.float32)
-    return path
-
-
 def prompts(lengths: list[int], vocab_size: int = 256, seed: int = 1) -> list[torch.Tensor]:
     """Random token ids of the given lengths, without the special ones."""
     generator = torch.Generator().manual_seed(seed)

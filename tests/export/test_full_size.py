@@ -10,7 +10,8 @@ import time
 from pathlib import Path
 
 import pytest
-from checkpoints import make_350m
+
+from benchmarks.checkpoint import make_350m
 
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="reads /proc")]
