@@ -1,5 +1,4 @@
-"""
-Seeded generator of short stories from the word lists and templates in ``grammar/``.
+"""Seeded generator of short stories from the word lists and templates in ``grammar/``.
 
 Choices follow a skewed distribution whose order depends on the hero of the story: what happens next is partly
 predictable from what came before, as in ordinary text.

@@ -1,5 +1,4 @@
-"""
-Train the demo checkpoint: a 1.4M-parameter LFM2 model, its tokenizer and its held-out text.
+"""Train the demo checkpoint: a 1.4M-parameter LFM2 model, its tokenizer and its held-out text.
 
     python demo/train.py                      # the shipped checkpoint, about twelve minutes on two cores
     python demo/train.py --steps 300 --output ../quick

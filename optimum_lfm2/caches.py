@@ -1,8 +1,8 @@
 """Names, axes and order of the cache tensors of an LFM2 graph: the one place that knows them.
 
-A convolution layer keeps the last `conv_L_cache` columns of `B * x` (the conv state), an attention layer keeps keys and
-values that grow by one column a token. In the graph's inputs and outputs the layers follow each other in layer order, so
-that a loop which knows nothing can zip present to past by position.
+A convolution layer keeps the last `conv_L_cache` columns of `B * x` (the conv state), an attention layer keeps keys
+and values that grow by one column a token. In the graph's inputs and outputs the layers follow each other in layer
+order, so that a loop which knows nothing can zip present to past by position.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ TOTAL = "past_sequence_length + sequence_length"
 
 LOGITS_TO_KEEP = "num_logits_to_keep"
 
-# Metadata of the model file. Our exporter writes them; a graph without them is taken to be right for unpadded rows only.
+# Metadata of the model file. Our exporter writes them; a graph without is taken to be right for unpadded rows only.
 ANY_PADDING = "optimum_lfm2.any_padding"
 IN_PLACE = "optimum_lfm2.kv_cache_in_place"
 

@@ -30,9 +30,9 @@ WARNINGS_OFF = 3  # onnxruntime's severity "error": its warnings at load are abo
 class ORTLfm2ForCausalLM(compat.GenerationWithoutExperts, ORTModelForCausalLM):
     """LFM2 with a language modeling head on ONNX Runtime.
 
-    `ORTModelForCausalLM.from_pretrained` returns this class for an LFM2 folder once `optimum_lfm2` is imported. It learns
-    the caches from the graph, so that it also runs exports made by others. A row never depends on its neighbours: whatever
-    `attention_mask` hides, on either side or between, each row gets the tokens that it gets alone.
+    `ORTModelForCausalLM.from_pretrained` returns this class for an LFM2 folder once `optimum_lfm2` is imported. It
+    learns the caches from the graph, so that it also runs exports made by others. A row never depends on its
+    neighbours: whatever `attention_mask` hides, on either side or between, it gets the tokens that it gets alone.
     """
 
     _supports_cache_class = True
@@ -74,8 +74,8 @@ class ORTLfm2ForCausalLM(compat.GenerationWithoutExperts, ORTModelForCausalLM):
     @torch.no_grad()
     def forward(
         self,
-        input_ids: torch.LongTensor,
-        attention_mask: torch.LongTensor | None = None,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
         past_key_values: Lfm2Cache | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
@@ -90,7 +90,7 @@ class ORTLfm2ForCausalLM(compat.GenerationWithoutExperts, ORTModelForCausalLM):
                 decides positions; `position_ids` are not taken.
             past_key_values: the cache of an earlier call; it is changed, and returned.
             use_cache: whether to return a cache; by default what the config says.
-            logits_to_keep: compute the logits of the last so many tokens only (0: all), or of the tokens at these indices.
+            logits_to_keep: the logits of the last so many tokens only (0: all), or of the tokens at these indices.
 
         Returns:
             `logits`, (batch_size, kept, vocab_size) in the graph's dtype, and `past_key_values`.
@@ -108,7 +108,7 @@ class ORTLfm2ForCausalLM(compat.GenerationWithoutExperts, ORTModelForCausalLM):
         use_cache = self.config.use_cache if use_cache is None else use_cache
         if (use_cache or past_key_values is not None) and not self.can_use_cache:
             raise Lfm2Error(
-                f"{self.path} has no cache inputs. Export it with --task text-generation-with-past, or pass use_cache=False."
+                f"{self.path} has no cache inputs. Export it for text-generation-with-past, or pass use_cache=False."
             )
         attention_mask = self._checked(input_ids, attention_mask, past_key_values)
 
@@ -122,7 +122,7 @@ class ORTLfm2ForCausalLM(compat.GenerationWithoutExperts, ORTModelForCausalLM):
         cache = cache if use_cache else None
         if return_dict is False:
             return (logits,) if cache is None else (logits, cache)
-        return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
+        return CausalLMOutputWithPast(logits=logits, past_key_values=cache)  # type: ignore[arg-type]
 
     def _checked(self, ids: torch.Tensor, mask: torch.Tensor | None, cache: Lfm2Cache | None) -> torch.Tensor:
         """The attention mask, after the checks that `forward` promises."""
@@ -130,8 +130,8 @@ class ORTLfm2ForCausalLM(compat.GenerationWithoutExperts, ORTModelForCausalLM):
         batch, length = ids.shape[0], past + ids.shape[1]
         if ids.min() < 0 or ids.max() >= self.config.vocab_size:
             raise Lfm2Error(
-                f"input_ids has {int(ids.min())} to {int(ids.max())}, outside the vocabulary of {self.config.vocab_size}. "
-                "Does the tokenizer belong to this model?"
+                f"input_ids has {int(ids.min())} to {int(ids.max())}, outside the vocabulary of "
+                f"{self.config.vocab_size}. Does the tokenizer belong to this model?"
             )
         if cache is not None and cache.batch_size != batch:
             raise Lfm2Error(f"input_ids has {batch} rows, but the cache has {cache.batch_size}.")
@@ -144,8 +144,8 @@ class ORTLfm2ForCausalLM(compat.GenerationWithoutExperts, ORTModelForCausalLM):
             return torch.ones((batch, length), dtype=torch.int64, device=ids.device)
         if tuple(mask.shape) != (batch, length):
             raise Lfm2Error(
-                f"attention_mask has the shape {tuple(mask.shape)}; it needs {(batch, length)}: a column for each of the "
-                f"{past} cached and {ids.shape[1]} new tokens."
+                f"attention_mask has the shape {tuple(mask.shape)}; it needs {(batch, length)}: a column for each of "
+                f"the {past} cached and {ids.shape[1]} new tokens."
             )
         return mask.to(torch.int64)
 
@@ -158,7 +158,7 @@ class ORTLfm2ForCausalLM(compat.GenerationWithoutExperts, ORTModelForCausalLM):
                 raise Lfm2Error(f"{name}=True cannot be honoured: the exported graph gives logits and caches alone.")
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """transformers' `generate`, with torch held to one thread until it returns."""
+        """Transformers' `generate`, with torch held to one thread until it returns."""
         with single_torch_thread():
             return super().generate(*args, **kwargs)
 
@@ -183,9 +183,9 @@ class ORTLfm2ForCausalLM(compat.GenerationWithoutExperts, ORTModelForCausalLM):
 
     def prepare_inputs_for_generation(
         self,
-        input_ids: torch.LongTensor,
+        input_ids: torch.Tensor,
         past_key_values: Lfm2Cache | None = None,
-        attention_mask: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Any,

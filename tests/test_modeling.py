@@ -133,7 +133,7 @@ def test_chat_goes_on_from_the_returned_cache(either, gold, gold_model):
 
 
 def test_chats_of_several_rows_with_padding_in_every_turn(either, gold_model):
-    """Second turns of unequal length, padded on the left of a full cache: what GQA refuses and a conv state cannot hold."""
+    """Second turns of unequal length, padded on the left of a full cache: no call of the graph takes them."""
     first, second = prompts([9, 2, 5]), prompts([3, 12, 1], seed=3)
     golds = [gold_tokens(gold_model("hybrid"), torch.cat(pair), NEW) for pair in zip(first, second, strict=True)]
     for side in ("left", "right"):
@@ -155,7 +155,9 @@ def test_sampling_with_a_seed(model, gold, gold_model):
     assert model.generate(prompt[None], **settings).tolist() == expected.tolist()
 
 
-@pytest.mark.parametrize("settings", [{"num_beams": 4}, {"num_beams": 4, "num_return_sequences": 3, "length_penalty": 0.5}])
+@pytest.mark.parametrize(
+    "settings", [{"num_beams": 4}, {"num_beams": 4, "num_return_sequences": 3, "length_penalty": 0.5}]
+)
 def test_beams(settings, either, gold, gold_model):
     prompt, _ = gold(9)
     # transformers' own beams need use_cache=False in 4.57
@@ -292,7 +294,7 @@ def test_session_options_and_providers(exported, gold):
     )
     assert model.session.get_session_options().intra_op_num_threads == 1
     assert model.to("cpu").generate(prompt[None], **GREEDY)[0, 9:].tolist() == tokens
-    with pytest.raises(ValueError, match="CUDAExecutionProvider|cuda"):
+    with pytest.raises(ValueError, match=r"CUDAExecutionProvider|cuda"):
         ORTModelForCausalLM.from_pretrained(exported("hybrid"), provider="CUDAExecutionProvider")
 
 
@@ -304,7 +306,9 @@ def test_the_trained_checkpoint_tells_stories(exported, gold_model):
         "In a house by the harbour lived",
         "Early on Friday Oscar carried a brass bell to the market.",
     ]
-    golds = [gold_tokens(gold_model("trained"), tokenizer(text, return_tensors="pt").input_ids[0], 48) for text in texts]
+    golds = [
+        gold_tokens(gold_model("trained"), tokenizer(text, return_tensors="pt").input_ids[0], 48) for text in texts
+    ]
     model = ORTModelForCausalLM.from_pretrained(exported("trained"))
     batch = tokenizer(texts, return_tensors="pt", padding=True)
     out = model.generate(**batch, **{**GREEDY, "max_new_tokens": 48})[:, batch.input_ids.shape[1] :]

@@ -17,9 +17,10 @@ MIN_CAPACITY = 64
 class Lfm2Cache:
     """One object for both kinds of cache, as `past_key_values` of `forward` and `generate`.
 
-    Keys and values lie in buffers (batch_size, kv_heads, capacity, head_dim) of which the first `get_seq_length()` columns
-    count; capacity doubles when it is used up. Conv states are (batch_size, hidden_size, width), two of each, past and
-    present in turn. `forward` changes the cache it is given: copy it (`copy.deepcopy`) to continue twice from one point.
+    Keys and values lie in buffers (batch_size, kv_heads, capacity, head_dim) of which the first `get_seq_length()`
+    columns count; capacity doubles when it is used up. Conv states are (batch_size, hidden_size, width), two of each,
+    past and present in turn. `forward` changes the cache it is given: to continue twice from one point, copy it
+    (`copy.deepcopy`).
     """
 
     is_compileable = False
@@ -106,8 +107,8 @@ class Lfm2Cache:
             max_length += self.length
         if max_length < self.length:
             raise Lfm2Error(
-                f"An LFM2 cache of {self.length} tokens cannot be cropped to {max_length}: its convolution states cannot "
-                "be undone. Copy the cache beforehand, or run the shorter prompt again."
+                f"An LFM2 cache of {self.length} tokens cannot be cropped to {max_length}: its convolution states "
+                "cannot be undone. Copy the cache beforehand, or run the shorter prompt again."
             )
 
     def separate(self) -> list[Lfm2Cache]:

@@ -91,7 +91,8 @@ class GraphLayout:
         expected = {(c.layer, c.kind): c for c in cache_tensors(config.layer_types)}
         if missing := expected.keys() - declared.keys():
             raise Lfm2Error(
-                f"{path} has no input {expected[min(missing)].past}, which its config.json asks for. Export the checkpoint again."
+                f"{path} has no input {expected[min(missing)].past}, which its config.json asks for. "
+                "Export the checkpoint again."
             )
         if extra := declared.keys() - expected.keys():
             raise disagree("the cache input", declared[min(extra)].past, "nothing of it")
@@ -111,5 +112,5 @@ def _fixed(shape: list[int | str], cache: CacheTensor) -> tuple[int, int]:
     """The two dimensions besides batch and length, which must be numbers: empty caches are made from them."""
     first, second = (shape[1], shape[3]) if cache.grows else (shape[1], shape[2])
     if not isinstance(first, int) or not isinstance(second, int):
-        raise Lfm2Error(f"{cache.past} is declared as {shape}: its fixed dimensions must be numbers. Export the model again.")
+        raise Lfm2Error(f"{cache.past} is declared as {shape}: its fixed dimensions must be numbers. Export it again.")
     return first, second

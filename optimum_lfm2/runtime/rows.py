@@ -1,4 +1,4 @@
-"""Any rows, brought into the form that one call takes: the new tokens contiguous, in chunks, one row at a time if need be."""
+"""Any rows, brought into the form that one call takes: new tokens contiguous, in chunks, a row at a time if need be."""
 
 from __future__ import annotations
 
@@ -74,11 +74,10 @@ class RowRunner:
                 logits.append(chunk)
         return torch.cat(logits, dim=1)
 
-
     def _run_alone(
         self, ids: torch.Tensor, mask: torch.Tensor, cache: Lfm2Cache | None, keep: int, io_binding: bool
     ) -> torch.Tensor:
-        """For a graph that others exported, which padding would mislead: every row by itself, without its masked tokens."""
+        """For a graph of others, which padding would mislead: every row by itself, without its masked tokens."""
         if not self._told:
             logger.info("This graph is wrong on padded rows: they run one by one, without their padding.")
             self._told = True
@@ -90,7 +89,9 @@ class RowRunner:
         for i in range(batch):
             row_cache = None if own is None else own[i]
             if row_cache is not None and int((mask[i, :past] != 0).sum()) != row_cache.length:
-                raise Lfm2Error("attention_mask hides cached tokens that it showed before, which this graph cannot forget.")
+                raise Lfm2Error(
+                    "attention_mask hides cached tokens that it showed before: this graph cannot forget them."
+                )
             visible = mask[i, past:].nonzero()[:, 0]
             if len(visible) == 0:
                 continue

@@ -53,8 +53,8 @@ class GraphSession:
             cache.length += sequence
         if logits.shape[1] < (min(keep, sequence) or sequence):
             raise Lfm2Error(
-                f"This graph gives the logits of the last token alone, not of {keep or sequence}. Pass logits_to_keep=1, or "
-                "export it without pruning the head."
+                f"This graph gives the logits of the last token alone, not of {keep or sequence}. Pass logits_to_keep=1, "
+                "or export it without pruning the head."
             )
         return logits[:, -keep:]
 
@@ -96,7 +96,9 @@ class GraphSession:
         if cache is not None:
             for tensor in self._layout.caches:
                 past = cache.tensors[tensor.past]
-                feeds[tensor.past] = (past[:, :, : cache.length] if tensor.grows else past).contiguous().numpy(force=True)
+                feeds[tensor.past] = (
+                    (past[:, :, : cache.length] if tensor.grows else past).contiguous().numpy(force=True)
+                )
         outputs = {
             name: torch.from_numpy(array).to(self._device)
             for name, array in zip(self._names, self._session.run(None, feeds), strict=True)
