@@ -53,8 +53,8 @@ class GraphSession:
             cache.length += sequence
         if logits.shape[1] < (min(keep, sequence) or sequence):
             raise Lfm2Error(
-                f"This graph gives the logits of the last token alone, not of {keep or sequence}. Pass logits_to_keep=1, "
-                "or export it without pruning the head."
+                f"This graph gives the logits of the last token alone, not of {keep or sequence}. Pass "
+                "logits_to_keep=1, or export it without pruning the head."
             )
         return logits[:, -keep:]
 
