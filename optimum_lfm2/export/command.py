@@ -23,6 +23,7 @@ from optimum_lfm2.export.validation import strict_validation
 QUIET = (
     "transformers.configuration_utils",
     "transformers.generation.configuration_utils",
+    "transformers.integrations.tensor_parallel",  # speaks up when modeling_utils is silent
     "transformers.modeling_utils",
 )
 VALIDATION = "optimum.exporters.onnx.convert"  # logs every difference; ours says the largest

@@ -1,0 +1,58 @@
+"""`optimum-cli lfm2 evaluate`. Imported at every start of `optimum-cli`: nothing heavy at the top."""
+
+from __future__ import annotations
+
+import json
+import sys
+from argparse import ArgumentParser
+
+from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
+
+
+class EvaluateCommand(BaseOptimumCLICommand):
+    """How far an export is from its checkpoint."""
+
+    COMMAND = CommandInfo(name="evaluate", help="Compare an export with its checkpoint on a text.")
+
+    @staticmethod
+    def parse_args(parser: ArgumentParser) -> None:
+        parser.add_argument("model", help="the exported folder, or one .onnx file of it")
+        parser.add_argument("--reference", required=True, help="the checkpoint's folder, or another export")
+        parser.add_argument("--text", required=True, help="a text file in UTF-8")
+        parser.add_argument("--chunks", type=int, default=64, help="how many chunks to read at most (default: 64)")
+        parser.add_argument("--length", type=int, default=512, help="tokens of a chunk (default: 512)")
+        parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+        parser.add_argument(
+            "--max-kld", type=float, metavar="X", help="exit with 1 if the mean KL divergence exceeds X"
+        )
+
+    def run(self) -> None:
+        from optimum_lfm2.errors import Lfm2Error
+        from optimum_lfm2.evaluate import evaluate
+        from optimum_lfm2.export.command import quiet
+
+        args = self.args
+        try:
+            with quiet():
+                quality = evaluate(args.model, args.reference, args.text, args.chunks, args.length)
+        except Lfm2Error as error:
+            self._fail(str(error))
+        print(json.dumps(quality.as_dict(), indent=2) if args.json else quality.table())
+        if args.max_kld is not None and not quality.kl_divergence <= args.max_kld:
+            self._fail(f"The mean KL divergence is {quality.kl_divergence:.3g}, above --max-kld {args.max_kld:g}.")
+
+    @staticmethod
+    def _fail(line: str) -> None:
+        print(f"optimum-cli: error: {' '.join(line.split())}", file=sys.stderr)
+        raise SystemExit(1)
+
+
+class Lfm2Command(BaseOptimumCLICommand):
+    """The commands of this package that are not about exporting."""
+
+    COMMAND = CommandInfo(name="lfm2", help="Tools for exported LFM2 models.")
+    SUBCOMMANDS = (CommandInfo(name="evaluate", help=EvaluateCommand.COMMAND.help, subcommand_class=EvaluateCommand),)
+
+
+def register() -> list[tuple[type, type | None]]:
+    return [(Lfm2Command, None)]
