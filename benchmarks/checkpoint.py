@@ -1,4 +1,4 @@
-"""A checkpoint of the exact shape of LFM2-350M, with seeded random weights: speed and memory do not depend on values."""
+"""A checkpoint of the exact shape of LFM2-350M with seeded random weights: speed does not depend on values."""
 
 from __future__ import annotations
 

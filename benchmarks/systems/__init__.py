@@ -1,12 +1,13 @@
 """The systems that are compared: for each, how its files are made and how it runs.
 
-Nothing here imports a system before it is used: a worker loads the one that it measures, and its memory counts that alone.
+Nothing here imports a system before it is used: a worker loads the one that it measures, and its memory
+counts that alone.
 """
 
 from __future__ import annotations
 
 import importlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,6 +28,7 @@ class Entry:
         module: in this package, with a class `System` and a function `prepare(checkpoint, folder, **options)`.
         options: of both.
         package: the distribution that must be installed.
+        imports: the modules that it loads, so that their time and memory can be told from the model's.
     """
 
     title: str
@@ -35,6 +37,7 @@ class Entry:
     files: str | None
     module: str
     package: str
+    imports: tuple[str, ...]
     options: tuple[tuple[str, str], ...] = ()
 
     def prepare(self, checkpoint: Path, folder: Path) -> None:
@@ -47,32 +50,40 @@ class Entry:
         )
 
 
-def _ours() -> dict[str, Entry]:
-    entries = {}
-    for variant, bits in (("fp32", 32), ("q8", 8), ("q4", 4)):
-        options = (("variant", variant),)
-        entries[f"ours-{variant}"] = Entry(
-            "optimum-lfm2, generate()", variant, bits, f"ours-{variant}", "ours", "onnxruntime", options
+def _each(
+    title: str, files: str, module: str, package: str, imports: tuple[str, ...], option: str, rows: tuple
+) -> dict:
+    """Entries that differ in one option, by `{files}-{option}`; a row is (option, precision in words, bits)."""
+    return {
+        f"{files}-{value.lower()}": Entry(
+            title, precision, bits, f"{files}-{value.lower()}", module, package, imports, ((option, value),)
         )
-        entries[f"loop-{variant}"] = Entry(
-            "optimum-lfm2, bare session loop", variant, bits, f"ours-{variant}", "loop", "onnxruntime", options
-        )
-    return entries
+        for value, precision, bits in rows
+    }
 
+
+VARIANTS = (("fp32", "fp32", 32), ("q8", "q8", 8), ("q4", "q4", 4))
+OPTIMUM = ("optimum_lfm2", "optimum.onnxruntime")
+TORCH = ("torch", "transformers.models.lfm2.modeling_lfm2", "transformers.generation")
+
+_ours = _each("optimum-lfm2, generate()", "ours", "ours", "onnxruntime", OPTIMUM, "variant", VARIANTS)
+_loops = _each("optimum-lfm2, bare session loop", "loop", "loop", "onnxruntime", ("onnxruntime",), "variant", VARIANTS)
 
 SYSTEMS: dict[str, Entry] = {
-    **_ours(),
-    "transformers-fp32": Entry("transformers", "fp32, sdpa", 32, None, "torch_", "transformers"),
-    "genai-fp32": Entry(
-        "onnxruntime-genai", "fp32, prune_lm_head", 32, "genai-fp32", "genai", "onnxruntime-genai", (("precision", "fp32"),)
+    **_ours,
+    # The same files.
+    **{name: replace(entry, files=entry.files.replace("loop", "ours")) for name, entry in _loops.items()},
+    "transformers-fp32": Entry("transformers", "fp32, sdpa", 32, None, "torch_", "transformers", TORCH),
+    **_each(
+        "onnxruntime-genai", "genai", "genai", "onnxruntime-genai", ("onnxruntime_genai",), "precision",
+        (("fp32", "fp32, prune_lm_head", 32), ("int4", "int4, prune_lm_head", 4)),
     ),
-    "genai-int4": Entry(
-        "onnxruntime-genai", "int4, prune_lm_head", 4, "genai-int4", "genai", "onnxruntime-genai", (("precision", "int4"),)
+    **_each(
+        "llama.cpp", "llama", "llama", "llama-cpp-python", ("llama_cpp",), "kind",
+        (("F32", "F32", 32), ("Q8_0", "Q8_0", 8), ("Q4_0", "Q4_0", 4)),
     ),
-    "llama-f32": Entry("llama.cpp", "F32", 32, "llama-f32", "llama", "llama-cpp-python", (("kind", "F32"),)),
-    "llama-q8_0": Entry("llama.cpp", "Q8_0", 8, "llama-q8_0", "llama", "llama-cpp-python", (("kind", "Q8_0"),)),
-    "llama-q4_0": Entry("llama.cpp", "Q4_0", 4, "llama-q4_0", "llama", "llama-cpp-python", (("kind", "Q4_0"),)),
-    "openvino-f32": Entry("openvino-genai", "fp32, SDPA", 32, "openvino-fp32", "openvino", "openvino-genai", (("weights", "fp32"),)),
-    "openvino-int8": Entry("openvino-genai", "int8, SDPA", 8, "openvino-int8", "openvino", "openvino-genai", (("weights", "int8"),)),
-    "openvino-int4": Entry("openvino-genai", "int4, SDPA", 4, "openvino-int4", "openvino", "openvino-genai", (("weights", "int4"),)),
-}
+    **_each(
+        "openvino-genai", "openvino", "openvino", "openvino-genai", ("openvino_genai",), "weights",
+        (("fp32", "fp32, SDPA", 32), ("int8", "int8, SDPA", 8), ("int4", "int4, SDPA", 4)),
+    ),
+}  # fmt: skip

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import statistics
 import time
 from dataclasses import dataclass, field
 
@@ -26,6 +28,11 @@ class Timing:
     def decode(self) -> float:
         """Seconds from the first token to the last."""
         return self.stamps[-1] - self.stamps[1]
+
+    @property
+    def typical_step(self) -> float:
+        """The median of the seconds between two tokens."""
+        return statistics.median(after - before for before, after in itertools.pairwise(self.stamps[1:]))
 
 
 class System:

@@ -31,7 +31,7 @@ class System(base.System):
         self.kept = np.ones(1, np.int64)
         self.logits = np.empty(vocabulary, DTYPES[self.session.get_outputs()[0].type])
         self.caches = []
-        # Keys and values lie in place; conv states alternate between two buffers: so two bindings, for even and odd calls.
+        # Keys and values lie in place; conv states alternate between two buffers: so a binding for even and odd calls.
         self.bindings = [self.session.io_binding() for _ in range(2)]
         for value, present in zip(pasts, presents, strict=True):
             grows = len(value.shape) == 4

@@ -1,4 +1,4 @@
-"""This package, as its users call it: `ORTModelForCausalLM.generate`."""
+"""optimum-lfm2, as its users call it: `ORTModelForCausalLM.generate`."""
 
 from __future__ import annotations
 

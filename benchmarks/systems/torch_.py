@@ -13,7 +13,9 @@ class System(base.System):
         from transformers import AutoModelForCausalLM
 
         torch.set_num_threads(threads)
-        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa").eval()
+        self.model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, attn_implementation="sdpa"
+        ).eval()
 
     def run(self, ids: list[int], new: int) -> base.Timing:
         return base.run_generate(self.model, ids, new)
