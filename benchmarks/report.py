@@ -61,7 +61,7 @@ def markdown(results: dict[str, Any]) -> str:
         *(_row(name, system, systems.get(OURS[system["bits"]])) for name, system in systems.items()),
         "",
         *_agreement(systems),
-        *_targets(systems),
+        *targets(systems),
         *_context(results.get("context", {})),
     ]
     if long := results.get("long_prompt"):
@@ -104,7 +104,8 @@ def _agreement(systems: dict[str, Any]) -> list[str]:
     return [f"Tokens equal to transformers', of {len(gold)}: {', '.join(counts)}.", ""] if counts else []
 
 
-def _targets(systems: dict[str, Any]) -> list[str]:
+def targets(systems: dict[str, Any]) -> list[str]:
+    """The ratios that were aimed at, of those systems that are there."""
     lines = []
     for key, ours, other, target in TARGETS:
         if ours in systems and other in systems:

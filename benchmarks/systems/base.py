@@ -79,7 +79,7 @@ def run_generate(model, ids: list[int], new: int) -> Timing:
 
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
-    inputs = torch.tensor([ids])
+    inputs = torch.tensor([ids], device=model.device)
     stamps = Stamps()
     model.generate(
         inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=new + 1, do_sample=False, streamer=stamps

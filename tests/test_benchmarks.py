@@ -1,0 +1,121 @@
+"""The benchmarks on a tiny checkpoint: every job runs, ours agree with transformers, the pages are written."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import report, run
+from benchmarks.systems import SYSTEMS
+
+
+ROOT = Path(__file__).parent.parent
+OPTIONS = ["--rounds", "1", "--repeats", "1", "--threads", "1", "--prompt", "16", "--new", "4"]
+NAMES = ["ours-fp32", "loop-fp32", "ours-q4", "transformers-fp32"]
+
+
+@pytest.fixture(scope="module")
+def results(checkpoint, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("benchmarks")
+    places = ["--checkpoint", str(checkpoint("hybrid")), "--work", str(folder / "work"), "--out", str(folder / "out")]
+    curve = ["--context", "8,40", "--context-systems", "ours-q4", "--long-prompt", "48"]
+    run.main([*places, *OPTIONS, *curve, "--systems", ",".join(NAMES)])
+    return folder / "out" / "results.json"
+
+
+def test_every_system_is_measured(results):
+    measured = json.loads(results.read_text())
+    assert not measured["errors"]
+    assert list(measured["systems"]) == NAMES
+    for system in measured["systems"].values():
+        (chat,) = system["rounds"]
+        assert len(chat["tokens"]) == 5
+        assert min(*chat["prefill"], *chat["decode"], chat["load"], system["size"]) > 0
+        assert chat["peak"] > chat["libraries"] > 0
+    assert set(measured["context"]["ours-q4"][0]) == {"8", "40"}
+    assert measured["long_prompt"]["tokens"] == 48
+
+
+def test_float_systems_agree(results):
+    systems = json.loads(results.read_text())["systems"]
+    gold = systems["transformers-fp32"]["rounds"][0]["tokens"]
+    assert systems["ours-fp32"]["rounds"][0]["tokens"] == systems["loop-fp32"]["rounds"][0]["tokens"] == gold
+    assert "ours-fp32 5, loop-fp32 5." in results.with_name("table.md").read_text()
+
+
+def test_the_table_goes_between_the_marks(results, tmp_path):
+    page = tmp_path / "performance.md"
+    page.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    report.publish(results, tmp_path)
+    text = page.read_text()
+    assert text.startswith("before\n")
+    assert text.endswith("\nafter\n")
+    assert "\nold\n" not in text
+    rows = [line for line in text.splitlines() if line.startswith(("| optimum-lfm2", "| transformers"))]
+    assert len(rows) == len(NAMES)
+    assert "(1.00 x)" in next(row for row in rows if "bare" in row)  # the same files
+
+
+def test_the_page_has_the_marks():
+    text = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+    assert text.index(report.BEGIN) < text.index(report.END)
+
+
+def test_ratios_are_of_medians():
+    def system(*speeds: float) -> dict:
+        return {"rounds": [{"prefill": [10.0], "decode": list(speeds), "peak": 1}], "size": 1}
+
+    lines = report.targets({"ours-q4": system(30, 90, 60), "loop-q4": system(50)})
+    assert "| decode | ours-q4 ÷ loop-q4 | 1.20 | ≥ 0.95 | yes |" in lines
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--systems", "ours-q5"], "no system ours-q5"),
+        (["--python", "numpy=/bin/sh"], "no package numpy"),
+        (["--python", "openvino-genai=/nowhere"], "/nowhere is no Python"),
+        (["--rounds", "0"], "must be 1 at least"),
+    ],
+)
+def test_bad_options_are_refused(options, message, capsys):
+    with pytest.raises(SystemExit):
+        run.arguments(options)
+    assert message in capsys.readouterr().err
+
+
+def test_a_package_that_is_missing_is_left_out(checkpoint, tmp_path, capsys):
+    """`python` with an interpreter that has nothing: no system is measured, and every one is told of."""
+    empty = tmp_path / "python"
+    empty.write_text("#!/bin/sh\nexit 1\n")
+    empty.chmod(0o755)
+    places = [
+        "--checkpoint",
+        str(checkpoint("hybrid")),
+        "--work",
+        str(tmp_path / "work"),
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    run.main([*places, "--systems", "llama-q4_0", "--python", f"llama-cpp-python={empty}", "--long-prompt", "0"])
+    assert "llama-q4_0 left out: llama-cpp-python is not installed" in capsys.readouterr().err
+
+
+def test_without_a_gpu_cuda_says_so():
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    done = subprocess.run([sys.executable, "-m", "benchmarks.cuda"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith("No CUDA here")
+    assert done.stderr.count("\n") == 1
+
+
+def test_every_system_has_its_module():
+    for name, entry in SYSTEMS.items():
+        assert (ROOT / "benchmarks" / "systems" / f"{entry.module}.py").is_file(), name
