@@ -24,9 +24,10 @@ class System(base.System):
 
         self.tensor = openvino.Tensor
         self.api = openvino_genai
-        # Its default, paged attention, gives wrong tokens for LFM2.
+        # Its default backend, paged attention, gives wrong tokens for LFM2. Float weights it would turn into bfloat16.
+        precision = {"INFERENCE_PRECISION_HINT": "f32"} if weights == "fp32" else {}
         self.pipe = openvino_genai.LLMPipeline(
-            str(folder), "CPU", ATTENTION_BACKEND="SDPA", INFERENCE_NUM_THREADS=threads
+            str(folder), "CPU", ATTENTION_BACKEND="SDPA", INFERENCE_NUM_THREADS=threads, **precision
         )
 
     def run(self, ids: list[int], new: int) -> base.Timing:
