@@ -23,7 +23,7 @@ from optimum_lfm2.runtime.session import GraphSession
 from optimum_lfm2.runtime.threads import single_torch_thread
 
 
-PREALLOCATED = 2048  # columns at most; a longer sequence doubles the buffers
+PREALLOCATED = 8192  # columns at most, of zeros that take no memory before they are used; longer sequences double them
 WARNINGS_OFF = 3  # onnxruntime's severity "error": its warnings at load are about choices that were made on purpose
 
 
