@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
+from typing import Any
 
 import onnx_ir as ir
 import torch
@@ -21,7 +22,30 @@ from optimum_lfm2.export.ops import PLACEHOLDER_DOMAIN
 
 CONTRIB_DOMAIN = "com.microsoft"
 INT8_ACTIVATIONS = 4  # MatMulNBits' accuracy_level: on a CPU three times faster than without
-ROWS_AT_ONCE = 1024  # bounds the memory that the arithmetic takes beside the tensor
+VALUES_AT_ONCE = 1 << 19  # what the arithmetic works on fits into a processor's cache
+# Codes tried for each block, by how far its largest value goes towards the end of the range; more of them gain nothing.
+STRETCHES = (0.9, 1.0, 1.1)
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """How one weight is stored: `bits` (4 or 8) a value, a scale for every `block_size` (a power of two from 16 on)."""
+
+    bits: int
+    block_size: int
+
+    @property
+    def zero_point(self) -> int:
+        return 1 << (self.bits - 1)
+
+    @property
+    def blob_size(self) -> int:
+        """Bytes of a block."""
+        return self.block_size * self.bits // 8
+
+    def count(self, width: int) -> int:
+        """Blocks of a row; the last may be padded."""
+        return -(-width // self.block_size)
 
 
 @dataclass(frozen=True)
@@ -29,75 +53,76 @@ class Scheme:
     """How a model is quantised.
 
     Attributes:
-        bits: 4 or 8.
-        block_size: values that share a scale: a power of two, 16 at least.
+        linear: the linear layers, the head among them.
+        table: the embedding, and the head where the two are tied: both read one table.
         float_embedding: keep the embedding in float, for runtimes without a kernel for `GatherBlockQuantized`.
     """
 
-    bits: int
-    block_size: int
+    linear: Blocks
+    table: Blocks
     float_embedding: bool = False
 
-    @property
-    def zero_point(self) -> int:
-        return 1 << (self.bits - 1)
 
-    def blocks(self, width: int) -> int:
-        return -(-width // self.block_size)
-
-    @property
-    def blob_size(self) -> int:
-        return self.block_size * self.bits // 8
-
-
+# Decided by measurement: docs/quantization.md.
 VARIANTS = {
-    "q4": Scheme(bits=4, block_size=32),
-    "q8": Scheme(bits=8, block_size=32),
+    "q4": Scheme(linear=Blocks(4, 128), table=Blocks(8, 128)),
+    "q8": Scheme(linear=Blocks(8, 128), table=Blocks(8, 128)),
 }
 
 
-def quantize_tensor(weight: torch.Tensor, scheme: Scheme) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize_tensor(weight: torch.Tensor, blocks: Blocks) -> tuple[torch.Tensor, torch.Tensor]:
     """(out, in), float → codes, uint8 (out, blocks, block_size), and scales (out, blocks) of the weight's dtype."""
-    padded = F.pad(weight, (0, -weight.shape[1] % scheme.block_size)).unflatten(1, (-1, scheme.block_size))
-    pieces = [_quantize_blocks(piece.float(), scheme, weight.dtype) for piece in padded.split(ROWS_AT_ONCE)]
-    codes, scales = zip(*pieces, strict=True)
+    padded = F.pad(weight, (0, -weight.shape[1] % blocks.block_size)).unflatten(1, (-1, blocks.block_size))
+    rows = max(1, VALUES_AT_ONCE // weight.shape[1])
+    codes, scales = zip(*(_quantize(part.float(), blocks, weight.dtype) for part in padded.split(rows)), strict=True)
     return torch.cat(codes), torch.cat(scales)
 
 
-def _quantize_blocks(blocks: torch.Tensor, scheme: Scheme, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    low, high = blocks.amin(-1), blocks.amax(-1)
+def _quantize(values: torch.Tensor, blocks: Blocks, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Several sets of codes, for each the scale of least squares, and of these the best."""
+    low, high = values.amin(-1), values.amax(-1)
     extreme = torch.where(-low > high, low, high)  # gets the code 0, the one that has no opposite
-    scales = (extreme / -scheme.zero_point).to(dtype)
-    inverse = torch.where(scales == 0, 0, 1 / scales.float())
-    codes = (blocks * inverse[..., None]).round_().add_(scheme.zero_point).clamp_(0, 2 * scheme.zero_point - 1)
-    return codes.to(torch.uint8), scales
+    scales, best = torch.zeros_like(extreme), torch.zeros_like(extreme)
+    for stretch in STRETCHES:
+        codes = _rounded(values, -extreme / (stretch * blocks.zero_point), blocks)
+        along, length = torch.linalg.vecdot(codes, values), torch.linalg.vecdot(codes, codes)
+        gain = torch.where(length == 0, 0, along * along / length)  # the squares that the best scale explains
+        scales, best = torch.where(gain > best, along / length, scales), torch.maximum(gain, best)
+    scales = scales.to(dtype)
+    return _rounded(values, scales.float(), blocks).add_(blocks.zero_point).to(torch.uint8), scales
 
 
-def dequantize_tensor(codes: torch.Tensor, scales: torch.Tensor, width: int, scheme: Scheme) -> torch.Tensor:
+def _rounded(values: torch.Tensor, scales: torch.Tensor, blocks: Blocks) -> torch.Tensor:
+    inverse = torch.where(scales == 0, 0, 1 / scales)
+    return (values * inverse[..., None]).round_().clamp_(-blocks.zero_point, blocks.zero_point - 1)
+
+
+def dequantize_tensor(codes: torch.Tensor, scales: torch.Tensor, width: int, blocks: Blocks) -> torch.Tensor:
     """The inverse of `quantize_tensor`: (out, width), of the scales' dtype."""
-    values = (codes.to(scales.dtype) - scheme.zero_point) * scales[..., None]
+    values = (codes.to(scales.dtype) - blocks.zero_point) * scales[..., None]
     return values.flatten(1)[:, :width].contiguous()
 
 
-def pack(codes: torch.Tensor, scheme: Scheme) -> torch.Tensor:
+def pack(codes: torch.Tensor, blocks: Blocks) -> torch.Tensor:
     """uint8 (out, blocks, block_size) → (out, blocks, blob_size): two codes of 4 bits a byte, the first one low."""
-    return codes if scheme.bits == 8 else codes[..., 0::2] | codes[..., 1::2] << 4
+    return codes if blocks.bits == 8 else codes[..., 0::2] | codes[..., 1::2] << 4
 
 
 @contextmanager
 def dequantized(model: torch.nn.Module, scheme: Scheme | None) -> Iterator[None]:
     """Within the block, `model` computes with the values that its quantised graph stands for."""
-    if scheme is None:
-        yield
-        return
-    kinds = torch.nn.Linear if scheme.float_embedding else (torch.nn.Linear, torch.nn.Embedding)
-    modules = [module for module in model.modules() if isinstance(module, kinds)]
+    modules: list[Any] = []
+    if scheme is not None:
+        kinds = (torch.nn.Linear,) if scheme.float_embedding else (torch.nn.Linear, torch.nn.Embedding)
+        modules = [module for module in model.modules() if isinstance(module, kinds)]
     originals = [module.weight for module in modules]
+    tables = {id(module.weight) for module in modules if isinstance(module, torch.nn.Embedding)}
     replaced: dict[int, torch.nn.Parameter] = {}
     try:
         for module, original in zip(modules, originals, strict=True):
             if id(original) not in replaced:
-                values = dequantize_tensor(*quantize_tensor(original.detach(), scheme), original.shape[1], scheme)
+                blocks = scheme.table if id(original) in tables else scheme.linear
+                values = dequantize_tensor(*quantize_tensor(original.detach(), blocks), original.shape[1], blocks)
                 replaced[id(original)] = torch.nn.Parameter(values, requires_grad=False)
             module.weight = replaced[id(original)]
         yield
@@ -125,22 +150,27 @@ class Quantizer:
         self._quantized = lru_cache(maxsize=1)(self._quantize)
 
     def run(self) -> None:
-        embeddings = []
-        for node in list(self.graph):
-            if node.op_type == "Gemm" and _is_parameter(node.inputs[1]):
-                self._linear(node)
-            elif node.op_type == "Gather" and _is_parameter(node.inputs[0]):
-                embeddings.append(node)
-        if not self.scheme.float_embedding:
-            for node in embeddings:
-                self._embedding(node)
+        nodes = list(self.graph)
+        linears = [node for node in nodes if node.op_type == "Gemm" and _is_parameter(node.inputs[1])]
+        embeddings = [node for node in nodes if node.op_type == "Gather" and _is_parameter(node.inputs[0])]
+        if self.scheme.float_embedding:
+            embeddings = []
+        self._tables = {_parameter_name(node.inputs[0]) for node in embeddings}
+        for node in linears:
+            self._linear(node)
+        for node in embeddings:
+            self._embedding(node)
+
+    def _blocks(self, name: str) -> Blocks:
+        return self.scheme.table if name in self._tables else self.scheme.linear
 
     def _linear(self, node: ir.Node) -> None:
         x, weight = node.inputs[:2]
         outputs, inputs = weight.shape.numpy()
         packed, scales = self._initializers(weight)
         bias = node.inputs[2:]
-        attributes = {"K": inputs, "N": outputs, "bits": self.scheme.bits, "block_size": self.scheme.block_size}
+        blocks = self._blocks(_parameter_name(weight))
+        attributes = {"K": inputs, "N": outputs, "bits": blocks.bits, "block_size": blocks.block_size}
         if weight.dtype == ir.DataType.FLOAT:
             attributes["accuracy_level"] = INT8_ACTIVATIONS
         arguments = [x, packed, scales, *((None, None, *bias) if bias else ())]
@@ -149,14 +179,15 @@ class Quantizer:
     def _embedding(self, node: ir.Node) -> None:
         table, ids = node.inputs
         rows, width = table.shape.numpy()
-        name, scheme = f"{_parameter_name(table)}.q{self.scheme.bits}", self.scheme
-        shape = ir.Shape((rows, scheme.blocks(width) * scheme.blob_size))
+        blocks = self.scheme.table
+        name = f"{_parameter_name(table)}.q{blocks.bits}"
+        shape = ir.Shape((rows, blocks.count(width) * blocks.blob_size))
         packed, scales = self._initializers(table)
         flat = ir.Value(name=f"{name}.flat", shape=shape, type=packed.type)
         self.views[flat] = name
-        attributes = {"gather_axis": 0, "quantize_axis": 1, "bits": scheme.bits, "block_size": scheme.block_size}
+        attributes = {"gather_axis": 0, "quantize_axis": 1, "bits": blocks.bits, "block_size": blocks.block_size}
         gather = ir.node("GatherBlockQuantized", [flat, ids, scales], attributes, domain=CONTRIB_DOMAIN)
-        if width % scheme.block_size == 0:
+        if width % blocks.block_size == 0:
             self._replace(node, gather)
             return
         self.graph.insert_before(node, gather)
@@ -165,12 +196,12 @@ class Quantizer:
 
     def _initializers(self, weight: ir.Value) -> tuple[ir.Value, ir.Value]:
         """The packed codes and the scales of a weight; the same for every node that reads it."""
-        name, scheme = _parameter_name(weight), self.scheme
-        rows, width = weight.shape.numpy()
-        blocks = scheme.blocks(width)
+        name = _parameter_name(weight)
+        blocks, (rows, width) = self._blocks(name), weight.shape.numpy()
+        count = blocks.count(width)
         return (
-            self._initializer(f"{name}.q{scheme.bits}", ir.DataType.UINT8, (rows, blocks, scheme.blob_size), name, 0),
-            self._initializer(f"{name}.scales", weight.dtype, (rows, blocks), name, 1),
+            self._initializer(f"{name}.q{blocks.bits}", ir.DataType.UINT8, (rows, count, blocks.blob_size), name, 0),
+            self._initializer(f"{name}.scales", weight.dtype, (rows, count), name, 1),
         )
 
     def _initializer(self, name: str, dtype: ir.DataType, shape: tuple[int, ...], weight: str, part: int) -> ir.Value:
@@ -184,8 +215,9 @@ class Quantizer:
             raise Lfm2Error(
                 f"{name} holds values that are not finite numbers in {weight.dtype}; it cannot be quantised."
             )
-        codes, scales = quantize_tensor(weight, self.scheme)
-        return pack(codes, self.scheme), scales
+        blocks = self._blocks(name)
+        codes, scales = quantize_tensor(weight, blocks)
+        return pack(codes, blocks), scales
 
     def _constant(self, name: str, value: int) -> ir.Value:
         register(self.graph, name, ir.DataType.INT64, ir.Shape((1,)), partial(ir.tensor, [value]))

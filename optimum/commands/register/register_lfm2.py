@@ -8,11 +8,14 @@ import logging
 # (class, parent class) pairs, the parent None for a command of `optimum-cli` itself.
 MODULES = ("export_onnx", "evaluate")
 
-REGISTER_COMMANDS = []
+_commands = []
 
 for _name in MODULES:
     try:
-        REGISTER_COMMANDS += importlib.import_module(f"optimum.commands.lfm2.{_name}").register()
+        _commands += importlib.import_module(f"optimum.commands.lfm2.{_name}").register()
     except Exception as _error:  # noqa: PERF203  one that fails must not stop the next
         _logger = logging.getLogger("optimum_lfm2")
         _logger.error("LFM2's %s is not available: %s: %s", _name, type(_error).__name__, _error)
+
+# An iterator: optimum-cli reads it once for each folder on the path that holds this file, and takes no command twice.
+REGISTER_COMMANDS = iter(_commands)

@@ -1,0 +1,142 @@
+"""4 and 8 bits: the arithmetic, the graph, and what it does to the text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx_ir as ir
+import onnxruntime
+import pytest
+import torch
+from optimum.exporters.onnx import main_export
+from optimum.onnxruntime import ORTModelForCausalLM
+from transformers import AutoTokenizer
+
+from optimum_lfm2.errors import Lfm2Error
+from optimum_lfm2.evaluate import evaluate
+from optimum_lfm2.export.quantize import VARIANTS, Blocks, dequantize_tensor, dequantized, pack, quantize_tensor
+
+
+DEMO = Path(__file__).parents[2] / "demo"
+
+
+def plain(weight: torch.Tensor, bits: int, block_size: int) -> torch.Tensor:
+    """Round to nearest, the largest value of a block at the end of the range: the bound for any other way."""
+    blocks = weight.unflatten(1, (-1, block_size))
+    low, high = blocks.amin(-1), blocks.amax(-1)
+    scales = torch.where(-low > high, low, high) / -(1 << (bits - 1))
+    codes = (blocks / scales[..., None]).round().clamp(-(1 << (bits - 1)), (1 << (bits - 1)) - 1)
+    return (codes * scales[..., None]).flatten(1)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("block_size", [32, 128])
+def test_better_than_rounding_to_nearest(bits, block_size):
+    weight = torch.randn(64, 256, generator=torch.Generator().manual_seed(0))
+    blocks = Blocks(bits, block_size)
+    back = dequantize_tensor(*quantize_tensor(weight, blocks), 256, blocks)
+    error, bound = ((x - weight).pow(2).mean() for x in (back, plain(weight, bits, block_size)))
+    assert error < bound
+    assert error < weight.pow(2).mean() / (50 if bits == 4 else 10_000)
+
+
+def test_a_width_that_is_no_multiple_and_a_row_of_zeros():
+    weight = torch.randn(7, 80, generator=torch.Generator().manual_seed(0))
+    weight[3] = 0
+    blocks = Blocks(8, 32)
+    codes, scales = quantize_tensor(weight, blocks)
+    assert codes.shape == (7, 3, 32)
+    back = dequantize_tensor(codes, scales, 80, blocks)
+    assert not back[3].any()
+    torch.testing.assert_close(back, weight, atol=0.03, rtol=0)
+
+
+def test_two_codes_a_byte():
+    codes = torch.tensor([[[1, 2, 15, 0]]], dtype=torch.uint8)
+    assert pack(codes, Blocks(4, 4)).tolist() == [[[0x21, 0x0F]]]
+    assert pack(codes, Blocks(8, 4)) is codes
+
+
+@pytest.mark.parametrize("options", [{"_variant": "q4"}, {"_variant": "q8"}, {"_variant": "q4", "dtype": "fp16"}])
+@pytest.mark.parametrize("name", ["hybrid", "odd_head_dim", "conv_bias", "untied"])
+def test_the_graph_computes_with_the_dequantised_weights(name, options, exported, gold_model):
+    """Widths that are no multiple of a block, too: what is left is the noise of int8 activations and half precision."""
+    model = ORTModelForCausalLM.from_pretrained(exported(name, **options))
+    scheme = VARIANTS[options["_variant"]]
+    ids = torch.randint(8, 256, (1, 24), generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        plain = gold_model(name)(input_ids=ids, use_cache=False).logits
+        with dequantized(gold_model(name), scheme):
+            expected = gold_model(name)(input_ids=ids, use_cache=False).logits
+        torch.testing.assert_close(gold_model(name)(input_ids=ids, use_cache=False).logits, plain)
+    out = model(ids).logits.float()
+    error = float((out - expected).pow(2).mean().sqrt() / expected.pow(2).mean().sqrt())
+    assert error < 0.12
+    if scheme.linear.bits == 4:
+        assert error < 0.7 * float((plain - expected).pow(2).mean().sqrt() / expected.pow(2).mean().sqrt())
+
+
+def test_nodes_and_the_one_table(exported):
+    folder = exported("trained", _variant="q4")
+    graph = ir.load(folder / "model.onnx").graph
+    operators = [node.op_type for node in graph]
+    assert "Gemm" not in operators
+    assert operators.count("GatherBlockQuantized") == 1
+    nodes = [node for node in graph if node.op_type == "MatMulNBits"]
+    assert {node.attributes.get_int("accuracy_level") for node in nodes} == {4}
+    (gather,) = (node for node in graph if node.op_type == "GatherBlockQuantized")
+    table, head = gather.inputs[0].const_value, nodes[-1].inputs[1].const_value
+    assert (table.offset, table.length) == (head.offset, head.length)
+    assert gather.inputs[2] is nodes[-1].inputs[2]
+    floats = sum(parameter.numel() for parameter in _model().parameters())
+    assert (folder / "model.onnx_data").stat().st_size < floats * 0.68
+
+
+def test_the_embedding_in_float(tmp_path, checkpoint):
+    main_export(
+        str(checkpoint("trained")), tmp_path, _variant="q4", do_validation=False, model_kwargs={"float_embedding": True}
+    )
+    operators = [node.op_type for node in ir.load(tmp_path / "model.onnx").graph]
+    assert "GatherBlockQuantized" not in operators
+    assert "MatMulNBits" in operators
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    inputs = tokenizer("Once upon a time there was a girl named Nora", return_tensors="pt")
+    out = ORTModelForCausalLM.from_pretrained(tmp_path).generate(**inputs, max_new_tokens=8, do_sample=False)
+    assert "who lived" in tokenizer.decode(out[0])
+
+
+def test_unknown_model_kwargs(tmp_path, checkpoint):
+    with pytest.raises(Lfm2Error, match="float_embeding"):
+        main_export(str(checkpoint("hybrid")), tmp_path, do_validation=False, model_kwargs={"float_embeding": True})
+
+
+@pytest.mark.parametrize(("variant", "agreement", "divergence"), [("q8", 0.99, 1e-4), ("q4", 0.96, 4e-3)])
+def test_quality_on_held_out_text(variant, agreement, divergence, exported):
+    quality = evaluate(exported("trained", _variant=variant), DEMO / "checkpoint", DEMO / "heldout.txt", chunks=16)
+    assert quality.top1_agreement >= agreement
+    assert quality.kl_divergence <= divergence
+    assert quality.perplexity < 1.01 * quality.reference_perplexity
+
+
+def test_padded_rows_are_as_if_alone(exported):
+    folder = exported("trained", _variant="q4")
+    model, tokenizer = ORTModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    tokenizer.padding_side = "left"
+    texts = ["Once upon a time there was a girl named Nora", "In a house by the harbour lived"]
+    settings = {"max_new_tokens": 24, "do_sample": False}
+    batch = tokenizer(texts, padding=True, return_tensors="pt")
+    together = model.generate(**batch, **settings)[:, batch.input_ids.shape[1] :]
+    for row, text in zip(together, texts, strict=True):
+        alone = tokenizer(text, return_tensors="pt")
+        assert row.tolist() == model.generate(**alone, **settings)[0, alone.input_ids.shape[1] :].tolist()
+
+
+def _model():
+    from transformers import Lfm2ForCausalLM
+
+    return Lfm2ForCausalLM.from_pretrained(DEMO / "checkpoint")
+
+
+def test_onnxruntime_loads_it_without_a_word(exported, capfd):
+    onnxruntime.InferenceSession(exported("trained", _variant="q8") / "model.onnx")
+    assert "Error" not in capfd.readouterr().err
