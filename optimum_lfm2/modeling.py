@@ -54,7 +54,7 @@ class ORTLfm2ForCausalLM(compat.GenerationWithoutExperts, ORTModelForCausalLM):
             use_io_binding=True if use_io_binding is None else use_io_binding,
             model_save_dir=model_save_dir,
         )
-        self.layout = GraphLayout.read(session)
+        self.layout = GraphLayout.read(session, config)
         self.layout.check(config, self.path)
         self.can_use_cache = bool(self.layout.caches)
         self.generation_config = generation_config or GenerationConfig.from_model_config(config)

@@ -50,7 +50,7 @@ class GraphLayout:
         return LOGITS_TO_KEEP in self.inputs
 
     @classmethod
-    def read(cls, session: InferenceSession) -> GraphLayout:
+    def read(cls, session: InferenceSession, config: PretrainedConfig) -> GraphLayout:
         """Raises `Lfm2Error` where the graph's caches are not LFM2's."""
         inputs = {value.name: value for value in session.get_inputs()}
         inputs |= {value.name: value for value in session.get_overridable_initializers()}
@@ -65,7 +65,7 @@ class GraphLayout:
         width = outputs["logits"].shape[-1]
         return cls(
             caches=tuple(caches),
-            shapes={c.past: _fixed(inputs[c.past].shape, c) for c in caches},
+            shapes={c.past: _fixed(inputs[c.past].shape, c, config) for c in caches},
             dtypes={c.past: TypeHelper.ort_type_to_torch_type(inputs[c.past].type) for c in caches},
             inputs=tuple(inputs),
             outputs=tuple(outputs),
@@ -108,9 +108,11 @@ class GraphLayout:
                 raise disagree(f"{cache.past} of shape", shape, wanted)
 
 
-def _fixed(shape: list[int | str], cache: CacheTensor) -> tuple[int, int]:
-    """The two dimensions besides batch and length, which must be numbers: empty caches are made from them."""
+def _fixed(shape: list[int | str], cache: CacheTensor, config: PretrainedConfig) -> tuple[int, int]:
+    """The two dimensions besides batch and length; from the config where the graph has a symbol, as genai's builder."""
     first, second = (shape[1], shape[3]) if cache.grows else (shape[1], shape[2])
-    if not isinstance(first, int) or not isinstance(second, int):
-        raise Lfm2Error(f"{cache.past} is declared as {shape}: its fixed dimensions must be numbers. Export it again.")
-    return first, second
+    known = cache.shape(config, 0)
+    return (
+        first if isinstance(first, int) else int(known[1]),
+        second if isinstance(second, int) else int(known[-1]),
+    )

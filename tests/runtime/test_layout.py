@@ -1,0 +1,40 @@
+"""Graphs that others exported: other names, no metadata, symbols where ours has numbers."""
+
+from __future__ import annotations
+
+import re
+import shutil
+
+import onnx_ir as ir
+import torch
+from checkpoints import gold_tokens, prompts
+from optimum.onnxruntime import ORTModelForCausalLM
+
+from optimum_lfm2 import ORTLfm2ForCausalLM
+
+
+def foreign(source, target):
+    """As onnxruntime-genai's builder names and declares caches; nothing says that padding is safe."""
+    shutil.copytree(source, target)
+    model = ir.load(target / "model.onnx")
+    model.metadata_props.clear()
+    for value in (*model.graph.inputs, *model.graph.outputs):
+        value.name = re.sub(r"(past|present)_conv\.(\d+)", r"\1.\2.conv", value.name)
+        if value.name.startswith("past_key_values"):
+            value.shape = ir.Shape(["batch_size", 2, "past_sequence_length", "kv_cache_dim"])
+    ir.save(model, target / "model.onnx")
+    return target
+
+
+def test_a_padded_batch_on_a_foreign_graph(exported, gold_model, tmp_path):
+    model = ORTModelForCausalLM.from_pretrained(foreign(exported("hybrid"), tmp_path / "foreign"))
+    assert isinstance(model, ORTLfm2ForCausalLM)
+    assert not model.layout.any_padding
+    assert model.layout.shapes["past_key_values.2.key"] == (2, 16)
+    rows = prompts([9, 3])
+    ids, mask = torch.full((2, 9), 9), torch.ones(2, 9, dtype=torch.int64)
+    ids[0], ids[1, 6:], mask[1, :6] = rows[0], rows[1], 0
+    out = model.generate(
+        ids, attention_mask=mask, do_sample=False, max_new_tokens=32, eos_token_id=None, pad_token_id=0
+    )
+    assert out[:, 9:].tolist() == [gold_tokens(gold_model("hybrid"), row, 32) for row in rows]
