@@ -1,0 +1,154 @@
+"""Serve the chat page with a model: `python examples/web/serve.py FOLDER [--port 8000]`. Python alone, no package.
+
+FOLDER is what `optimum-cli export onnx` wrote, or a folder laid out as on the Hub, its graphs under `onnx/`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from http import HTTPStatus
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from io import BytesIO
+from pathlib import Path
+from typing import Any, BinaryIO
+from urllib.parse import urlsplit
+
+
+PAGE = Path(__file__).resolve().parent
+LIBRARY = PAGE / "node_modules/@huggingface/transformers/dist"
+RUNTIME = PAGE / "node_modules/onnxruntime-web/dist"
+# Browsers give WebAssembly threads only to pages that no other site can reach into.
+ISOLATION = {"Cross-Origin-Opener-Policy": "same-origin", "Cross-Origin-Embedder-Policy": "require-corp"}
+NEEDED = ("config.json", "tokenizer.json", "tokenizer_config.json")
+
+
+class Model:
+    """An exported folder, as Transformers.js reads one: graphs under `onnx/`, the rest where its configuration says.
+
+    Args:
+        folder: the export. Nothing is written to it.
+
+    Raises:
+        ValueError: where it is not an export; one line that says what to do.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.flat = (folder / "model.onnx").is_file()
+        missing = [name for name in NEEDED if not (folder / name).is_file()]
+        if not self.flat and not any(folder.glob("onnx/*.onnx")):
+            missing.append("model.onnx")
+        if missing:
+            raise ValueError(
+                f"{folder} is no exported model: it has no {', '.join(missing)}. "
+                f"Make one with `optimum-cli export onnx --model CHECKPOINT {folder}`."
+            )
+        self.rewritten = {"config.json": self._config(), "tokenizer_config.json": self._tokenizer_config()}
+
+    def _config(self) -> dict[str, Any]:
+        config = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
+        if self.flat and (self.folder / "model.onnx_data").is_file():
+            config["transformers.js_config"] = {"use_external_data_format": {"model.onnx": True}}
+        return config
+
+    def _tokenizer_config(self) -> dict[str, Any]:
+        config = json.loads((self.folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+        template = self.folder / "chat_template.jinja"
+        if "chat_template" not in config and template.is_file():
+            config["chat_template"] = template.read_text(encoding="utf-8")
+        if "chat_template" not in config:
+            raise ValueError(f"{self.folder} has no chat template: export a checkpoint that is tuned for chats.")
+        return config
+
+    def root(self, name: str) -> tuple[Path, str]:
+        """Where the file asked for as `name` lies: a folder, and the name in it."""
+        return self.folder, name.removeprefix("onnx/") if self.flat else name
+
+
+class Handler(SimpleHTTPRequestHandler):
+    """The page at /, the library at /library/, its wasm files at /onnxruntime/, the model at /model/."""
+
+    protocol_version = "HTTP/1.1"
+    extensions_map = SimpleHTTPRequestHandler.extensions_map | {
+        ".js": "text/javascript",
+        ".mjs": "text/javascript",
+        ".wasm": "application/wasm",
+    }
+    server: Server
+
+    def translate_path(self, path: str) -> str:
+        head, _, name = urlsplit(path).path.lstrip("/").partition("/")
+        roots = {"library": (LIBRARY, name), "onnxruntime": (RUNTIME, name), "model": self.server.model.root(name)}
+        root, name = roots.get(head, (PAGE, urlsplit(path).path))
+        self.directory = str(root)
+        return super().translate_path(f"/{name}")  # drops whatever leads out of the folder
+
+    def send_head(self) -> BytesIO | BinaryIO | None:
+        prefix, _, name = urlsplit(self.path).path.partition("/model/")
+        content = None if prefix else self.server.model.rewritten.get(name)
+        if content is None:
+            return super().send_head()
+        body = json.dumps(content).encode()
+        self.send_response(HTTPStatus.OK)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        return BytesIO(body)
+
+    def end_headers(self) -> None:
+        for name, value in ISOLATION.items():
+            self.send_header(name, value)
+        self.send_header("Cache-Control", "no-cache")
+        super().end_headers()
+
+    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002  the base class calls it so
+        """Errors alone."""
+
+    def log_error(self, format: str, *args: Any) -> None:  # noqa: A002  the base class calls it so
+        super().log_message(f"{format}: %s", *args, self.path)
+
+
+class Server(ThreadingHTTPServer):
+    """Serves the page with `model`; port 0 takes a free one."""
+
+    daemon_threads = True
+
+    def __init__(self, model: Model, host: str, port: int) -> None:
+        self.model = model
+        super().__init__((host, port), Handler)
+
+
+def make_server(folder: str | Path, host: str = "localhost", port: int = 0) -> Server:
+    """A server for an export, bound and not yet running.
+
+    Raises:
+        ValueError: where the library is not installed, or the folder is not an export; one line.
+        OSError: where the port is taken.
+    """
+    if not (LIBRARY.is_dir() and RUNTIME.is_dir()):
+        raise ValueError(f"Transformers.js is not installed. Run `npm ci --ignore-scripts` in {PAGE}.")
+    return Server(Model(Path(folder)), host, port)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Serve the chat page with an exported model.")
+    parser.add_argument("folder", help="what `optimum-cli export onnx` wrote")
+    parser.add_argument("--host", default="localhost")
+    parser.add_argument("--port", type=int, default=8000)
+    args = parser.parse_args()
+    try:
+        server = make_server(args.folder, args.host, args.port)
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from None
+    except OSError as error:
+        raise SystemExit(f"error: {args.host}:{args.port}: {error.strerror}. Choose another --port.") from None
+    print(f"http://{args.host}:{server.server_port}/", flush=True)
+    try:
+        server.serve_forever()
+    except KeyboardInterrupt:
+        server.server_close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,70 @@
+// Use the chat page as a person would, in headless Chromium: node browse.mjs CHROMIUM FOLDER < job > result, both JSON.
+//
+// The job is {url, chat, prompts}: messages to type one after the other, and chats to answer for their token ids.
+// FOLDER gets the browser's profile and the screenshots.
+import { readFileSync } from "node:fs";
+import { createRequire } from "node:module";
+
+const require = createRequire(new URL("../../examples/web/package.json", import.meta.url));
+const { chromium } = require("playwright-core");
+
+const FLAGS = [
+  "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+  "--disable-component-update", "--disable-sync",
+];
+const DESKTOP = { width: 900, height: 700 };
+const PHONE = { width: 360, height: 640 };
+
+const [executablePath, folder] = process.argv.slice(2);
+const { url, chat, prompts } = JSON.parse(readFileSync(0, "utf-8"));
+
+const context = await chromium.launchPersistentContext(`${folder}/profile`, {
+  executablePath, args: FLAGS, headless: true, viewport: DESKTOP,
+});
+try {
+  const page = await context.newPage();
+  page.setDefaultTimeout(120_000);
+  const errors = [];
+  const requests = [];
+  page.on("pageerror", (error) => errors.push(String(error)));
+  page.on("console", (message) => message.type() === "error" && errors.push(message.text()));
+  context.on("request", (request) => requests.push(request.url()));
+
+  await page.goto(url);
+  const status = page.getByRole("status");
+  await status.filter({ hasNotText: "Loading" }).waitFor();
+  const result = { status: await status.textContent(), answers: [], speeds: [], pieces: [] };
+  if (result.status.startsWith("Ready")) {
+    for (const message of chat) {
+      await page.evaluate(() => {
+        window.seen = [];
+        const look = () => window.seen.push(document.querySelector("li:last-child p").textContent);
+        new MutationObserver(look).observe(document.getElementById("log"), { childList: true, subtree: true });
+      });
+      await page.getByLabel("Message").fill(message);
+      await page.keyboard.press("Enter");
+      await page.locator("#log[aria-busy=false] li.assistant").last().waitFor();
+      result.answers.push(await page.locator("li.assistant p").last().textContent());
+      result.speeds.push(await page.locator("#speed").textContent());
+      result.pieces.push(new Set(await page.evaluate(() => window.seen)).size);
+    }
+    await page.screenshot({ path: `${folder}/desktop.png` });
+    await page.setViewportSize(PHONE);
+    await page.screenshot({ path: `${folder}/phone.png` });
+    result.phoneWidth = await page.evaluate(() => document.documentElement.scrollWidth);
+    result.isolated = await page.evaluate(() => crossOriginIsolated);
+    result.ids = await page.evaluate(async (chats) => {
+      const { answer, load } = await import("/lfm2.js");
+      const loaded = await load({ dtype: "fp32", device: "wasm" });
+      const all = [];
+      for (const chat of chats) all.push((await answer(loaded, chat, { maxNewTokens: 48 })).ids);
+      return all;
+    }, prompts);
+  }
+  const origin = new URL(url).origin;
+  const elsewhere = requests.filter((request) => !request.startsWith("data:") && !request.startsWith("blob:") &&
+    new URL(request).origin !== origin);
+  console.log(JSON.stringify({ ...result, errors, elsewhere }));
+} finally {
+  await context.close();
+}

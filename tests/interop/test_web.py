@@ -1,0 +1,189 @@
+"""The chat page of `examples/web`, used in headless Chromium: what it answers is what transformers answers."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+import subprocess
+import sys
+import threading
+import urllib.request
+from contextlib import contextmanager
+from pathlib import Path
+from urllib.error import HTTPError
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+
+ROOT = Path(__file__).parent.parent.parent
+WEB = ROOT / "examples" / "web"
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+INSTALLED = (WEB / "node_modules" / "playwright-core").is_dir()
+
+installed = pytest.mark.skipif(not INSTALLED, reason=f"no node_modules: run `npm ci --ignore-scripts` in {WEB.name}")
+browser = pytest.mark.skipif(not (CHROMIUM and shutil.which("node")), reason="no chromium or no node on the PATH")
+
+CHAT = ["What is 3 plus 4?", "What is 2 plus 5?"]
+PROMPTS = [
+    [{"role": "user", "content": "Ben put the silver key next to the well. Where is the silver key?"}],
+    [{"role": "user", "content": "Tell me a story."}],
+    [
+        {"role": "user", "content": "What is 3 plus 4?"},
+        {"role": "assistant", "content": "3 plus 4 is 7."},
+        {"role": "user", "content": "Thank you. What colour is the sky?"},
+    ],
+]
+
+
+def load_serve():
+    spec = importlib.util.spec_from_file_location("serve", WEB / "serve.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+serve = load_serve()
+
+
+@contextmanager
+def served(folder):
+    server = serve.make_server(folder)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield f"http://localhost:{server.server_port}"
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+def browse(folder, artifacts, query="", chat=(), prompts=()):
+    with served(folder) as url:
+        done = subprocess.run(
+            ["node", str(Path(__file__).with_name("browse.mjs")), CHROMIUM, str(artifacts)],
+            input=json.dumps({"url": f"{url}/{query}", "chat": list(chat), "prompts": list(prompts)}),
+            capture_output=True,
+            text=True,
+            timeout=400,
+            check=False,
+        )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def visit(exported, tmp_path_factory):
+    artifacts = tmp_path_factory.mktemp("web")
+    return browse(exported("trained"), artifacts, chat=CHAT, prompts=PROMPTS) | {"artifacts": artifacts}
+
+
+@pytest.fixture(scope="module")
+def gold(checkpoint, gold_model):
+    """The new tokens that transformers gives for a chat, the end of turn too, and their text."""
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint("trained"))
+    model = gold_model("trained").float()
+
+    def gold(chat, max_new_tokens=512):
+        inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+        with torch.no_grad():
+            out = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+        ids = out[0, inputs["input_ids"].shape[1] :].tolist()
+        return ids, tokenizer.decode(ids, skip_special_tokens=True)
+
+    return gold
+
+
+@installed
+@browser
+def test_a_chat_is_answered_as_transformers_answers_it(visit, gold):
+    turns = []
+    for message, answer in zip(CHAT, visit["answers"], strict=True):
+        turns.append({"role": "user", "content": message})
+        assert answer == gold(turns)[1]
+        turns.append({"role": "assistant", "content": answer})
+    assert visit["answers"][0] == "3 plus 4 is 7."
+
+
+@installed
+@browser
+def test_the_page_says_what_it_does(visit):
+    assert visit["status"] == "Ready: fp32, WebAssembly"
+    for speed in visit["speeds"]:
+        number, unit = speed.split()
+        assert float(number) > 0
+        assert unit == "tokens/s"
+    assert min(visit["pieces"]) > 3  # the answer grew, and did not come at once
+
+
+@installed
+@browser
+def test_the_page_fits_a_phone_and_stays_by_itself(visit):
+    assert visit["phoneWidth"] == 360
+    assert visit["isolated"]  # or WebAssembly has one thread
+    assert visit["errors"] == []
+    assert visit["elsewhere"] == []
+    for name in ("desktop.png", "phone.png"):
+        assert (visit["artifacts"] / name).stat().st_size > 5000
+
+
+@installed
+@browser
+@pytest.mark.parametrize("index", range(len(PROMPTS)))
+def test_tokens_in_the_browser_are_those_of_transformers(visit, gold, index):
+    assert visit["ids"][index] == gold(PROMPTS[index], max_new_tokens=48)[0]
+
+
+@installed
+@browser
+def test_a_precision_that_is_not_there_is_said_on_the_page(exported, tmp_path):
+    assert "model_q4.onnx" in browse(exported("trained"), tmp_path, query="?dtype=q4")["status"]
+
+
+@installed
+def test_both_layouts_are_served_alike(exported, tmp_path):
+    flat, hub = exported("trained"), tmp_path / "hub"
+    (hub / "onnx").mkdir(parents=True)
+    for path in flat.iterdir():
+        (hub / ("onnx" if ".onnx" in path.name else ".") / path.name).symlink_to(path)
+    names = ["tokenizer.json", "tokenizer_config.json", "onnx/model.onnx", "onnx/model.onnx_data"]
+
+    def contents(folder):
+        with served(folder) as url:
+            return [urllib.request.urlopen(f"{url}/model/{name}").read() for name in names]
+
+    assert contents(flat) == contents(hub)
+    assert b"chat_template" in contents(flat)[1]
+
+
+@installed
+def test_nothing_outside_is_served(exported):
+    with served(exported("trained")) as url:
+        for path in ("/model/../../pyproject.toml", "/../../pyproject.toml", "/model/%2e%2e/%2e%2e/pyproject.toml"):
+            with pytest.raises(HTTPError, match="404"):
+                urllib.request.urlopen(url + path)
+
+
+def run_serve(*args):
+    return subprocess.run(
+        [sys.executable, str(WEB / "serve.py"), *map(str, args)], capture_output=True, text=True, check=False
+    )
+
+
+@installed
+def test_what_is_no_export_is_refused_in_one_line(tmp_path, checkpoint):
+    done = run_serve(checkpoint("trained"))
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert "model.onnx" in done.stderr
+    assert "optimum-cli export onnx" in done.stderr
+    assert "tokenizer.json" in run_serve(tmp_path / "nowhere").stderr
+
+
+def test_a_missing_library_is_said_in_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(serve, "LIBRARY", tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="npm ci"):
+        serve.make_server(tmp_path)
