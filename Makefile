@@ -1,20 +1,27 @@
-# make demo: export a checkpoint and print what it writes. make test: everything that CI checks.
-# Each has a virtual environment of its own and needs nothing installed but Python.
+# make demo: export a checkpoint and print what it writes. make web: a page to chat with it (needs npm).
+# make test: everything that CI checks; with npm and Chromium, the page too.
+# Each has a virtual environment of its own and needs nothing else installed but Python.
 
 PYTHON ?= python3
 TORCH ?= torch
 MODEL ?= demo/checkpoint
 PROMPT ?= Once upon a time
 OUT ?= .demo/onnx
+PORT ?= 8000
+NODE_MODULES := examples/web/node_modules/.package-lock.json
 
-.PHONY: demo test test-transformers5 lint clean
+.PHONY: demo web test test-transformers5 lint clean
 
 demo: .venv/ready
 	.venv/bin/optimum-cli export onnx --model "$(MODEL)" "$(OUT)"
 	.venv/bin/python demo/run.py "$(OUT)" "$(PROMPT)"
 
-test: .venv-test/ready lint
-	.venv-test/bin/python -m pytest --cov=optimum_lfm2 --cov-report=term --cov-fail-under=90
+web: .venv/ready $(NODE_MODULES)
+	.venv/bin/optimum-cli export onnx --model "$(MODEL)" .demo/web
+	.venv/bin/python examples/web/serve.py .demo/web --port "$(PORT)"
+
+test: .venv-test/ready lint $(if $(shell command -v npm),$(NODE_MODULES))
+	.venv-test/bin/python -m pytest -rs --cov=optimum_lfm2 --cov-report=term --cov-fail-under=90
 
 # optimum-onnx 0.1.0 refuses transformers 5 in its metadata alone.
 test-transformers5: .venv-transformers5/ready
@@ -37,6 +44,10 @@ lint: .venv-test/ready
 	.venv-test/bin/pip install --quiet -e ".[dev]"
 	touch $@
 
+$(NODE_MODULES): examples/web/package-lock.json
+	cd examples/web && npm ci --ignore-scripts --no-audit --no-fund
+	touch $@
+
 .venv-transformers5/ready: pyproject.toml
 	$(PYTHON) -m venv .venv-transformers5
 	.venv-transformers5/bin/pip install --quiet "$(TORCH)"
@@ -45,4 +56,4 @@ lint: .venv-test/ready
 	touch $@
 
 clean:
-	rm -rf .venv .venv-test .venv-transformers5 .demo
+	rm -rf .venv .venv-test .venv-transformers5 .demo examples/web/node_modules

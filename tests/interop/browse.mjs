@@ -1,6 +1,7 @@
 // Use the chat page as a person would, in headless Chromium: node browse.mjs CHROMIUM FOLDER < job > result, both JSON.
 //
-// The job is {url, chat, prompts}: messages to type one after the other, and chats to answer for their token ids.
+// The job is {url, gpu, chat, prompts}: a key of GPU below, messages to type one after the other, chats to answer for
+// their token ids.
 // FOLDER gets the browser's profile and the screenshots.
 import { readFileSync } from "node:fs";
 import { createRequire } from "node:module";
@@ -9,17 +10,22 @@ const require = createRequire(new URL("../../examples/web/package.json", import.
 const { chromium } = require("playwright-core");
 
 const FLAGS = [
-  "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-  "--disable-component-update", "--disable-sync",
+  "--no-sandbox", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update",
+  "--disable-sync",
 ];
+const GPU = {
+  none: ["--disable-gpu"],
+  // WebGPU computed by the CPU: slow, and the same on every machine.
+  software: ["--enable-unsafe-webgpu", "--use-webgpu-adapter=swiftshader", "--enable-features=Vulkan", "--use-angle=swiftshader"],
+};
 const DESKTOP = { width: 900, height: 700 };
 const PHONE = { width: 360, height: 640 };
 
 const [executablePath, folder] = process.argv.slice(2);
-const { url, chat, prompts } = JSON.parse(readFileSync(0, "utf-8"));
+const { url, gpu, chat, prompts } = JSON.parse(readFileSync(0, "utf-8"));
 
 const context = await chromium.launchPersistentContext(`${folder}/profile`, {
-  executablePath, args: FLAGS, headless: true, viewport: DESKTOP,
+  executablePath, args: [...FLAGS, ...GPU[gpu]], headless: true, viewport: DESKTOP,
 });
 try {
   const page = await context.newPage();
@@ -30,6 +36,15 @@ try {
   page.on("console", (message) => message.type() === "error" && errors.push(message.text()));
   context.on("request", (request) => requests.push(request.url()));
 
+  // What the page hands to the model: an answer alone would not show a turn that was lost.
+  await page.addInitScript(() => {
+    window.asked = [];
+    const post = Worker.prototype.postMessage;
+    Worker.prototype.postMessage = function (message, ...rest) {
+      if (message[0] === "answer") window.asked.push(structuredClone(message[1]));
+      return post.call(this, message, ...rest);
+    };
+  });
   await page.goto(url);
   const status = page.getByRole("status");
   await status.filter({ hasNotText: "Loading" }).waitFor();
@@ -52,6 +67,7 @@ try {
     await page.setViewportSize(PHONE);
     await page.screenshot({ path: `${folder}/phone.png` });
     result.phoneWidth = await page.evaluate(() => document.documentElement.scrollWidth);
+    result.asked = await page.evaluate(() => window.asked);
     result.isolated = await page.evaluate(() => crossOriginIsolated);
     result.ids = await page.evaluate(async (chats) => {
       const { answer, load } = await import("/lfm2.js");

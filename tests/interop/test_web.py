@@ -26,7 +26,11 @@ INSTALLED = (WEB / "node_modules" / "playwright-core").is_dir()
 installed = pytest.mark.skipif(not INSTALLED, reason=f"no node_modules: run `npm ci --ignore-scripts` in {WEB.name}")
 browser = pytest.mark.skipif(not (CHROMIUM and shutil.which("node")), reason="no chromium or no node on the PATH")
 
-CHAT = ["What is 3 plus 4?", "What is 2 plus 5?"]
+CHAT = [
+    "What is 3 plus 4?",
+    "Ben put the silver key next to the well. Where is the silver key?",
+    "Tell me more.",
+]
 PROMPTS = [
     [{"role": "user", "content": "Ben put the silver key next to the well. Where is the silver key?"}],
     [{"role": "user", "content": "Tell me a story."}],
@@ -61,11 +65,11 @@ def served(folder):
         server.server_close()
 
 
-def browse(folder, artifacts, query="", chat=(), prompts=()):
+def browse(folder, artifacts, query="", gpu="none", chat=(), prompts=()):
     with served(folder) as url:
         done = subprocess.run(
             ["node", str(Path(__file__).with_name("browse.mjs")), CHROMIUM, str(artifacts)],
-            input=json.dumps({"url": f"{url}/{query}", "chat": list(chat), "prompts": list(prompts)}),
+            input=json.dumps({"url": f"{url}/{query}", "gpu": gpu, "chat": list(chat), "prompts": list(prompts)}),
             capture_output=True,
             text=True,
             timeout=400,
@@ -101,8 +105,9 @@ def gold(checkpoint, gold_model):
 @browser
 def test_a_chat_is_answered_as_transformers_answers_it(visit, gold):
     turns = []
-    for message, answer in zip(CHAT, visit["answers"], strict=True):
+    for message, answer, asked in zip(CHAT, visit["answers"], visit["asked"], strict=True):
         turns.append({"role": "user", "content": message})
+        assert asked == turns
         assert answer == gold(turns)[1]
         turns.append({"role": "assistant", "content": answer})
     assert visit["answers"][0] == "3 plus 4 is 7."
@@ -135,6 +140,16 @@ def test_the_page_fits_a_phone_and_stays_by_itself(visit):
 @pytest.mark.parametrize("index", range(len(PROMPTS)))
 def test_tokens_in_the_browser_are_those_of_transformers(visit, gold, index):
     assert visit["ids"][index] == gold(PROMPTS[index], max_new_tokens=48)[0]
+
+
+@installed
+@browser
+def test_webgpu_answers_as_transformers_does(exported, gold, tmp_path):
+    result = browse(exported("trained"), tmp_path, gpu="software", chat=CHAT[:1])
+    if "WebGPU" not in result["status"]:
+        pytest.skip("this Chromium has no WebGPU in software")
+    assert result["answers"] == [gold([{"role": "user", "content": CHAT[0]}])[1]]
+    assert result["errors"] == []
 
 
 @installed
