@@ -23,7 +23,7 @@ WEB = ROOT / "examples" / "web"
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 INSTALLED = (WEB / "node_modules" / "playwright-core").is_dir()
 
-installed = pytest.mark.skipif(not INSTALLED, reason=f"no node_modules: run `npm ci --ignore-scripts` in {WEB.name}")
+installed = pytest.mark.skipif(not INSTALLED, reason="no node_modules: run `npm ci --ignore-scripts` in examples/web")
 browser = pytest.mark.skipif(not (CHROMIUM and shutil.which("node")), reason="no chromium or no node on the PATH")
 
 CHAT = [
