@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 import signal
-import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,10 +33,11 @@ def staged(output: Path) -> Iterator[Path]:
     with _terminable():
         try:
             output.parent.mkdir(parents=True, exist_ok=True)
-            folder = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+            # Named before it is made: a signal between the two must not leave it behind.
+            folder = output.parent / f".{output.name}.{secrets.token_hex(4)}"
             try:
                 new, old = folder / "new", folder / "old"
-                new.mkdir()
+                new.mkdir(parents=True)
                 yield new
                 _move(new, old, output)
             finally:
