@@ -14,7 +14,9 @@ from transformers import AutoTokenizer
 
 from optimum_lfm2.errors import Lfm2Error
 from optimum_lfm2.evaluate import evaluate
+from optimum_lfm2.export import quantize
 from optimum_lfm2.export.quantize import VARIANTS, Blocks, dequantize_tensor, dequantized, pack, quantize_tensor
+from optimum_lfm2.export.validation import strict_validation
 
 
 DEMO = Path(__file__).parents[2] / "demo"
@@ -116,6 +118,37 @@ def test_quality_on_held_out_text(variant, agreement, divergence, exported):
     assert quality.top1_agreement >= agreement
     assert quality.kl_divergence <= divergence
     assert quality.perplexity < 1.01 * quality.reference_perplexity
+
+
+def test_q4_is_no_worse_than_rounding_to_nearest_in_blocks_of_32(exported, tmp_path):
+    rounded = _model()
+    with torch.no_grad():
+        for module in rounded.modules():
+            if isinstance(module, (torch.nn.Linear, torch.nn.Embedding)) and module is not rounded.lm_head:
+                module.weight.copy_(plain(module.weight, 4, 32))  # the head is tied
+    rounded.save_pretrained(tmp_path)
+    own, bound = (
+        evaluate(model, DEMO / "checkpoint", DEMO / "heldout.txt")
+        for model in (exported("trained", _variant="q4"), tmp_path)
+    )
+    assert own.kl_divergence <= bound.kl_divergence
+    assert own.perplexity <= bound.perplexity
+    assert own.top1_agreement >= bound.top1_agreement
+
+
+def _high_nibble_first(codes, blocks):
+    return codes if blocks.bits == 8 else codes[..., 0::2] << 4 | codes[..., 1::2]
+
+
+def _one_layer_forgotten(codes, blocks):
+    return torch.full_like(pack(codes, blocks), 0x88) if codes.shape[:2] == (384, 1) else pack(codes, blocks)
+
+
+@pytest.mark.parametrize("mistake", [_high_nibble_first, _one_layer_forgotten])
+def test_validation_finds_wrong_codes(mistake, checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(quantize, "pack", mistake)
+    with pytest.raises(Lfm2Error, match="The file is wrong"), strict_validation(None):
+        main_export(str(checkpoint("trained")), tmp_path, _variant="q4")
 
 
 def test_padded_rows_are_as_if_alone(exported):
