@@ -8,8 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from benchmarks import report, run
+from benchmarks import quantization, report, run
 from benchmarks.systems import SYSTEMS
 
 
@@ -119,3 +120,23 @@ def test_without_a_gpu_cuda_says_so():
 def test_every_system_has_its_module():
     for name, entry in SYSTEMS.items():
         assert (ROOT / "benchmarks" / "systems" / f"{entry.module}.py").is_file(), name
+
+
+def test_ways_to_quantise():
+    weight = torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
+    for method in quantization.METHODS.values():
+        back = quantization._by_blocks(weight, 4, 32, method)
+        assert 0.001 < (back - weight).pow(2).mean() / weight.pow(2).mean() < 0.015
+
+
+def test_speed_of_block_sizes(checkpoint, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(quantization, "SIZES", (32,))
+    (tmp_path / "lfm2-350m").symlink_to(checkpoint("hybrid"))
+    quantization.speed(tmp_path, rounds=1, threads=1)
+    rows = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines()[2:]]
+    assert [[cell.strip() for cell in row[:3]] for row in rows] == [
+        ["4", "32", "4 bits"],
+        ["4", "32", "8 bits"],
+        ["8", "32", "8 bits"],
+    ]
+    assert all(float(cell) > 0 for row in rows for cell in row[3:5])

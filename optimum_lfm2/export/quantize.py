@@ -21,6 +21,7 @@ from optimum_lfm2.export.ops import PLACEHOLDER_DOMAIN
 
 
 CONTRIB_DOMAIN = "com.microsoft"
+HEAD = "lm_head"
 INT8_ACTIVATIONS = 4  # MatMulNBits' accuracy_level: on a CPU three times faster than without
 VALUES_AT_ONCE = 1 << 18  # what the arithmetic works on fits into a processor's cache
 # Codes tried for each block, by how far its largest value goes towards the end of the range; more of them gain nothing.
@@ -53,8 +54,8 @@ class Scheme:
     """How a model is quantised.
 
     Attributes:
-        linear: the linear layers, the head among them.
-        table: the embedding, and the head where the two are tied: both read one table.
+        linear: the linear layers of the decoder.
+        table: the head and the embedding, tied or not.
         float_embedding: keep the embedding in float, for runtimes without a kernel for `GatherBlockQuantized`.
     """
 
@@ -116,7 +117,8 @@ def dequantized(model: torch.nn.Module, scheme: Scheme | None) -> Iterator[None]
         kinds = (torch.nn.Linear,) if scheme.float_embedding else (torch.nn.Linear, torch.nn.Embedding)
         modules = [module for module in model.modules() if isinstance(module, kinds)]
     originals = [module.weight for module in modules]
-    tables = {id(module.weight) for module in modules if isinstance(module, torch.nn.Embedding)}
+    head = getattr(model, HEAD, None)
+    tables = {id(module.weight) for module in modules if module is head or isinstance(module, torch.nn.Embedding)}
     replaced: dict[int, torch.nn.Parameter] = {}
     try:
         for module, original in zip(modules, originals, strict=True):
@@ -153,13 +155,12 @@ class Quantizer:
         nodes = list(self.graph)
         linears = [node for node in nodes if node.op_type == "Gemm" and _is_parameter(node.inputs[1])]
         embeddings = [node for node in nodes if node.op_type == "Gather" and _is_parameter(node.inputs[0])]
-        if self.scheme.float_embedding:
-            embeddings = []
-        self._tables = {_parameter_name(node.inputs[0]) for node in embeddings}
+        self._tables = {f"{HEAD}.weight", *(_parameter_name(node.inputs[0]) for node in embeddings)}
         for node in linears:
             self._linear(node)
-        for node in embeddings:
-            self._embedding(node)
+        if not self.scheme.float_embedding:
+            for node in embeddings:
+                self._embedding(node)
 
     def _blocks(self, name: str) -> Blocks:
         return self.scheme.table if name in self._tables else self.scheme.linear

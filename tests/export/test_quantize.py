@@ -98,13 +98,24 @@ def test_the_embedding_in_float(tmp_path, checkpoint):
     main_export(
         str(checkpoint("trained")), tmp_path, _variant="q4", do_validation=False, model_kwargs={"float_embedding": True}
     )
-    operators = [node.op_type for node in ir.load(tmp_path / "model.onnx").graph]
-    assert "GatherBlockQuantized" not in operators
-    assert "MatMulNBits" in operators
+    graph = ir.load(tmp_path / "model.onnx").graph
+    assert "GatherBlockQuantized" not in [node.op_type for node in graph]
+    *layers, head = _bits_of_linears(graph)
+    assert (set(layers), head) == ({4}, 8)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     inputs = tokenizer("Once upon a time there was a girl named Nora", return_tensors="pt")
     out = ORTModelForCausalLM.from_pretrained(tmp_path).generate(**inputs, max_new_tokens=8, do_sample=False)
     assert "who lived" in tokenizer.decode(out[0])
+
+
+def test_an_untied_head_has_the_bits_of_a_table(exported):
+    graph = ir.load(exported("untied", _variant="q4") / "model.onnx").graph
+    *layers, head = _bits_of_linears(graph)
+    assert (set(layers), head) == ({4}, 8)
+
+
+def _bits_of_linears(graph):
+    return [node.attributes.get_int("bits") for node in graph if node.op_type == "MatMulNBits"]
 
 
 def test_unknown_model_kwargs(tmp_path, checkpoint):
