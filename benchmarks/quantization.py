@@ -152,8 +152,6 @@ def _layouts() -> Iterator[tuple[int, int, int]]:
 def _export(checkpoint: Path, folder: Path, scheme: Scheme) -> None:
     from optimum.exporters.onnx import main_export
 
-    import optimum_lfm2  # noqa: F401  registers LFM2
-
     shutil.rmtree(folder, ignore_errors=True)
     with patch.dict(VARIANTS, q4=scheme):
         main_export(str(checkpoint), folder, _variant="q4", do_validation=False)

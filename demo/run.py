@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import sys
 
+import optimum_lfm2  # noqa: F401  before optimum: ORTModelForCausalLM knows LFM2 from here on
+
+
+# isort: split
 from optimum.onnxruntime import ORTModelForCausalLM
 from transformers import AutoTokenizer, TextStreamer
-
-import optimum_lfm2  # noqa: F401  ORTModelForCausalLM knows LFM2 from here on
 
 
 def main(folder: str, prompt: str = "Once upon a time") -> None:

@@ -8,19 +8,21 @@ from benchmarks.systems import base
 
 
 def prepare(checkpoint: Path, folder: Path, variant: str) -> None:
-    from optimum.exporters.onnx import main_export
+    import optimum_lfm2  # noqa: F401  before anything of optimum: transformers 5 needs it so
 
-    import optimum_lfm2  # noqa: F401  registers LFM2, before anything of optimum
+    # isort: split
+    from optimum.exporters.onnx import main_export
 
     main_export(str(checkpoint), folder, do_validation=False, _variant="default" if variant == "fp32" else variant)
 
 
 class System(base.System):
     def __init__(self, folder: Path, threads: int, length: int, variant: str) -> None:
+        import optimum_lfm2  # noqa: F401  before anything of optimum: transformers 5 needs it so
+
+        # isort: split
         from onnxruntime import SessionOptions
         from optimum.onnxruntime import ORTModelForCausalLM
-
-        import optimum_lfm2  # noqa: F401
 
         options = SessionOptions()
         options.intra_op_num_threads = threads
