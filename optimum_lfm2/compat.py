@@ -22,6 +22,7 @@ Caches = Sequence[tuple[torch.Tensor, ...]]
 
 TRANSFORMERS_5 = int(transformers.__version__.split(".")[0]) >= 5
 TOKENIZER_CONFIG = "tokenizer_config.json"
+CHAT_TEMPLATE = "chat_template.jinja"
 
 
 def complete_transformers() -> None:
@@ -112,8 +113,22 @@ def spell_tokenizer_for_both(folder: Path) -> None:
     written = json.loads(path.read_text(encoding="utf-8"))
     if written.get("tokenizer_class") != "TokenizersBackend":
         return
-    written |= {"tokenizer_class": "PreTrainedTokenizerFast", **_special_tokens(written)}
-    path.write_text(json.dumps(written, indent=2, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
+    _write_json(path, written | {"tokenizer_class": "PreTrainedTokenizerFast", **_special_tokens(written)})
+
+
+def repeat_chat_template(folder: Path) -> None:
+    """Put the template of `chat_template.jinja` into `tokenizer_config.json` too: Transformers.js looks only there.
+
+    Goes when transformers writes both again, or Transformers.js reads the former.
+    """
+    path, template = folder / TOKENIZER_CONFIG, folder / CHAT_TEMPLATE
+    if path.is_file() and template.is_file():
+        written = json.loads(path.read_text(encoding="utf-8"))
+        _write_json(path, written | {"chat_template": template.read_text(encoding="utf-8")})
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
 
 
 class GenerationWithoutExperts:

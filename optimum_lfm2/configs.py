@@ -192,6 +192,7 @@ class Lfm2OnnxConfig(TextDecoderOnnxConfig):
     def post_process_exported_models(self, path: Path, models_and_onnx_configs: dict, onnx_files_subpaths: list[str]):
         """Tied weights are one tensor already; what Optimum has saved beside the model becomes readable for all."""
         compat.spell_tokenizer_for_both(Path(path))
+        compat.repeat_chat_template(Path(path))
         if self.task == "text-generation" and self.use_past:
             write_genai_config(Path(path), onnx_files_subpaths[0], self._config, self.cache_tensors)
         return models_and_onnx_configs, onnx_files_subpaths

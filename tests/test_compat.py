@@ -125,3 +125,22 @@ def test_tokenizer_config_in_5_spelling_is_rewritten(saved_by_5, tmp_path):
 def test_folder_without_tokenizer_is_left_alone(tmp_path):
     compat.spell_tokenizer_for_both(tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_exported_chat_template_is_in_both_places(exported, checkpoint):
+    written = json.loads((exported / "tokenizer_config.json").read_text())
+    template = (exported / "chat_template.jinja").read_text()
+    assert written["chat_template"] == template == AutoTokenizer.from_pretrained(checkpoint("trained")).chat_template
+
+    chat = [{"role": "user", "content": "Hi"}]
+    (gold, ours) = (
+        AutoTokenizer.from_pretrained(folder).apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+        for folder in (checkpoint("trained"), exported)
+    )
+    assert ours == gold
+
+
+def test_tokenizer_without_chat_template_is_left_alone(tmp_path):
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    compat.repeat_chat_template(tmp_path)
+    assert (tmp_path / "tokenizer_config.json").read_text() == "{}"
