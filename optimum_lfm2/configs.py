@@ -59,6 +59,7 @@ class Lfm2OnnxConfig(TextDecoderOnnxConfig):
     }
 
     DEFAULT_VARIANT = "default"
+    MODEL_KWARGS: ClassVar[tuple[str, ...]] = ("float_embedding",)
 
     weights: Mapping[str, torch.Tensor] = {}
     magnitudes: Mapping[str, float] = {}  # the largest value of each output in validation
@@ -71,9 +72,7 @@ class Lfm2OnnxConfig(TextDecoderOnnxConfig):
     @variant.setter
     def variant(self, name: str) -> None:
         name = self.DEFAULT_VARIANT if name == "default" else name
-        if name not in self.VARIANTS:
-            known = "".join(f"\n  {variant}: {description}" for variant, description in self.VARIANTS.items())
-            raise Lfm2Error(f"LFM2 has no variant {name}. It has:{known}")
+        self.check_variant(name)
         self._variant = name
         # Optimum exports with a new config that it makes of this one's class alone: so the variant goes into the class.
         self.__class__ = type(type(self).__name__, (type(self),), {"DEFAULT_VARIANT": name})
@@ -84,14 +83,30 @@ class Lfm2OnnxConfig(TextDecoderOnnxConfig):
         scheme = VARIANTS.get(self.variant)
         return scheme and replace(scheme, float_embedding=self.float_embedding)
 
+    @classmethod
+    def check_variant(cls, name: str) -> None:
+        """Raise `Lfm2Error`, which lists the variants, for one that is not there."""
+        if name not in cls.VARIANTS:
+            known = "".join(f"\n  {variant}: {description}" for variant, description in cls.VARIANTS.items())
+            raise Lfm2Error(f"LFM2 has no variant {name}. It has:{known}")
+
+    @classmethod
+    def check_model_kwargs(cls, options: Any) -> None:
+        """Raise `Lfm2Error` for `--model-kwargs` that nothing would heed."""
+        known = f"LFM2 knows {', '.join(cls.MODEL_KWARGS)} (true or false)."
+        if not isinstance(options, dict):
+            raise Lfm2Error(f"--model-kwargs {options}: give a JSON object. {known}")
+        if unknown := sorted(options.keys() - set(cls.MODEL_KWARGS)):
+            raise Lfm2Error(f"--model-kwargs: nothing knows {', '.join(unknown)}. {known}")
+        for name, value in options.items():
+            if not isinstance(value, bool):
+                raise Lfm2Error(f"--model-kwargs: {name} is {value!r}. {known}")
+
     def patch_model_for_export(self, model: Any, model_kwargs: dict[str, Any] | None = None) -> Lfm2ModelPatcher:
         """Optimum hands over `--model-kwargs`, to which it adds `logits_to_keep`."""
         options = {name: value for name, value in (model_kwargs or {}).items() if name != "logits_to_keep"}
-        self.float_embedding = bool(options.pop("float_embedding", False))
-        if options:
-            raise Lfm2Error(
-                f"Unknown --model-kwargs: {', '.join(options)}. LFM2 knows float_embedding (true or false)."
-            )
+        self.check_model_kwargs(options)
+        self.float_embedding = options.get("float_embedding", False)
         return super().patch_model_for_export(model, model_kwargs)
 
     @property

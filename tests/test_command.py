@@ -173,6 +173,7 @@ def test_replaces_its_own_files_and_leaves_others(cli, checkpoint, expected, out
         ("--variant nonsense", "default: "),
         ('--model-kwargs {"output_attentions":true}', "output_attentions"),
         ("--model-kwargs [1]", "JSON object"),
+        ('--model-kwargs {"float_embedding":"false"}', "true or false"),
         ("--batch_size 0", "--batch_size 0"),
         ("--sequence_length -1", "--sequence_length -1"),
         ("--sequence_length 9999", "512"),

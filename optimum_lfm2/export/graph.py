@@ -1,7 +1,7 @@
 """LFM2 as an ONNX graph: masks, the two blocks, the decoder, in the order in which the data flows.
 
-Written for the exporter: the calls of `ops.py` are the graph's nodes. What it must equal is transformers'
-`modeling_lfm2.py`.
+Written for the exporter: the calls of `ops.py` and `shapes.py` are the graph's nodes. What it must equal is
+transformers' `modeling_lfm2.py`.
 One rule everywhere: only `attention_mask` decides what a row sees.
 """
 
@@ -14,7 +14,7 @@ import torch
 from transformers import PretrainedConfig
 
 from optimum_lfm2.caches import ATTENTION, CONV, head_dim
-from optimum_lfm2.export import ops
+from optimum_lfm2.export import ops, shapes
 
 
 Weight = Callable[..., torch.Tensor]
@@ -64,9 +64,9 @@ def read_mask(
     cos = sin = last = length = None
     if attends:  # torch's exporter cannot remove an unused node of several outputs
         cos, sin = ops.rotary_table(positions, inverse_frequencies, scaling, dtype)
-        last, length = ops.lengths(attention_mask)
+        last, length = shapes.lengths(attention_mask)
     return Rows(
-        shape=ops.row_shape(input_ids),
+        shape=shapes.row_shape(input_ids),
         visible=new.reshape(-1, 1) != 0,
         index=torch.arange(batch * sequence, device=input_ids.device).reshape(batch, sequence),
         cos=cos,
@@ -95,11 +95,11 @@ def short_conv(
     bias = (lambda part: weight(f"{name}.{part}.bias")) if config.conv_bias else (lambda part: None)
 
     gates = ops.linear(hidden, weight(f"{name}.in_proj.weight"), bias("in_proj"))
-    input_gate, output_gate, x = ops.split_in_three(gates, width)
+    input_gate, output_gate, x = shapes.split_in_three(gates, width)
     gated = torch.where(rows.visible, input_gate * x, torch.zeros((), dtype=hidden.dtype))
-    gated = ops.rows(gated, rows.shape)
+    gated = shapes.rows(gated, rows.shape)
     empty = state is None
-    columns = ops.pad(gated, axis=1, before=taps) if empty else torch.cat([state.transpose(1, 2), gated], dim=1)
+    columns = shapes.pad(gated, axis=1, before=taps) if empty else torch.cat([state.transpose(1, 2), gated], dim=1)
 
     mixed = None
     for tap in range(taps):
@@ -109,8 +109,8 @@ def short_conv(
     if config.conv_bias:
         mixed = mixed + bias("conv")
 
-    out = ops.linear(output_gate * ops.flat(mixed, width), weight(f"{name}.out_proj.weight"), bias("out_proj"))
-    return out, ops.columns_at(columns, rows.end, taps)
+    out = ops.linear(output_gate * shapes.flat(mixed, width), weight(f"{name}.out_proj.weight"), bias("out_proj"))
+    return out, shapes.columns_at(columns, rows.end, taps)
 
 
 def attention(
@@ -129,18 +129,20 @@ def attention(
         return ops.linear(hidden, weight(f"{name}.{part}_proj.weight"))
 
     def rotated(part: str, count: int) -> torch.Tensor:
-        normed = ops.rms_norm(ops.flat(project(part), dim), weight(f"{name}.{part}_layernorm.weight"), config.norm_eps)
-        return ops.rotary_embedding(ops.rows(normed, rows.shape), rows.index, rows.cos, rows.sin, count)
+        normed = ops.rms_norm(
+            shapes.flat(project(part), dim), weight(f"{name}.{part}_layernorm.weight"), config.norm_eps
+        )
+        return ops.rotary_embedding(shapes.rows(normed, rows.shape), rows.index, rows.cos, rows.sin, count)
 
     def padded(x: torch.Tensor) -> torch.Tensor:
-        return ops.rows(ops.pad(ops.flat(x, dim), axis=1, after=padding), rows.shape) if padding else x
+        return shapes.rows(shapes.pad(shapes.flat(x, dim), axis=1, after=padding), rows.shape) if padding else x
 
     if padding and past is not None:
-        past = tuple(ops.pad(x, axis=3, after=padding) for x in past)
+        past = tuple(shapes.pad(x, axis=3, after=padding) for x in past)
     context, keys, values = ops.group_query_attention(
         padded(rotated("q", heads)),
         padded(rotated("k", kv_heads)),
-        padded(ops.rows(project("v"), rows.shape)),
+        padded(shapes.rows(project("v"), rows.shape)),
         past,
         rows.last,
         rows.total,
@@ -150,8 +152,8 @@ def attention(
         dim**-0.5,
     )
     if padding:
-        context, keys, values = (ops.flat(context, dim + padding)[:, :dim], keys[..., :dim], values[..., :dim])
-    return ops.linear(ops.flat(context, heads * dim), weight(f"{name}.out_proj.weight")), keys, values
+        context, keys, values = (shapes.flat(context, dim + padding)[:, :dim], keys[..., :dim], values[..., :dim])
+    return ops.linear(shapes.flat(context, heads * dim), weight(f"{name}.out_proj.weight")), keys, values
 
 
 def feed_forward(hidden: torch.Tensor, weight: Weight, name: str) -> torch.Tensor:
@@ -202,7 +204,8 @@ def decoder(
         if i == last_layer and num_logits_to_keep is not None:
             # Nothing after this point mixes tokens: the rest runs on the tokens whose logits are asked for.
             out, hidden = (
-                ops.flat(ops.last_tokens(ops.rows(x, rows.shape), num_logits_to_keep), width) for x in (out, hidden)
+                shapes.flat(shapes.last_tokens(shapes.rows(x, rows.shape), num_logits_to_keep), width)
+                for x in (out, hidden)
             )
         normed, hidden = ops.skip_rms_norm(out, hidden, weight(f"{name}.ffn_norm.weight"), epsilon)
         out = feed_forward(normed, weight, f"{name}.feed_forward")
@@ -211,4 +214,4 @@ def decoder(
 
     if num_logits_to_keep is not None:
         normed = ops.linear(normed, weight("lm_head.weight"))
-    return ops.batched(normed, input_ids), present
+    return shapes.batched(normed, input_ids), present

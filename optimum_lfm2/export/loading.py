@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ class Lfm2TasksManager(TasksManager):
 
     @classmethod
     def infer_task_from_model(cls, model: Any, *args: Any, **kwargs: Any) -> str:
-        config = _lfm2_config(model, **kwargs) if isinstance(model, str) else None
+        config = _lfm2_config(model, **kwargs) if isinstance(model, (str, Path)) else None
         if config is None:
             return super().infer_task_from_model(model, *args, **kwargs)
         return "text-generation" if is_causal(config) else "feature-extraction"
@@ -105,7 +106,7 @@ def _generation_config(model_name_or_path: str, config: PretrainedConfig, hub: d
         return GenerationConfig.from_model_config(config)
 
 
-def _lfm2_config(model_name_or_path: str, **kwargs: Any) -> PretrainedConfig | None:
+def _lfm2_config(model_name_or_path: str | Path, **kwargs: Any) -> PretrainedConfig | None:
     config = AutoConfig.from_pretrained(model_name_or_path, **_hub(kwargs))
     if config.model_type not in MODEL_TYPES:
         return None

@@ -1,77 +1,22 @@
-"""The graph's vocabulary: each function is one ONNX node (or two), with its meaning in plain torch beside it.
+"""What the graph computes: each function is one ONNX node (or a few), with its meaning in plain torch beside it.
 
-A `torch.autograd.Function` carries both: `forward` runs while torch traces, and in tests against ONNX Runtime;
-`symbolic` emits the node. Operators of `com.microsoft` are described in onnxruntime's docs/ContribOperators.md.
-Hidden states are two-dimensional, (tokens, width), tokens being batch_size * sequence_length: `Gemm` reads a Linear's
-weight as torch stores it. "Rows" are the same values as (batch_size, sequence_length, width).
+Operators of `com.microsoft` are described in onnxruntime's docs/ContribOperators.md. Hidden states are
+two-dimensional, (tokens, width), tokens being batch_size * sequence_length: `Gemm` reads a Linear's weight as torch
+stores it. "Rows" are the same values as (batch_size, sequence_length, width).
 """
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import torch.nn.functional as F
-from torch.autograd import Function
+
+from optimum_lfm2.export.tracing import Node, constant, none, typed
 
 
 # The placeholder domain: `weights.py` replaces every node of it, so no exported file mentions it.
 PLACEHOLDER_DOMAIN = "optimum_lfm2"
 HEAD_DIM_MULTIPLE = 8  # of the heads that GroupQueryAttention takes
 MASKED = -1e4  # finfo.min overflows to -inf in fp16, and a row without any key then becomes NaN
-
-
-class Node(Function):
-    """A Function whose `forward` the tracer does not look into: it would keep every intermediate value."""
-
-    def __init_subclass__(cls) -> None:
-        cls.forward = staticmethod(_untraced(cls.forward))  # type: ignore[method-assign]
-
-
-def _untraced(forward):
-    @functools.wraps(forward)
-    def wrapper(*args):
-        state = torch._C._get_tracing_state()
-        torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
-        try:
-            return forward(*args)
-        finally:
-            torch._C._set_tracing_state(state)  # type: ignore[attr-defined]
-
-    return wrapper
-
-
-def _constant(g, values):
-    return g.op("Constant", value_t=torch.tensor(values, dtype=torch.int64))
-
-
-def _none(g):
-    """An absent optional input."""
-    value = g.op("prim::Constant")
-    value.setType(torch._C.OptionalType.ofTensor())
-    return value
-
-
-def typed(*ranks: int, like: int = 0, dtype: torch.dtype | None = None):
-    """Declare what a symbolic emits: the rank of each output, and its dtype or the argument that has it too.
-
-    torch knows the types of no operators but its own, and says so once a node.
-    """
-
-    def decorator(symbolic):
-        @functools.wraps(symbolic)
-        def wrapper(g, *args):
-            emitted = symbolic(g, *args)
-            source = dtype or args[like]
-            seen = source if isinstance(source, torch.dtype) else source.type().dtype()
-            for value, rank in zip(emitted if isinstance(emitted, tuple) else (emitted,), ranks, strict=True):
-                example = torch._C.TensorType.create_from_tensor(torch.empty([1] * rank, dtype=seen))
-                value.setType(example.with_sizes([None] * rank))
-            return emitted
-
-        return wrapper
-
-    return decorator
 
 
 class _Parameter(Node):
@@ -99,7 +44,7 @@ class _Embedding(Node):
     @staticmethod
     @typed(2)
     def symbolic(g, table, ids):
-        return g.op("Gather", table, g.op("Reshape", ids, _constant(g, [-1])), axis_i=0)
+        return g.op("Gather", table, g.op("Reshape", ids, constant(g, [-1])), axis_i=0)
 
 
 def embedding(table: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
@@ -162,111 +107,20 @@ def skip_rms_norm(
     return _SkipRMSNorm.apply(x, skip, weight, epsilon)
 
 
-class _RowShape(Node):
+class _SiLU(Node):
     @staticmethod
-    def forward(ctx, ids):
-        return torch.tensor([*ids.shape, -1])
-
-    @staticmethod
-    @typed(1)
-    def symbolic(g, ids):
-        return g.op("Concat", g.op("Shape", ids), _constant(g, [-1]), axis_i=0)
-
-
-def row_shape(ids: torch.Tensor) -> torch.Tensor:
-    """The shape (batch_size, sequence_length, -1) as a tensor."""
-    return _RowShape.apply(ids)
-
-
-class _Lengths(Node):
-    @staticmethod
-    def forward(ctx, mask):
-        batch, total = mask.shape
-        return torch.full((batch,), total - 1, dtype=torch.int32), torch.full((), total, dtype=torch.int32)
-
-    @staticmethod
-    @typed(1, 0, dtype=torch.int32)
-    def symbolic(g, mask):
-        total = g.op("Cast", g.op("Shape", mask, start_i=1), to_i=6)
-        last = g.op("Sub", total, g.op("Constant", value_t=torch.tensor([1], dtype=torch.int32)))
-        return (
-            g.op("Expand", last, g.op("Shape", mask, end_i=1)),
-            g.op("Squeeze", total, _constant(g, [0])),
-        )
-
-
-def lengths(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of a mask (batch_size, total): total - 1 for each row, int32, and total as an int32 scalar."""
-    return _Lengths.apply(mask)
-
-
-class _Rows(Node):
-    @staticmethod
-    def forward(ctx, x, shape):
-        return x.reshape(*shape.tolist())
-
-    @staticmethod
-    @typed(3)
-    def symbolic(g, x, shape):
-        return g.op("Reshape", x, shape)
-
-
-def rows(x: torch.Tensor, shape: torch.Tensor) -> torch.Tensor:
-    """Anything with batch_size * sequence_length * width elements → (batch_size, sequence_length, width)."""
-    return _Rows.apply(x, shape)
-
-
-class _Flat(Node):
-    @staticmethod
-    def forward(ctx, x, width):
-        return x.reshape(-1, width)
+    def forward(ctx, x):
+        return F.silu(x)
 
     @staticmethod
     @typed(2)
-    def symbolic(g, x, width):
-        return g.op("Reshape", x, _constant(g, [-1, width]))
+    def symbolic(g, x):
+        return g.op("Mul", x, g.op("Sigmoid", x))
 
 
-def flat(x: torch.Tensor, width: int) -> torch.Tensor:
-    """Anything whose elements come in runs of `width` → (runs, width)."""
-    return _Flat.apply(x, width)
-
-
-class _Split(Node):
-    @staticmethod
-    def forward(ctx, x, width):
-        return tuple(part.contiguous() for part in x.split(width, dim=-1))
-
-    @staticmethod
-    @typed(2, 2, 2)
-    def symbolic(g, x, width):
-        return tuple(g.op("Split", x, _constant(g, [width] * 3), axis_i=-1, outputs=3))
-
-
-def split_in_three(x: torch.Tensor, width: int) -> tuple[torch.Tensor, ...]:
-    """(tokens, 3 * width) → three of (tokens, width)."""
-    return _Split.apply(x, width)
-
-
-class _LastTokens(Node):
-    @staticmethod
-    def forward(ctx, x, count):
-        keep = int(count.reshape(()))
-        return x[:, -keep:].contiguous()
-
-    @staticmethod
-    @typed(3)
-    def symbolic(g, x, count):
-        start = g.op("Neg", g.op("Reshape", count, _constant(g, [1])))
-        return g.op("Slice", x, start, _constant(g, [torch.iinfo(torch.int64).max]), _constant(g, [1]))
-
-
-def last_tokens(x: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
-    """The last `count` tokens of rows; all of them where `count` is 0 or more than there are.
-
-    `count` is an int64 scalar or a vector of one element.
-    """
-    return _LastTokens.apply(x, count)
+def silu(x: torch.Tensor) -> torch.Tensor:
+    """`x * sigmoid(x)`; ONNX Runtime fuses the pair when it loads the graph."""
+    return _SiLU.apply(x)
 
 
 class _RotaryTable(Node):
@@ -278,7 +132,7 @@ class _RotaryTable(Node):
     @staticmethod
     @typed(2, 2, like=3)
     def symbolic(g, positions, inverse_frequencies, scaling, dtype):
-        column = g.op("Reshape", positions, _constant(g, [-1, 1]))
+        column = g.op("Reshape", positions, constant(g, [-1, 1]))
         angles = g.op("Mul", g.op("Cast", column, to_i=1), inverse_frequencies)
         tables = [g.op("Cos", angles), g.op("Sin", angles)]
         if scaling != 1.0:
@@ -355,13 +209,13 @@ class _GroupQueryAttention(Node):
                 query,
                 key,
                 value,
-                _none(g) if past_key is None else past_key,
-                _none(g) if past_value is None else past_value,
+                none(g) if past_key is None else past_key,
+                none(g) if past_value is None else past_value,
                 last,
                 total,
-                _none(g),
-                _none(g),
-                _none(g),
+                none(g),
+                none(g),
+                none(g),
                 bias,
                 num_heads_i=num_heads,
                 kv_num_heads_i=kv_heads,
@@ -397,78 +251,3 @@ def group_query_attention(
     return _GroupQueryAttention.apply(
         query, key, value, past_key, past_value, last, total, bias, num_heads, kv_heads, scale
     )
-
-
-class _SiLU(Node):
-    @staticmethod
-    def forward(ctx, x):
-        return F.silu(x)
-
-    @staticmethod
-    @typed(2)
-    def symbolic(g, x):
-        return g.op("Mul", x, g.op("Sigmoid", x))
-
-
-def silu(x: torch.Tensor) -> torch.Tensor:
-    """`x * sigmoid(x)`; ONNX Runtime fuses the pair when it loads the graph."""
-    return _SiLU.apply(x)
-
-
-class _ColumnsAt(Node):
-    @staticmethod
-    def forward(ctx, columns, end, count):
-        index = end + torch.arange(count)
-        return columns.gather(1, index.unsqueeze(2).expand(-1, -1, columns.shape[2])).transpose(1, 2).contiguous()
-
-    @staticmethod
-    @typed(3)
-    def symbolic(g, columns, end, count):
-        index = g.op("Add", end, _constant(g, list(range(count))))
-        picked = g.op("GatherND", columns, g.op("Unsqueeze", index, _constant(g, [2])), batch_dims_i=1)
-        return g.op("Transpose", picked, perm_i=[0, 2, 1])
-
-
-def columns_at(columns: torch.Tensor, end: torch.Tensor, count: int) -> torch.Tensor:
-    """`count` columns of each row from its own `end` on.
-
-    (batch_size, columns, width), int64 (batch_size, 1) → (batch_size, width, count).
-    """
-    return _ColumnsAt.apply(columns, end, count)
-
-
-class _Batched(Node):
-    @staticmethod
-    def forward(ctx, x, ids):
-        return x.reshape(ids.shape[0], -1, x.shape[1])
-
-    @staticmethod
-    @typed(3)
-    def symbolic(g, x, ids):
-        batch = g.op("Shape", ids, end_i=1)
-        width = g.op("Shape", x, start_i=1)
-        return g.op("Reshape", x, g.op("Concat", batch, _constant(g, [-1]), width, axis_i=0))
-
-
-def batched(x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """(batch_size * any, width) → (batch_size, any, width)."""
-    return _Batched.apply(x, ids)
-
-
-class _Pad(Node):
-    @staticmethod
-    def forward(ctx, x, axis, before, after):
-        widths = [0, 0] * (x.dim() - 1 - axis) + [before, after]
-        return F.pad(x, widths)
-
-    @staticmethod
-    def symbolic(g, x, axis, before, after):
-        rank = x.type().dim()
-        pads = [0] * (2 * rank)
-        pads[axis], pads[rank + axis] = before, after
-        return typed(rank)(lambda g, x: g.op("Pad", x, _constant(g, pads)))(g, x)
-
-
-def pad(x: torch.Tensor, axis: int, before: int = 0, after: int = 0) -> torch.Tensor:
-    """Zeros before and after the values of one axis, counted from the first."""
-    return _Pad.apply(x, axis, before, after)

@@ -16,7 +16,6 @@ from optimum_lfm2.export.supported import check_architecture
 
 
 OPSETS = range(18, 21)  # below, torch writes older forms of some operators; above, its exporter knows none
-MODEL_KWARGS = ("float_embedding",)
 TEXT_SHAPES = ("batch_size", "sequence_length")
 
 
@@ -81,15 +80,8 @@ def _check_variant(args: Namespace, config: Mapping[str, Any]) -> None:
     constructor = TasksManager.get_exporter_config_constructor(
         "onnx", model_type=config["model_type"], task="text-generation", library_name="transformers"
     )
-    variants = constructor.func.VARIANTS
-    if args.variant not in variants:
-        known = "".join(f"\n  {name}: {description}" for name, description in variants.items())
-        raise Lfm2Error(f"--variant {args.variant}: LFM2 has no such variant. It has:{known}")
-    known_kwargs = ", ".join(MODEL_KWARGS)
-    if not isinstance(args.model_kwargs or {}, dict):
-        raise Lfm2Error(f"--model-kwargs {args.model_kwargs}: give a JSON object; LFM2 knows {known_kwargs}.")
-    if unknown := sorted(set(args.model_kwargs or ()) - set(MODEL_KWARGS)):
-        raise Lfm2Error(f"--model-kwargs: nothing knows {', '.join(unknown)}. LFM2 knows {known_kwargs}.")
+    constructor.func.check_variant(args.variant)
+    constructor.func.check_model_kwargs(args.model_kwargs or {})
 
 
 def _check_rewrites(args: Namespace) -> None:

@@ -53,9 +53,6 @@ class Lfm2Cache:
         """-1: it grows as it must."""
         return -1
 
-    def get_mask_sizes(self, cache_position: torch.Tensor, layer_idx: int = 0) -> tuple[int, int]:
-        return self.length + len(cache_position), 0
-
     def reserve(self, length: int) -> None:
         """Make room for `length` columns."""
         if length <= self.capacity:

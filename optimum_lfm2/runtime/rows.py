@@ -63,8 +63,6 @@ class RowRunner:
             return self._graph.run(ids, mask, cache, keep, io_binding)
         past = cache.length
         first_kept = sequence - (min(keep, sequence) or sequence)
-        if io_binding:
-            cache.reserve(past + sequence)
         logits = []
         for start in range(0, sequence, PREFILL_CHUNK):
             end = min(start + PREFILL_CHUNK, sequence)

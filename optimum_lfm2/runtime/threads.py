@@ -13,8 +13,8 @@ import torch
 def single_torch_thread() -> Iterator[None]:
     """Hold torch to one thread in the calling thread, and restore its number at the end.
 
-    torch's OpenMP threads, which a copy of 65,536 numbers is enough to wake, and onnxruntime's spinning ones would
-    fight for the cores: the session itself takes twice the time.
+    torch's OpenMP threads, which a copy of the logits is enough to wake, and onnxruntime's spinning ones would fight
+    for the cores.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
