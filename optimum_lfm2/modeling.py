@@ -128,9 +128,10 @@ class ORTLfm2ForCausalLM(compat.GenerationWithoutExperts, ORTModelForCausalLM):
         """The attention mask, after the checks that `forward` promises."""
         past = 0 if cache is None else cache.length
         batch, length = ids.shape[0], past + ids.shape[1]
-        if ids.min() < 0 or ids.max() >= self.config.vocab_size:
+        least, most = map(int, ids.aminmax())
+        if least < 0 or most >= self.config.vocab_size:
             raise Lfm2Error(
-                f"input_ids has {int(ids.min())} to {int(ids.max())}, outside the vocabulary of "
+                f"input_ids has {least} to {most}, outside the vocabulary of "
                 f"{self.config.vocab_size}. Does the tokenizer belong to this model?"
             )
         if cache is not None and cache.batch_size != batch:

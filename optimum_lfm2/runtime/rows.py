@@ -117,8 +117,10 @@ def contiguous_order(mask: torch.Tensor, past: int) -> torch.Tensor | None:
 
     Before them there may be padding on an empty cache; on a full one they must come first.
     """
+    if mask.shape[1] == past + 1:
+        return None
     new = mask[:, past:]
-    if new.shape[1] == 1 or bool(new.all()):
+    if bool(new.all()):
         return None
     hidden = (new == 0).to(torch.int64)
     starts = (hidden.diff(dim=1) == -1).sum(1)  # steps from hidden to visible

@@ -25,6 +25,7 @@ class GraphSession:
         logits = next(value for value in session.get_outputs() if value.name == "logits")
         self._logits_dtype = TypeHelper.ort_type_to_torch_type(logits.type)
         self._names = [value.name for value in session.get_outputs()]
+        self._kept_tensors: dict[int, torch.Tensor] = {}
 
     def new_cache(self, batch_size: int, capacity: int = 0) -> Lfm2Cache:
         """An empty cache with room for `capacity` columns."""
@@ -43,12 +44,10 @@ class GraphSession:
         inputs = {"input_ids": ids.contiguous(), "attention_mask": mask.contiguous()}
         if "position_ids" in self._layout.inputs:
             inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)[:, -sequence:].contiguous()
-        if self._layout.keeps_logits:
-            inputs[LOGITS_TO_KEEP] = torch.full((1,) if self._keep_shape == [1] else (), keep)
         if cache is not None and io_binding and self._layout.in_place:
-            logits = self._run_in_place(inputs, cache, min(keep, sequence) or sequence)
+            logits = self._run_in_place(inputs, cache, keep)
         else:
-            logits = self._run_copying(inputs, cache)
+            logits = self._run_copying(inputs, cache, keep)
         if cache is not None:
             cache.length += sequence
         if logits.shape[1] < (min(keep, sequence) or sequence):
@@ -56,17 +55,17 @@ class GraphSession:
                 f"This graph gives the logits of the last token alone, not of {keep or sequence}. Pass "
                 "logits_to_keep=1, or export it without pruning the head."
             )
-        return logits[:, -keep:]
+        return logits[:, -keep:] if logits.shape[1] > keep > 0 else logits
 
-    def _run_in_place(self, inputs: dict[str, torch.Tensor], cache: Lfm2Cache, kept: int) -> torch.Tensor:
+    def _run_in_place(self, inputs: dict[str, torch.Tensor], cache: Lfm2Cache, keep: int) -> torch.Tensor:
         """Past and present keys and values are one buffer; conv states are written beside themselves."""
         batch, sequence = inputs["input_ids"].shape
         cache.reserve(cache.length + sequence)
-        binding = self._cache_binding(cache)
+        binding = self._prepared(cache, keep)
+        inputs = {name: tensor.to(self._device) for name, tensor in inputs.items()}  # they must outlive the run
         for name, tensor in inputs.items():
-            self._bind(binding.bind_input, name, tensor.to(self._device))
-        if not self._layout.keeps_logits:
-            kept = sequence
+            self._bind(binding.bind_input, name, tensor)
+        kept = (min(keep, sequence) or sequence) if self._layout.keeps_logits else sequence
         logits = torch.empty((batch, kept, self._layout.vocab_size), dtype=self._logits_dtype, device=self._device)
         self._bind(binding.bind_output, "logits", logits)
         binding.synchronize_inputs()
@@ -75,24 +74,35 @@ class GraphSession:
         cache.swap()
         return logits
 
-    def _cache_binding(self, cache: Lfm2Cache) -> IOBinding:
-        """Prepared once for each of the two states that the buffers alternate between."""
-        key = tuple(tensor.data_ptr() for tensor in cache.spare.values())[:1]
+    def _prepared(self, cache: Lfm2Cache, keep: int) -> IOBinding:
+        """A binding with all that stays: made once for each of the two states that the buffers alternate between."""
+        key = (keep, *(tensor.data_ptr() for tensor in cache.spare.values()))[:2]
         if key not in cache.bindings:
             binding = IOBinding(self._session)
             for tensor in self._layout.caches:
                 past = cache.tensors[tensor.past]
                 self._bind(binding.bind_input, tensor.past, past)
                 self._bind(binding.bind_output, tensor.present, past if tensor.grows else cache.spare[tensor.past])
+            if self._layout.keeps_logits:
+                self._bind(binding.bind_input, LOGITS_TO_KEEP, self._kept(keep))
             cache.bindings[key] = binding
         return cache.bindings[key]
+
+    def _kept(self, keep: int) -> torch.Tensor:
+        """`num_logits_to_keep`; a tensor of its own for each value, since bindings only point to it."""
+        if keep not in self._kept_tensors:
+            shape = (1,) if self._keep_shape == [1] else ()
+            self._kept_tensors[keep] = torch.full(shape, keep, device=self._device)
+        return self._kept_tensors[keep]
 
     def _bind(self, bind, name: str, tensor: torch.Tensor) -> None:
         bind(name, self._device.type, self._device.index or 0, _NUMPY[tensor.dtype], tensor.shape, tensor.data_ptr())
 
-    def _run_copying(self, inputs: dict[str, torch.Tensor], cache: Lfm2Cache | None) -> torch.Tensor:
+    def _run_copying(self, inputs: dict[str, torch.Tensor], cache: Lfm2Cache | None, keep: int) -> torch.Tensor:
         """Through numpy: for graphs whose caches cannot lie in place, and where io-binding is off."""
         feeds = {name: tensor.numpy(force=True) for name, tensor in inputs.items()}
+        if self._layout.keeps_logits:
+            feeds[LOGITS_TO_KEEP] = self._kept(keep).numpy(force=True)
         if cache is not None:
             for tensor in self._layout.caches:
                 past = cache.tensors[tensor.past]
