@@ -257,7 +257,7 @@ def _measured(files: list[Published]) -> Iterator[str]:
     )
     for quality in {file.quality.reference_perplexity: file.quality for file in files if file.quality}.values():
         yield (
-            "Perplexity, mean KL divergence and agreement are from `optimum-cli lfm2 evaluate`, which compares with the "
-            f"checkpoint in fp32, here on {quality.tokens} tokens of a text on which the checkpoint has a perplexity of "
-            f"{quality.reference_perplexity:.4f}."
+            "Perplexity, mean KL divergence and agreement are from `optimum-cli lfm2 evaluate`, which compares with "
+            f"the checkpoint in fp32, on {quality.tokens} tokens of a text on which the checkpoint has a perplexity "
+            f"of {quality.reference_perplexity:.4f}."
         )

@@ -11,8 +11,6 @@ from pathlib import Path
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 from optimum.commands.export.base import ExportCommand
 
-from optimum.commands.lfm2.export_onnx import fail, read_config
-
 
 DESCRIPTION = """\
 Write the folder that one uploads to the Hub: Optimum, ONNX Runtime GenAI and Transformers.js run it as it is.
@@ -81,6 +79,8 @@ class ExportLfm2Command(BaseOptimumCLICommand):
         parser.add_argument("--cache_dir", help="where downloads from the Hub are kept")
 
     def run(self) -> None:
+        from optimum.commands.lfm2.export_onnx import fail, read_config
+
         try:
             config = read_config(self.args)
         except ValueError as error:
