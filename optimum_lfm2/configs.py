@@ -32,7 +32,7 @@ from optimum_lfm2.caches import (
 from optimum_lfm2.errors import Lfm2Error
 from optimum_lfm2.export import ops
 from optimum_lfm2.export.patcher import Lfm2ModelPatcher
-from optimum_lfm2.export.quantize import VARIANTS, Scheme
+from optimum_lfm2.export.quantize import EMBEDDINGS, VARIANTS, Scheme
 from optimum_lfm2.export.weights import bind
 from optimum_lfm2.genai import write_genai_config
 
@@ -62,14 +62,14 @@ class Lfm2OnnxConfig(TextDecoderOnnxConfig):
 
     DEFAULT_VARIANT = "default"
     # What --model-kwargs may say; the first value is the default, and each is an attribute of this class.
-    MODEL_KWARGS: ClassVar[dict[str, tuple[bool | str, ...]]] = {
-        "float_embedding": (False, True),
+    MODEL_KWARGS: ClassVar[dict[str, tuple[str, ...]]] = {
+        "embedding": EMBEDDINGS,
         "cache_names": tuple(CACHE_NAMES),
     }
 
     weights: Mapping[str, torch.Tensor] = {}
     magnitudes: Mapping[str, float] = {}  # the largest value of each output in validation
-    float_embedding = False
+    embedding = "fused"
     cache_names = "hub"
     logits_default = True  # whether `num_logits_to_keep` may be left out by who runs the file
 
@@ -89,7 +89,7 @@ class Lfm2OnnxConfig(TextDecoderOnnxConfig):
     def scheme(self) -> Scheme | None:
         """How the weights are quantised; None: not at all."""
         scheme = VARIANTS.get(self.variant)
-        return scheme and replace(scheme, float_embedding=self.float_embedding)
+        return scheme and replace(scheme, embedding=self.embedding)
 
     @classmethod
     def check_variant(cls, name: str) -> None:
@@ -101,14 +101,14 @@ class Lfm2OnnxConfig(TextDecoderOnnxConfig):
     @classmethod
     def check_model_kwargs(cls, options: Any) -> None:
         """Raise `Lfm2Error` for `--model-kwargs` that nothing would heed."""
-        spelled = {name: " or ".join(map(_spelled, values)) for name, values in cls.MODEL_KWARGS.items()}
-        known = f"LFM2 knows {', '.join(f'{name} ({values})' for name, values in spelled.items())}."
+        listed = (f"{name} ({', '.join(values)})" for name, values in cls.MODEL_KWARGS.items())
+        known = f"LFM2 knows {', '.join(listed)}."
         if not isinstance(options, dict):
             raise Lfm2Error(f"--model-kwargs {options}: give a JSON object. {known}")
         if unknown := sorted(options.keys() - set(cls.MODEL_KWARGS)):
             raise Lfm2Error(f"--model-kwargs: nothing knows {', '.join(unknown)}. {known}")
         for name, value in options.items():
-            if (type(value), value) not in [(type(allowed), allowed) for allowed in cls.MODEL_KWARGS[name]]:
+            if value not in cls.MODEL_KWARGS[name]:
                 raise Lfm2Error(f"--model-kwargs: {name} is {json.dumps(value)}. {known}")
 
     def patch_model_for_export(self, model: Any, model_kwargs: dict[str, Any] | None = None) -> Lfm2ModelPatcher:
@@ -223,11 +223,6 @@ class Lfm2OnnxConfig(TextDecoderOnnxConfig):
         if config.task == "text-generation" and config.use_past:
             write_genai_config(Path(path), onnx_files_subpaths[0], config._config, config.cache_tensors)
         return models_and_onnx_configs, onnx_files_subpaths
-
-
-def _spelled(value: bool | str) -> str:
-    """As one writes it in JSON, without quotation marks."""
-    return json.dumps(value).strip('"')
 
 
 def _axes(shapes: Shapes) -> dict[str, dict[int, str]]:

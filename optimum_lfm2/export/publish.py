@@ -213,8 +213,8 @@ def _write_file(job: Job, model: Any, precision: Precision, path: Path) -> float
     config.variant = precision.variant
     # Declared without a default, Transformers.js and onnxruntime-genai fill it: a browser has no room for all logits.
     config.logits_default = False
-    # A browser has no kernel for a quantised embedding.
-    options = {"float_embedding": True, "cache_names": job.cache_names}
+    # Builds for the browser have no kernel for the fused one.
+    options = {"embedding": "portable", "cache_names": job.cache_names}
     _, outputs = convert.export(model, config, path, dtype=precision.dtype, model_kwargs=dict(options))
     return check_file(path, config, model, outputs, options, job.atol)
 
