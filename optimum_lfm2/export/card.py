@@ -256,9 +256,10 @@ def _measured(files: list[Published]) -> Iterator[str]:
         "Each file was run on random tokens when it was written, and its logits compared with those of transformers "
         "computing in the same float type, with the values that quantised weights stand for: the largest difference."
     )
-    for quality in {file.quality.reference_perplexity: file.quality for file in files if file.quality}.values():
+    texts = {(file.text, file.quality.tokens): file.quality.reference_perplexity for file in files if file.quality}
+    for (text, tokens), perplexity in texts.items():
         yield (
             "Perplexity, mean KL divergence and agreement are from `optimum-cli lfm2 evaluate`, which compares with "
-            f"the checkpoint in fp32, on {quality.tokens} tokens of a text on which the checkpoint has a perplexity "
-            f"of {quality.reference_perplexity:.4f}."
+            f"the checkpoint in fp32, on {tokens} tokens of `{text}`, where the checkpoint has a perplexity of "
+            f"{perplexity:.4f}."
         )

@@ -18,6 +18,7 @@ ONNX_FOLDER = "onnx"
 # Metadata of a file, so that the card of a folder is made of its files alone.
 DIFFERENCE = "optimum_lfm2.logits_difference"
 QUALITY = "optimum_lfm2.quality"
+TEXT = "optimum_lfm2.quality_text"
 CHECKPOINT = "optimum_lfm2.checkpoint"
 
 
@@ -50,6 +51,7 @@ class Published:
         caches: its cache tensors, by the names of its inputs and outputs.
         difference: of its logits from transformers', the largest when it was checked.
         quality: as `optimum_lfm2.evaluate` measured it, None where no text was given.
+        text: the name of that text's file.
         checkpoint: the fingerprint of the checkpoint that it was made of.
     """
 
@@ -58,6 +60,7 @@ class Published:
     caches: list[CacheTensor]
     difference: float
     quality: Quality | None
+    text: str
     checkpoint: str
 
     @classmethod
@@ -71,6 +74,7 @@ class Published:
             caches,
             float(notes.get(DIFFERENCE, "nan")),
             Quality(**json.loads(notes[QUALITY])) if QUALITY in notes else None,
+            notes.get(TEXT, ""),
             notes.get(CHECKPOINT, ""),
         )
 

@@ -32,6 +32,7 @@ from optimum_lfm2.export.precisions import (
     ONNX_FOLDER,
     PRECISIONS,
     QUALITY,
+    TEXT,
     Precision,
     Published,
     annotate,
@@ -241,7 +242,7 @@ def _measure(job: Job, files: list[Published], text: list[torch.Tensor]) -> list
         except Lfm2Error as error:
             failed.append(_removed(file.precision, file.path, error))
             continue
-        annotate(file.path, {QUALITY: json.dumps(quality.as_dict())})
+        annotate(file.path, {QUALITY: json.dumps(quality.as_dict()), TEXT: job.text.name})
         print(f"{file.precision}: perplexity {quality.perplexity:.4g}, KL divergence {quality.kl_divergence:.2g}")
     return failed
 
