@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from onnxruntime import InferenceSession, SessionOptions
 from optimum.onnxruntime import ORTModelForCausalLM
+from optimum.onnxruntime.constants import ONNX_WEIGHTS_NAME
 from optimum.onnxruntime.modeling import ORTModel
 from transformers import GenerationConfig, PretrainedConfig
 from transformers.generation import GenerationMode
@@ -228,17 +229,25 @@ class ORTLfm2ForCausalLM(compat.GenerationWithoutExperts, ORTModelForCausalLM):
             model_id,
             config,
             subfolder=subfolder,
-            file_name=file_name or _only_file(Path(model_id, subfolder)),
+            file_name=file_name or _file_name(Path(model_id, subfolder)),
             generation_config=generation_config or _generation_config(model_id, subfolder, kwargs),
             session_options=session_options,
             **kwargs,
         )
 
 
-def _only_file(folder: Path) -> str | None:
-    """The name of a local folder's model, if there is but one: whatever its name, there is nothing to choose."""
-    files = list(folder.rglob("*.onnx"))
-    return files[0].name if len(files) == 1 else None
+def _file_name(folder: Path) -> str | None:
+    """The name of a local folder's only model; None where Optimum finds model.onnx, or looks on the Hub.
+
+    Raises:
+        Lfm2Error: for several models of which none has that name; Optimum would take any.
+    """
+    names = sorted(path.name for path in folder.rglob("*.onnx"))
+    if not names or ONNX_WEIGHTS_NAME in names:
+        return None
+    if len(names) > 1:
+        raise Lfm2Error(f'{folder} holds {", ".join(names)}. Choose one, such as file_name="{names[0]}".')
+    return names[0]
 
 
 def _generation_config(model_id: str | Path, subfolder: str, kwargs: dict[str, Any]) -> GenerationConfig | None:

@@ -19,7 +19,8 @@ from optimum_lfm2.export.precisions import PRECISIONS, Published, preferred
 CARD = "README.md"
 LICENSE = "LICENSE"
 LICENSE_FIELDS = ("license", "license_name", "license_link", "language")
-TAGS = ["lfm2", "onnx", "onnxruntime", "onnxruntime-genai", "optimum", "transformers.js"]
+TAGS = ["lfm2", "onnx", "onnxruntime", "onnxruntime-genai", "optimum"]
+JAVASCRIPT = "transformers.js"
 
 TEMPLATE = """\
 ---
@@ -171,7 +172,10 @@ def write_card(folder: Path, files: list[Published], old: Path, model: str, opti
     if license_ := _checkpoint_file(model, LICENSE, hub):
         shutil.copyfile(license_, folder / LICENSE)
     data = _data(model, before, _load(_checkpoint_file(model, CARD, hub)), options)
-    name = options.repo_id or _heading(before) or old.resolve().name
+    if all(file.cache_names == "hub" for file in files):  # which Transformers.js reads alone
+        data.library_name = JAVASCRIPT  # the Hub then shows how to load it: it knows this layout by that name
+        data.tags = [*data.tags, JAVASCRIPT]
+    name = options.repo_id or _repo_id(before) or old.resolve().name
     ModelCard.from_template(data, template_str=TEMPLATE, **_values(folder, files, name, data)).save(folder / CARD)
 
 
@@ -190,9 +194,10 @@ def _checkpoint_file(model: str, name: str, hub: dict[str, Any]) -> Path | None:
     return None if path is None else Path(path)
 
 
-def _heading(card: ModelCard | None) -> str | None:
-    found = re.search(r"^# (.+)$", card.text, flags=re.MULTILINE) if card else None
-    return found[1].strip() if found else None
+def _repo_id(card: ModelCard | None) -> str | None:
+    """The heading of a card that an earlier run wrote, if it is an id of the Hub."""
+    found = re.search(r"^# ([\w.-]+/[\w.-]+)$", card.text, flags=re.MULTILINE) if card else None
+    return found[1] if found else None
 
 
 def _data(model: str, before: ModelCard | None, own: ModelCard | None, options: CardOptions) -> ModelCardData:
@@ -206,8 +211,7 @@ def _data(model: str, before: ModelCard | None, own: ModelCard | None, options: 
     fields |= {name: value for name, value in given.items() if value is not None}
     if "base_model" in fields:
         fields["base_model_relation"] = "quantized"  # the Hub's word for a conversion
-    # The library by which the Hub shows how to load a model: of these the one that it knows by this layout.
-    return ModelCardData(pipeline_tag="text-generation", library_name="transformers.js", tags=TAGS, **fields)
+    return ModelCardData(pipeline_tag="text-generation", tags=TAGS, **fields)
 
 
 def _values(folder: Path, files: list[Published], name: str, data: ModelCardData) -> dict[str, Any]:
@@ -220,7 +224,7 @@ def _values(folder: Path, files: list[Published], name: str, data: ModelCardData
         "base_model": data.base_model,
         "file": chosen.path.name,
         "dtype": chosen.precision,
-        "javascript": chosen.cache_names == "hub",
+        "javascript": data.library_name == JAVASCRIPT,
         "chat": "chat_template" in tokenizer,
         "folder": f'snapshot_download("{name}")' if online else f'"{name}"',
         "download": "\nfrom huggingface_hub import snapshot_download" if online else "",

@@ -23,6 +23,7 @@ from optimum_lfm2.export.validation import strict_validation
 
 # Loggers whose warnings of this export nobody can act on.
 QUIET = (
+    "huggingface_hub.repocard",
     "transformers.configuration_utils",
     "transformers.generation.configuration_utils",
     "transformers.integrations.tensor_parallel",  # speaks up when modeling_utils is silent

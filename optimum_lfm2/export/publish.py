@@ -85,7 +85,7 @@ class Job:
             raise Lfm2Error(f"--cache-names {args.cache_names}: there are {', '.join(CACHE_NAMES)}.")
         if args.atol is not None and not (math.isfinite(args.atol) and args.atol >= 0):
             raise Lfm2Error(f"--atol {args.atol}: a tolerance is a number from 0 on, such as 1e-4.")
-        if args.output.resolve() == Path(args.model).resolve():
+        if Path(args.model).is_dir() and args.output.resolve() == Path(args.model).resolve():
             raise Lfm2Error(f"{args.output} is the checkpoint itself. Give another folder to write to.")
         return cls(
             args.model,

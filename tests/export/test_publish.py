@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, GenerationConfig
 
 from optimum.commands.lfm2.export_lfm2 import ExportLfm2Command
+from optimum_lfm2.errors import Lfm2Error
 from optimum_lfm2.evaluate import evaluate
 from optimum_lfm2.export import loading
 from optimum_lfm2.export.precisions import PRECISIONS
@@ -186,6 +187,12 @@ def test_the_only_file_needs_no_name(folder, tmp_path, caplog, monkeypatch):
     assert caplog.records == []
 
 
+def test_one_of_several_files_is_not_chosen_by_chance(folder, tmp_path):
+    out = shutil.copytree(folder, tmp_path / "out", ignore=shutil.ignore_patterns("model.onnx*"))
+    with pytest.raises(Lfm2Error, match=r"model_q4\.onnx.* Choose one"):
+        ORTModelForCausalLM.from_pretrained(out)
+
+
 def _as_for_an_id(cls, name, subfolder="", **kwargs):
     """Of a local folder transformers reads generation_config.json at the top whatever the subfolder; not on the Hub."""
     if subfolder:
@@ -256,11 +263,8 @@ def test_the_table_says_what_was_measured(folder):
     ]
     differences = {name: float(row[4]) for name, row in cells.items()}
     assert 0 < differences["fp32"] < 1e-3 < differences["fp16"] < differences["q8"] < 1
-    card = " ".join((folder / "README.md").read_text().split())
-    assert (
-        f"128 tokens of `heldout.txt`, where the checkpoint has a perplexity of {quality.reference_perplexity:.4f}"
-        in card
-    )
+    source = f"128 tokens of `heldout.txt`, where the checkpoint has a perplexity of {quality.reference_perplexity:.4f}"
+    assert source in (folder / "README.md").read_text()
 
 
 @pytest.mark.parametrize("index", range(3), ids=["optimum", "genai", "onnxruntime"])
