@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-import onnx
 import pytest
 import torch
 from optimum.exporters.onnx import main_export
@@ -43,16 +42,6 @@ def model(tmp_path_factory):
 
     main_export(str(CHECKPOINT), str(folder), do_validation=False)
     return og.Model(str(folder))
-
-
-def test_the_names_of_its_own_builder(reference, prompts, tmp_path):
-    main_export(str(CHECKPOINT), str(tmp_path), do_validation=False, model_kwargs={"cache_names": "genai"})
-    inputs = [value.name for value in onnx.load(tmp_path / "model.onnx", load_external_data=False).graph.input]
-    assert inputs[2:5] == ["past.0.conv", "past.1.conv", "past_key_values.2.key"]
-    generator = make_generator(og.Model(str(tmp_path)))
-    generator.append_tokens(np.array([prompts[0]], dtype=np.int32))
-    run(generator)
-    assert generator.get_sequence(0)[len(prompts[0]) :].tolist() == gold(reference, prompts[0])
 
 
 @torch.no_grad()

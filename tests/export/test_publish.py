@@ -18,6 +18,7 @@ import pytest
 import torch
 from checkpoints import gold_tokens
 from huggingface_hub import ModelCard
+from optimum.exporters.onnx import main_export
 from optimum.onnxruntime import ORTModelForCausalLM
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, GenerationConfig
@@ -233,6 +234,13 @@ def test_genai_runs_the_folder(names, gold_model, tmp_path):
     assert out[0, story().shape[1] :].tolist() == gold
     javascript = "```js" in (tmp_path / "out" / "README.md").read_text()
     assert javascript == (names == "hub")  # it knows the Hub's names alone
+
+
+def test_export_onnx_with_the_names_of_genais_builder(gold_model, tmp_path):
+    main_export(str(TRAINED), str(tmp_path), do_validation=False, model_kwargs={"cache_names": "genai"})
+    inputs = [value.name for value in ir.load(tmp_path / "model.onnx").graph.inputs]
+    assert inputs[2:5] == ["past.0.conv", "past.1.conv", "past_key_values.2.key"]
+    assert genai_tokens(tmp_path) == gold_tokens(gold_model("trained").float(), story()[0], 60)
 
 
 def test_genai_takes_what_a_cpu_runs_best(folder, small):
