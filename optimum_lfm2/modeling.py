@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from onnxruntime import InferenceSession, SessionOptions
 from optimum.onnxruntime import ORTModelForCausalLM
+from optimum.onnxruntime.constants import ONNX_WEIGHTS_NAME
 from optimum.onnxruntime.modeling import ORTModel
 from transformers import GenerationConfig, PretrainedConfig
 from transformers.generation import GenerationMode
@@ -215,13 +217,48 @@ class ORTLfm2ForCausalLM(compat.GenerationWithoutExperts, ORTModelForCausalLM):
         cls,
         model_id: str | Path,
         config: PretrainedConfig,
+        subfolder: str = "",
+        file_name: str | None = None,
+        generation_config: GenerationConfig | None = None,
         session_options: SessionOptions | None = None,
         **kwargs: Any,
     ) -> ORTLfm2ForCausalLM:
         if session_options is None:
             session_options = SessionOptions()
             session_options.log_severity_level = WARNINGS_OFF
-        return super()._from_pretrained(model_id, config, session_options=session_options, **kwargs)
+        return super()._from_pretrained(
+            model_id,
+            config,
+            subfolder=subfolder,
+            file_name=file_name or _file_name(Path(model_id, subfolder)),
+            generation_config=generation_config or _generation_config(model_id, subfolder, kwargs),
+            session_options=session_options,
+            **kwargs,
+        )
+
+
+def _file_name(folder: Path) -> str | None:
+    """The name of a local folder's only model; None where Optimum finds model.onnx, or looks on the Hub.
+
+    Raises:
+        Lfm2Error: for several models of which none has that name; Optimum would take any.
+    """
+    names = sorted(path.name for path in folder.rglob("*.onnx"))
+    if not names or ONNX_WEIGHTS_NAME in names:
+        return None
+    if len(names) > 1:
+        raise Lfm2Error(f'{folder} holds {", ".join(names)}. Choose one, such as file_name="{names[0]}".')
+    return names[0]
+
+
+def _generation_config(model_id: str | Path, subfolder: str, kwargs: dict[str, Any]) -> GenerationConfig | None:
+    """The settings beside config.json, where Optimum looks into the model's subfolder alone."""
+    hub = ("revision", "cache_dir", "token", "local_files_only", "force_download")
+    options = {name: kwargs[name] for name in hub if name in kwargs}
+    for folder in dict.fromkeys((subfolder, "")):
+        with suppress(OSError):
+            return GenerationConfig.from_pretrained(model_id, subfolder=folder, **options)
+    return None
 
 
 def dispatch(model_types: tuple[str, ...]) -> None:
