@@ -1,4 +1,4 @@
-"""What a client's tokens are held against: the same file in onnxruntime for Python, in a loop that knows nothing."""
+"""What clients are asked, and held against: the same file in onnxruntime for Python, in a loop that knows nothing."""
 
 from __future__ import annotations
 
@@ -6,10 +6,39 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnxruntime
 
 
 END = 7  # the end of a turn
+NEW = 64
+
+# How far right logits of the trained checkpoint may lie apart; their standard deviation is 4.
+FLOAT32 = 1e-3  # the order of sums
+FLOAT16 = 0.1  # a logit of 20 is rounded to 1/64, as are the sums before it
+INT8 = 0.6  # MatMulNBits with accuracy_level 4 rounds activations, each processor's kernels in their own way
+
+
+def chat(*contents: str, system: str | None = None) -> list[dict[str, str]]:
+    turns = [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(contents)]
+    return [{"role": "system", "content": system}, *turns] if system else turns
+
+
+# One ends soon, one asks to copy from afar, one has no end of its own for long; all lengths differ.
+PROMPTS = [
+    chat("What is 3 plus 4?"),
+    chat("Ben put the silver key next to the well. Where is the silver key?"),
+    "<|startoftext|>Once upon a time",
+    chat("What is 3 plus 4?", "3 plus 4 is 7.", "Tell me a story.", system="Be kind."),
+]
+
+
+def case(action: str, **arguments) -> dict:
+    return {"action": action, **arguments}
+
+
+def up_to_end(tokens: list[int]) -> list[int]:
+    return tokens[: tokens.index(END) + 1] if END in tokens else tokens
 
 
 @dataclass(frozen=True)
@@ -19,32 +48,47 @@ class Precision:
     Attributes:
         suffix: of the file's name.
         export: options of `main_export`.
-        tolerance: how far two right clients' logits may lie apart. fp16 rounds logits of 20 to 1/64, sums of such a
-            little more; MatMulNBits with accuracy_level 4 rounds activations to 8 bits, which moves this model's logits
-            by 0.4 from exact ones, and the kernels of other processors round otherwise.
+        exact: how far the logits of two clients may lie apart that round no activations.
+        rounded: the same for two clients that do.
     """
 
     suffix: str
     export: dict[str, object]
-    tolerance: float
+    exact: float
+    rounded: float
+
+    @property
+    def file(self) -> str:
+        return f"onnx/model{self.suffix}.onnx"
 
 
 PRECISIONS = {
-    "fp32": Precision("", {}, 1e-3),
-    "q8": Precision("_quantized", {"variant": "q8"}, 0.5),
-    "q4": Precision("_q4", {"variant": "q4"}, 0.5),
-    "fp16": Precision("_fp16", {"dtype": "fp16"}, 0.1),
-    "q4f16": Precision("_q4f16", {"dtype": "fp16", "variant": "q4"}, 0.1),
+    "fp32": Precision("", {}, FLOAT32, FLOAT32),
+    "q8": Precision("_quantized", {"_variant": "q8"}, FLOAT32, INT8),
+    "q4": Precision("_q4", {"_variant": "q4"}, FLOAT32, INT8),
+    "fp16": Precision("_fp16", {"dtype": "fp16"}, FLOAT16, FLOAT16),
+    "q4f16": Precision("_q4f16", {"dtype": "fp16", "_variant": "q4"}, FLOAT16, FLOAT16),
 }
 
 
 class PlainModel:
-    """A graph run as the model cards show it: empty caches, then outputs zipped to inputs. Rows without padding."""
+    """A graph run as the model cards show it: empty caches, then outputs zipped to inputs. Rows without padding.
 
-    def __init__(self, path: Path) -> None:
+    Args:
+        path: the file.
+        exact: without rounding activations to 8 bits, as WebAssembly computes it.
+    """
+
+    def __init__(self, path: Path, exact: bool = False) -> None:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
-        self.session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        graph = onnx.load(path)
+        for node in graph.graph.node:
+            for attribute in node.attribute:
+                if attribute.name == "accuracy_level" and exact:
+                    attribute.i = 0
+        content = graph.SerializeToString()
+        self.session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
         self.caches = [value for value in self.session.get_inputs() if value.name.startswith("past")]
 
     def logits(self, ids: list[int]) -> np.ndarray:

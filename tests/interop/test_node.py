@@ -9,8 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from clients import END, PRECISIONS
-from transformers import AutoTokenizer
+from clients import NEW, PRECISIONS, PROMPTS, case, chat, up_to_end
 
 
 WEB = Path(__file__).parents[2] / "examples" / "web"
@@ -21,21 +20,6 @@ pytestmark = [
     pytest.mark.skipif(not INSTALLED, reason="no node_modules: run `npm ci --ignore-scripts` in examples/web"),
 ]
 
-NEW = 64
-
-
-def chat(*contents: str, system: str | None = None) -> list[dict[str, str]]:
-    turns = [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(contents)]
-    return [{"role": "system", "content": system}, *turns] if system else turns
-
-
-# One ends soon, one asks to copy from afar, one has no end of its own for long; all lengths differ.
-PROMPTS = [
-    chat("What is 3 plus 4?"),
-    chat("Ben put the silver key next to the well. Where is the silver key?"),
-    "<|startoftext|>Once upon a time",
-    chat("What is 3 plus 4?", "3 plus 4 is 7.", "Tell me a story.", system="Be kind."),
-]
 MESSAGES = [
     "What is 3 plus 4?",
     "Ben put the silver key next to the well. Where is the silver key?",
@@ -51,10 +35,6 @@ RENDERED = [
     )
     for options in ({"add_generation_prompt": True}, {"add_generation_prompt": False})
 ]
-
-
-def case(action: str, **arguments) -> dict:
-    return {"action": action, **arguments}
 
 
 def ask(folder: Path, cases: dict) -> dict:
@@ -73,26 +53,6 @@ def ask(folder: Path, cases: dict) -> dict:
 
 
 @pytest.fixture(scope="module")
-def tokenizer(checkpoint):
-    return AutoTokenizer.from_pretrained(checkpoint("trained"))
-
-
-@pytest.fixture(scope="module")
-def prompt_ids(tokenizer):
-    texts = [
-        p if isinstance(p, str) else tokenizer.apply_chat_template(p, add_generation_prompt=True, tokenize=False)
-        for p in PROMPTS
-    ]
-    return [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
-
-
-@pytest.fixture(scope="module")
-def long_ids(prompt_ids, gold_continuation):
-    """A text to compare logits on."""
-    return prompt_ids[2] + gold_continuation(prompt_ids[2], NEW)
-
-
-@pytest.fixture(scope="module")
 def answers(hub_folder, long_ids):
     cases = {("render", i): case("render", chat=c, options=o) for i, (c, o) in enumerate(RENDERED)}
     for dtype in PRECISIONS:
@@ -102,10 +62,6 @@ def answers(hub_folder, long_ids):
         cases[dtype, "turns"] = case("turns", messages=MESSAGES, **asked)
         cases[dtype, "logits"] = case("logits", dtype=dtype, ids=long_ids)
     return ask(hub_folder, cases)
-
-
-def up_to_end(tokens: list[int]) -> list[int]:
-    return tokens[: tokens.index(END) + 1] if END in tokens else tokens
 
 
 @pytest.mark.parametrize("index", range(len(RENDERED)))
@@ -152,17 +108,17 @@ def test_a_chat_goes_on_from_its_cache(answers, tokenizer, gold_continuation):
 @pytest.mark.parametrize("dtype", PRECISIONS)
 def test_logits_are_those_of_python_on_the_same_file(answers, hub_folder, plain, long_ids, dtype):
     precision = PRECISIONS[dtype]
-    expected = plain(hub_folder / "onnx" / f"model{precision.suffix}.onnx").logits(long_ids)
+    expected = plain(hub_folder / precision.file).logits(long_ids)
     assert expected.std() > 1
-    np.testing.assert_allclose(np.array(answers[dtype, "logits"]), expected, atol=precision.tolerance, rtol=0)
+    np.testing.assert_allclose(np.array(answers[dtype, "logits"]), expected, atol=precision.rounded, rtol=0)
 
 
 @pytest.mark.parametrize("dtype", PRECISIONS)
 def test_tokens_are_those_of_python_on_the_same_file(answers, hub_folder, plain, tokenizer, prompt_ids, dtype):
     precision, turns = PRECISIONS[dtype], answers[dtype, "turns"]
-    model = plain(hub_folder / "onnx" / f"model{precision.suffix}.onnx")
+    model = plain(hub_folder / precision.file)
     alone = [answers[dtype, "row", row]["rows"][0] for row in range(len(PROMPTS))]
     beside = answers[dtype, "batch"]["rows"]
     given = [*prompt_ids, *prompt_ids, *turn_ids(tokenizer, turns)]
     for ids, tokens in zip(given, [*alone, *beside, *(turn["ids"] for turn in turns)], strict=True):
-        model.assert_greedy(ids, tokens, precision.tolerance)
+        model.assert_greedy(ids, tokens, precision.rounded)
