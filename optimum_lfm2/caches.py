@@ -53,7 +53,11 @@ class CacheTensor:
         return (BATCH, config.hidden_size, config.conv_L_cache)
 
 
-# Both conventions that people use: the Hub's, and the one of onnxruntime-genai's builder.
+# The conventions that people use, by the names of a conv state's input and output. Keys and values are named alike.
+CACHE_NAMES = {
+    "hub": ("past_conv.{}", "present_conv.{}"),
+    "genai": ("past.{}.conv", "present.{}.conv"),  # of onnxruntime-genai's builder
+}
 _NAMES = (
     re.compile(r"(?P<time>past|present)_(?P<kind>conv)\.(?P<layer>\d+)"),
     re.compile(r"(?P<time>past|present)\.(?P<layer>\d+)\.(?P<kind>conv)"),
@@ -80,16 +84,18 @@ def _recognised(names: Iterable[str], time: str) -> dict[tuple[int, str], str]:
     return {(int(m["layer"]), m["kind"]): name for name, m in matches if m and m["time"] == time}
 
 
-def cache_tensors(layer_types: Sequence[str]) -> list[CacheTensor]:
+def cache_tensors(layer_types: Sequence[str], names: str = "hub") -> list[CacheTensor]:
     """The cache tensors of a model, in the order of the graph's inputs (and of its outputs after the first).
 
     Args:
         layer_types: `conv` or `full_attention` for each layer, as in `Lfm2Config.layer_types`.
+        names: the convention, a key of `CACHE_NAMES`.
     """
+    past_conv, present_conv = CACHE_NAMES[names]
     tensors = []
     for layer, layer_type in enumerate(layer_types):
         if layer_type == CONV:
-            tensors.append(CacheTensor(layer, CONV, f"past_conv.{layer}", f"present_conv.{layer}"))
+            tensors.append(CacheTensor(layer, CONV, past_conv.format(layer), present_conv.format(layer)))
         else:
             tensors.extend(
                 CacheTensor(layer, kind, f"past_key_values.{layer}.{kind}", f"present.{layer}.{kind}")

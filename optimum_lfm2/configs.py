@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from optimum_lfm2 import compat
 from optimum_lfm2.caches import (
     ANY_PADDING,
     BATCH,
+    CACHE_NAMES,
     IN_PLACE,
     LOGITS_TO_KEEP,
     PAST,
@@ -30,7 +32,7 @@ from optimum_lfm2.caches import (
 from optimum_lfm2.errors import Lfm2Error
 from optimum_lfm2.export import ops
 from optimum_lfm2.export.patcher import Lfm2ModelPatcher
-from optimum_lfm2.export.quantize import VARIANTS, Scheme
+from optimum_lfm2.export.quantize import EMBEDDINGS, VARIANTS, Scheme
 from optimum_lfm2.export.weights import bind
 from optimum_lfm2.genai import write_genai_config
 
@@ -59,11 +61,17 @@ class Lfm2OnnxConfig(TextDecoderOnnxConfig):
     }
 
     DEFAULT_VARIANT = "default"
-    MODEL_KWARGS: ClassVar[tuple[str, ...]] = ("float_embedding",)
+    # What --model-kwargs may say; the first value is the default, and each is an attribute of this class.
+    MODEL_KWARGS: ClassVar[dict[str, tuple[str, ...]]] = {
+        "embedding": EMBEDDINGS,
+        "cache_names": tuple(CACHE_NAMES),
+    }
 
     weights: Mapping[str, torch.Tensor] = {}
     magnitudes: Mapping[str, float] = {}  # the largest value of each output in validation
-    float_embedding = False
+    embedding = "fused"
+    cache_names = "hub"
+    logits_default = True  # whether `num_logits_to_keep` may be left out by who runs the file
 
     @property
     def variant(self) -> str:
@@ -81,7 +89,7 @@ class Lfm2OnnxConfig(TextDecoderOnnxConfig):
     def scheme(self) -> Scheme | None:
         """How the weights are quantised; None: not at all."""
         scheme = VARIANTS.get(self.variant)
-        return scheme and replace(scheme, float_embedding=self.float_embedding)
+        return scheme and replace(scheme, embedding=self.embedding)
 
     @classmethod
     def check_variant(cls, name: str) -> None:
@@ -93,20 +101,22 @@ class Lfm2OnnxConfig(TextDecoderOnnxConfig):
     @classmethod
     def check_model_kwargs(cls, options: Any) -> None:
         """Raise `Lfm2Error` for `--model-kwargs` that nothing would heed."""
-        known = f"LFM2 knows {', '.join(cls.MODEL_KWARGS)} (true or false)."
+        listed = (f"{name} ({', '.join(values)})" for name, values in cls.MODEL_KWARGS.items())
+        known = f"LFM2 knows {', '.join(listed)}."
         if not isinstance(options, dict):
             raise Lfm2Error(f"--model-kwargs {options}: give a JSON object. {known}")
         if unknown := sorted(options.keys() - set(cls.MODEL_KWARGS)):
             raise Lfm2Error(f"--model-kwargs: nothing knows {', '.join(unknown)}. {known}")
         for name, value in options.items():
-            if not isinstance(value, bool):
-                raise Lfm2Error(f"--model-kwargs: {name} is {value!r}. {known}")
+            if value not in cls.MODEL_KWARGS[name]:
+                raise Lfm2Error(f"--model-kwargs: {name} is {json.dumps(value)}. {known}")
 
     def patch_model_for_export(self, model: Any, model_kwargs: dict[str, Any] | None = None) -> Lfm2ModelPatcher:
         """Optimum hands over `--model-kwargs`, to which it adds `logits_to_keep`."""
         options = {name: value for name, value in (model_kwargs or {}).items() if name != "logits_to_keep"}
         self.check_model_kwargs(options)
-        self.float_embedding = options.get("float_embedding", False)
+        for name, values in self.MODEL_KWARGS.items():
+            setattr(self, name, options.get(name, values[0]))
         return super().patch_model_for_export(model, model_kwargs)
 
     @property
@@ -118,7 +128,7 @@ class Lfm2OnnxConfig(TextDecoderOnnxConfig):
 
     @property
     def cache_tensors(self) -> list[CacheTensor]:
-        return cache_tensors(self._config.layer_types)
+        return cache_tensors(self._config.layer_types, self.cache_names)
 
     @property
     def inputs(self) -> dict[str, dict[int, str]]:
@@ -202,14 +212,16 @@ class Lfm2OnnxConfig(TextDecoderOnnxConfig):
         self, model_path: Path, device: str = "cpu", dtype: str | None = None, input_shapes: dict | None = None
     ) -> None:
         """Optimum calls this right after the trace: declare the shapes and stream the weights into the file."""
-        bind(model_path, self.weights, {**self.input_shapes(), **self.output_shapes()}, self.metadata(), self.scheme)
+        shapes = {**self.input_shapes(), **self.output_shapes()}
+        bind(model_path, self.weights, shapes, self.metadata(), self.scheme, self.logits_default)
 
     def post_process_exported_models(self, path: Path, models_and_onnx_configs: dict, onnx_files_subpaths: list[str]):
         """Tied weights are one tensor already; what Optimum has saved beside the model becomes readable for all."""
         compat.spell_tokenizer_for_both(Path(path))
         compat.repeat_chat_template(Path(path))
-        if self.task == "text-generation" and self.use_past:
-            write_genai_config(Path(path), onnx_files_subpaths[0], self._config, self.cache_tensors)
+        ((_, config),) = models_and_onnx_configs.values()  # the one that was exported, and knows --model-kwargs
+        if config.task == "text-generation" and config.use_past:
+            write_genai_config(Path(path), onnx_files_subpaths[0], config._config, config.cache_tensors)
         return models_and_onnx_configs, onnx_files_subpaths
 
 

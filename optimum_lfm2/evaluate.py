@@ -6,7 +6,7 @@ Both models read the same chunks; the second half of each is scored, where the m
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import numpy as np
 import onnxruntime
 import torch
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from optimum_lfm2 import compat
 from optimum_lfm2.caches import LOGITS_TO_KEEP
@@ -80,8 +80,12 @@ def evaluate(
     if chunks < 2 or length < 2:
         raise Lfm2Error(f"{chunks} chunks of {length} tokens cannot be compared: two of each are the least.")
     model, reference = Path(model), Path(reference)
-    pieces = _chunks(text, _tokenizer(reference, model), chunks, length)
-    own, gold = load(model), load(reference)
+    pieces = read_chunks(text, _tokenizer(reference, model), chunks, length)
+    return measure(load(model), load(reference), pieces)
+
+
+def measure(own: Model, gold: Model, pieces: Sequence[torch.Tensor]) -> Quality:
+    """Compare two models on chunks, each int64 (1, length)."""
     progress = tqdm(pieces, desc="Comparing", unit="chunk", disable=None, leave=False)
     return summarise(compare(own(ids, scored), gold(ids, scored), ids[0]) for ids, scored in _scored(progress))
 
@@ -200,6 +204,11 @@ def _transformers_model(folder: Path) -> Model:
         model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32).eval()
     except (OSError, ValueError) as error:
         raise Lfm2Error(f"{folder} holds neither an ONNX file nor a checkpoint ({_first_line(error)}).") from None
+    return torch_model(model)
+
+
+def torch_model(model: PreTrainedModel) -> Model:
+    """A model of transformers, as it is."""
 
     @torch.no_grad()
     def run(ids: torch.Tensor, count: int) -> torch.Tensor:
@@ -221,7 +230,7 @@ def _tokenizer(*folders: Path) -> Any:
     raise Lfm2Error(f"Neither {' nor '.join(map(str, folders))} has a tokenizer. Copy the checkpoint's beside it.")
 
 
-def _chunks(text: str | Path, tokenizer: Any, chunks: int, length: int) -> list[torch.Tensor]:
+def read_chunks(text: str | Path, tokenizer: Any, chunks: int, length: int) -> list[torch.Tensor]:
     """Ids (1, length), one after the other in the text, each headed by the tokenizer's first token if it has one."""
     try:
         written = Path(text).read_text(encoding="utf-8")

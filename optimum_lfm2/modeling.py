@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -214,13 +215,40 @@ class ORTLfm2ForCausalLM(compat.GenerationWithoutExperts, ORTModelForCausalLM):
         cls,
         model_id: str | Path,
         config: PretrainedConfig,
+        subfolder: str = "",
+        file_name: str | None = None,
+        generation_config: GenerationConfig | None = None,
         session_options: SessionOptions | None = None,
         **kwargs: Any,
     ) -> ORTLfm2ForCausalLM:
         if session_options is None:
             session_options = SessionOptions()
             session_options.log_severity_level = WARNINGS_OFF
-        return super()._from_pretrained(model_id, config, session_options=session_options, **kwargs)
+        return super()._from_pretrained(
+            model_id,
+            config,
+            subfolder=subfolder,
+            file_name=file_name or _only_file(Path(model_id, subfolder)),
+            generation_config=generation_config or _generation_config(model_id, subfolder, kwargs),
+            session_options=session_options,
+            **kwargs,
+        )
+
+
+def _only_file(folder: Path) -> str | None:
+    """The name of a local folder's model, if there is but one: whatever its name, there is nothing to choose."""
+    files = list(folder.rglob("*.onnx"))
+    return files[0].name if len(files) == 1 else None
+
+
+def _generation_config(model_id: str | Path, subfolder: str, kwargs: dict[str, Any]) -> GenerationConfig | None:
+    """The settings beside config.json, where Optimum looks into the model's subfolder alone."""
+    hub = ("revision", "cache_dir", "token", "local_files_only", "force_download")
+    options = {name: kwargs[name] for name in hub if name in kwargs}
+    for folder in dict.fromkeys((subfolder, "")):
+        with suppress(OSError):
+            return GenerationConfig.from_pretrained(model_id, subfolder=folder, **options)
+    return None
 
 
 def dispatch(model_types: tuple[str, ...]) -> None:

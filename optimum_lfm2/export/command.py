@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import warnings
+from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -15,6 +16,7 @@ import onnxruntime
 import optimum_lfm2  # noqa: F401  registers LFM2 with Optimum
 from optimum_lfm2.errors import Lfm2Error
 from optimum_lfm2.export import options
+from optimum_lfm2.export.publish import Job, publish
 from optimum_lfm2.export.staging import staged
 from optimum_lfm2.export.validation import strict_validation
 
@@ -40,7 +42,7 @@ def run_export(command: Any, original: Callable[[Any], None], config: Mapping[st
     Raises:
         SystemExit: 1 after one line on stderr for bad input, 130 when interrupted.
     """
-    try:
+    with reported():
         options.check(command.args, config)
         with (
             staged(command.args.output) as folder,
@@ -49,6 +51,37 @@ def run_export(command: Any, original: Callable[[Any], None], config: Mapping[st
             strict_validation(command.args.atol),
         ):
             original(command)
+
+
+def run_publish(args: Namespace, config: Mapping[str, Any]) -> None:
+    """Write the folder that `optimum-cli export lfm2` asks for.
+
+    Args:
+        args: what it parsed.
+        config: the checkpoint's `config.json`.
+
+    Raises:
+        SystemExit: 1 after one line on stderr for bad input and for each precision that failed, 130 when interrupted.
+    """
+    with reported():
+        job = Job.read(args, config)
+        with quiet():
+            failed = publish(job)
+    for line in failed:
+        print(f"optimum-cli: error: {line}", file=sys.stderr)
+    if failed:
+        raise SystemExit(1)
+
+
+@contextmanager
+def reported() -> Iterator[None]:
+    """Turn an error of the block into one line on stderr.
+
+    Raises:
+        SystemExit: 1 for bad input, 130 when interrupted.
+    """
+    try:
+        yield
     except Lfm2Error as error:
         _fail(str(error), error)
     except OSError as error:

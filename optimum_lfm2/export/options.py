@@ -29,7 +29,8 @@ def check(args: Namespace, config: Mapping[str, Any]) -> None:
     Raises:
         Lfm2Error: one line that says why, and what to do instead.
     """
-    _check_model(args, config)
+    check_model(args.model, config)
+    _check_library(args)
     _check_task(args, config)
     _check_precision(args)
     _check_variant(args, config)
@@ -37,15 +38,24 @@ def check(args: Namespace, config: Mapping[str, Any]) -> None:
     _check_inputs(args, config)
 
 
-def _check_model(args: Namespace, config: Mapping[str, Any]) -> None:
-    if (model_type := config["model_type"]) not in MODEL_TYPES:
+def check_model(model: str, config: Mapping[str, Any]) -> None:
+    """Raise `Lfm2Error` for a checkpoint that no option would make exportable.
+
+    Args:
+        model: what the user called it.
+        config: its `config.json`.
+    """
+    if (model_type := config.get("model_type")) not in MODEL_TYPES:
         raise Lfm2Error(
-            f"{args.model} is of the type {model_type}, which this version of optimum-lfm2 does not export. "
+            f"{model} is of the type {model_type}, which this version of optimum-lfm2 does not export. "
             f"It exports {', '.join(MODEL_TYPES)}."
         )
+    check_architecture(config)
+
+
+def _check_library(args: Namespace) -> None:
     if args.library_name not in (None, "transformers"):
         raise Lfm2Error(f"--library-name {args.library_name}: LFM2 is a model of transformers. Leave the option out.")
-    check_architecture(config)
 
 
 def _check_task(args: Namespace, config: Mapping[str, Any]) -> None:

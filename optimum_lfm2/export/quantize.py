@@ -5,7 +5,7 @@ A row of a weight is cut into blocks, each with one scale and no zero point: w â
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
@@ -56,13 +56,17 @@ class Scheme:
     Attributes:
         linear: the linear layers of the decoder.
         table: the head and the embedding, tied or not.
-        float_embedding: keep the embedding in float, for runtimes without a kernel for `GatherBlockQuantized`.
+        embedding: one of `EMBEDDINGS`.
     """
 
     linear: Blocks
     table: Blocks
-    float_embedding: bool = False
+    embedding: str = "fused"
 
+
+# How the graph reads an embedding: by `GatherBlockQuantized`; by operators that every build of onnxruntime has; or the
+# table stays in float. The first two read the same bytes, the head's where the two are tied.
+EMBEDDINGS = ("fused", "portable", "float")
 
 # Decided by measurement: docs/quantization.md.
 VARIANTS = {
@@ -114,7 +118,7 @@ def dequantized(model: torch.nn.Module, scheme: Scheme | None) -> Iterator[None]
     """Within the block, `model` computes with the values that its quantised graph stands for."""
     modules: list[Any] = []
     if scheme is not None:
-        kinds = (torch.nn.Linear,) if scheme.float_embedding else (torch.nn.Linear, torch.nn.Embedding)
+        kinds = (torch.nn.Linear,) if scheme.embedding == "float" else (torch.nn.Linear, torch.nn.Embedding)
         modules = [module for module in model.modules() if isinstance(module, kinds)]
     originals = [module.weight for module in modules]
     head = getattr(model, HEAD, None)
@@ -158,7 +162,7 @@ class Quantizer:
         self._tables = {f"{HEAD}.weight", *(_parameter_name(node.inputs[0]) for node in embeddings)}
         for node in linears:
             self._linear(node)
-        if not self.scheme.float_embedding:
+        if self.scheme.embedding != "float":
             for node in embeddings:
                 self._embedding(node)
 
@@ -175,25 +179,41 @@ class Quantizer:
         if weight.dtype == ir.DataType.FLOAT:
             attributes["accuracy_level"] = INT8_ACTIVATIONS
         arguments = [x, packed, scales, *((None, None, *bias) if bias else ())]
-        self._replace(node, ir.node("MatMulNBits", arguments, attributes, domain=CONTRIB_DOMAIN))
+        self._replace(node, self._added(node, "MatMulNBits", arguments, attributes, CONTRIB_DOMAIN))
 
     def _embedding(self, node: ir.Node) -> None:
-        table, ids = node.inputs
-        rows, width = table.shape.numpy()
-        blocks = self.scheme.table
-        name = f"{_parameter_name(table)}.q{blocks.bits}"
-        shape = ir.Shape((rows, blocks.count(width) * blocks.blob_size))
-        packed, scales = self._initializers(table)
-        flat = ir.Value(name=f"{name}.flat", shape=shape, type=packed.type)
-        self.views[flat] = name
-        attributes = {"gather_axis": 0, "quantize_axis": 1, "bits": blocks.bits, "block_size": blocks.block_size}
-        gather = ir.node("GatherBlockQuantized", [flat, ids, scales], attributes, domain=CONTRIB_DOMAIN)
+        table, _ = node.inputs
+        width, blocks = table.shape.numpy()[1], self.scheme.table
+        read = self._portable_rows if self.scheme.embedding == "portable" else self._fused_rows
+        rows = read(node)
         if width % blocks.block_size == 0:
-            self._replace(node, gather)
+            self._replace(node, rows)
             return
-        self.graph.insert_before(node, gather)
+        name = _parameter_name(table)
         bounds = [self._constant(f"{name}.{part}", value) for part, value in (("from", 0), ("to", width), ("axis", 1))]
-        self._replace(node, ir.node("Slice", [gather.outputs[0], *bounds]))
+        self._replace(node, self._added(node, "Slice", [rows, *bounds]))
+
+    def _fused_rows(self, node: ir.Node) -> ir.Value:
+        """The embedding's rows in float, with the padding of the last block."""
+        table, ids = node.inputs
+        packed, scales = self._initializers(table)
+        rows, count, size = packed.shape.numpy()
+        flat = ir.Value(name=f"{packed.name}.flat", shape=ir.Shape((rows, count * size)), type=packed.type)
+        self.views[flat] = packed.name
+        blocks = self.scheme.table
+        attributes = {"gather_axis": 0, "quantize_axis": 1, "bits": blocks.bits, "block_size": blocks.block_size}
+        return self._added(node, "GatherBlockQuantized", [flat, ids, scales], attributes, CONTRIB_DOMAIN)
+
+    def _portable_rows(self, node: ir.Node) -> ir.Value:
+        """The same of codes of 8 bits, which need no unpacking."""
+        table, ids = node.inputs
+        packed, scales = self._initializers(table)
+        zero_point = self._constant(f"{packed.name}.zero_point", self.scheme.table.zero_point, table.dtype)
+        last_axis = self._constant(f"{packed.name}.last_axis", -1)
+        codes = self._added(node, "Cast", [self._added(node, "Gather", [packed, ids])], {"to": int(table.dtype)})
+        centred = self._added(node, "Sub", [codes, zero_point])
+        scale = self._added(node, "Unsqueeze", [self._added(node, "Gather", [scales, ids]), last_axis])
+        return self._added(node, "Flatten", [self._added(node, "Mul", [centred, scale])], {"axis": 1})
 
     def _initializers(self, weight: ir.Value) -> tuple[ir.Value, ir.Value]:
         """The packed codes and the scales of a weight; the same for every node that reads it."""
@@ -220,14 +240,26 @@ class Quantizer:
         codes, scales = quantize_tensor(weight, blocks)
         return pack(codes, blocks), scales
 
-    def _constant(self, name: str, value: int) -> ir.Value:
-        register(self.graph, name, ir.DataType.INT64, ir.Shape((1,)), partial(ir.tensor, [value]))
+    def _constant(self, name: str, value: int, dtype: ir.DataType = ir.DataType.INT64) -> ir.Value:
+        register(self.graph, name, dtype, ir.Shape((1,)), partial(ir.tensor, [value], dtype))
         return self.graph.initializers[name]
 
-    def _replace(self, old: ir.Node, new: ir.Node) -> None:
-        output, result = old.outputs[0], new.outputs[0]
+    def _added(
+        self,
+        before: ir.Node,
+        operator: str,
+        inputs: Sequence[ir.Value | None],
+        attributes: Mapping[str, int] | None = None,
+        domain: str = "",
+    ) -> ir.Value:
+        """The output of a new node."""
+        node = ir.node(operator, inputs, attributes, domain=domain)
+        self.graph.insert_before(before, node)
+        return node.outputs[0]
+
+    def _replace(self, old: ir.Node, result: ir.Value) -> None:
+        output = old.outputs[0]
         result.name, result.type, result.shape = output.name, output.type, output.shape
-        self.graph.insert_before(old, new)
         output.replace_all_uses_with(result)
         self.graph.remove(old, safe=True)
 

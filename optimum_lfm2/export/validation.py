@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -33,8 +34,7 @@ def strict_validation(atol: float | None) -> Iterator[None]:
             validate(models_and_onnx_configs, **arguments)
         except AtolError as error:
             ((_, config),) = models_and_onnx_configs.values()
-            magnitudes = config.magnitudes if atol is None else {}
-            _judge(_differences(error), magnitudes, config.ATOL_FOR_VALIDATION if atol is None else atol)
+            _judge(_differences(error), config, atol)
         except (OutputMatchError, ShapeError) as error:
             raise Lfm2Error(f"The file is wrong and was not kept. {' '.join(str(error).split())}") from error
 
@@ -47,12 +47,46 @@ def strict_validation(atol: float | None) -> Iterator[None]:
             raise
 
 
+def check_file(
+    path: Path, config: Any, model: Any, outputs: list[str], model_kwargs: dict[str, Any], atol: float | None
+) -> float:
+    """Run one file and transformers on the same inputs, as Optimum's validation does.
+
+    Args:
+        path: the exported file.
+        config, model, model_kwargs: what it was exported with.
+        outputs: its outputs, in order.
+        atol: as in `strict_validation`.
+
+    Returns:
+        The largest difference of the logits; 0 where it is no more than rounding.
+
+    Raises:
+        Lfm2Error: for a file that onnxruntime does not run, or that computes something else.
+    """
+    try:
+        convert.validate_model_outputs(
+            config, model, path, outputs, atol=0.0, use_subprocess=False, model_kwargs=model_kwargs
+        )
+    except AtolError as error:
+        differences = _differences(error)
+        _judge(differences, config, atol)
+        return differences.get("logits", 0.0)
+    except (Lfm2Error, OSError):
+        raise
+    except Exception as error:  # onnxruntime has a class for each status, and no common one
+        raise Lfm2Error(f"The file is wrong and was not kept. {' '.join(str(error).split())}") from error
+    return 0.0
+
+
 def _differences(error: AtolError) -> dict[str, float]:
     """The largest difference of each output that Optimum complains of; only its message has them."""
     return {name: float(value) for name, value in re.findall(r"- (\S+): max diff = (\S+)", str(error))}
 
 
-def _judge(differences: Mapping[str, float], magnitudes: Mapping[str, float], atol: float) -> None:
+def _judge(differences: Mapping[str, float], config: Any, atol: float | None) -> None:
+    magnitudes = config.magnitudes if atol is None else {}
+    atol = config.ATOL_FOR_VALIDATION if atol is None else atol
     allowed = {name: atol * max(1.0, magnitudes.get(name, 0.0)) for name in differences}
     excess = {name: value / (allowed[name] or math.ulp(0.0)) for name, value in differences.items()}
     wrong = {name: ratio for name, ratio in excess.items() if not ratio <= 1}  # not a number is wrong too

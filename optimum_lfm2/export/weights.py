@@ -28,6 +28,7 @@ def bind(
     shapes: Mapping[str, Sequence[int | str] | None],
     metadata: Mapping[str, str],
     scheme: Scheme | None = None,
+    logits_default: bool = True,
 ) -> None:
     """Turn a traced file with placeholders into a complete model beside one `{name}_data` file.
 
@@ -37,6 +38,7 @@ def bind(
         shapes: the shape of each input and output, symbols for the axes that vary; None declares no shape.
         metadata: what the file says of itself to those who load it.
         scheme: how to quantise the linear layers and the embedding; None keeps every weight as it is.
+        logits_default: whether `num_logits_to_keep` gets a default, so that it may be left out.
     """
     model = ir.load(path)
     views: dict[ir.Value, str] = {}
@@ -48,7 +50,8 @@ def bind(
     _replace_placeholders(model.graph, weights)
     _declare_shapes(model.graph, shapes)
     _declare_linear_outputs(model.graph)
-    _add_default(model.graph)
+    if logits_default:
+        _add_default(model.graph)
     model.metadata_props.update(metadata)
     model.ir_version = IR_VERSION
     model.opset_imports.pop(PLACEHOLDER_DOMAIN, None)

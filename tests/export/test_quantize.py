@@ -96,7 +96,7 @@ def test_nodes_and_the_one_table(exported):
 
 def test_the_embedding_in_float(tmp_path, checkpoint):
     main_export(
-        str(checkpoint("trained")), tmp_path, _variant="q4", do_validation=False, model_kwargs={"float_embedding": True}
+        str(checkpoint("trained")), tmp_path, _variant="q4", do_validation=False, model_kwargs={"embedding": "float"}
     )
     graph = ir.load(tmp_path / "model.onnx").graph
     assert "GatherBlockQuantized" not in [node.op_type for node in graph]
@@ -106,6 +106,21 @@ def test_the_embedding_in_float(tmp_path, checkpoint):
     inputs = tokenizer("Once upon a time there was a girl named Nora", return_tensors="pt")
     out = ORTModelForCausalLM.from_pretrained(tmp_path).generate(**inputs, max_new_tokens=8, do_sample=False)
     assert "who lived" in tokenizer.decode(out[0])
+
+
+@pytest.mark.parametrize("options", [{"_variant": "q4"}, {"_variant": "q4", "dtype": "fp16"}])
+@pytest.mark.parametrize("name", ["hybrid", "untied", "trained"])
+def test_the_portable_embedding_is_the_fused_one(name, options, exported, checkpoint, tmp_path):
+    """The same numbers, by operators of ONNX alone, at no cost in bytes."""
+    main_export(str(checkpoint(name)), tmp_path, do_validation=False, model_kwargs={"embedding": "portable"}, **options)
+    assert "GatherBlockQuantized" not in [node.op_type for node in ir.load(tmp_path / "model.onnx").graph]
+    sizes = [(folder / "model.onnx_data").stat().st_size for folder in (tmp_path, exported(name, **options))]
+    assert sizes[0] <= sizes[1]
+    ids = torch.randint(8, 256, (2, 24), generator=torch.Generator().manual_seed(2))
+    portable, fused = (
+        ORTModelForCausalLM.from_pretrained(folder)(ids).logits for folder in (tmp_path, exported(name, **options))
+    )
+    torch.testing.assert_close(portable, fused, rtol=0, atol=0)
 
 
 def test_an_untied_head_has_the_bits_of_a_table(exported):
@@ -119,8 +134,8 @@ def _bits_of_linears(graph):
 
 
 def test_unknown_model_kwargs(tmp_path, checkpoint):
-    with pytest.raises(Lfm2Error, match="float_embeding"):
-        main_export(str(checkpoint("hybrid")), tmp_path, do_validation=False, model_kwargs={"float_embeding": True})
+    with pytest.raises(Lfm2Error, match="embeding"):
+        main_export(str(checkpoint("hybrid")), tmp_path, do_validation=False, model_kwargs={"embeding": "float"})
 
 
 @pytest.mark.parametrize(("variant", "agreement", "divergence"), [("q8", 0.99, 1e-4), ("q4", 0.96, 4e-3)])

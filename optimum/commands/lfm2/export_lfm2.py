@@ -1,0 +1,94 @@
+"""`optimum-cli export lfm2`: one folder for every runtime.
+
+Imported at every start of `optimum-cli`: nothing heavy at the top, and `optimum_lfm2` is heavy.
+"""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from pathlib import Path
+
+from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
+from optimum.commands.export.base import ExportCommand
+
+
+DESCRIPTION = """\
+Write the folder that one uploads to the Hub: Optimum, ONNX Runtime GenAI and Transformers.js run it as it is.
+
+  OUT/config.json, tokenizer.json, chat_template.jinja, ...
+  OUT/genai_config.json              for ONNX Runtime GenAI: og.Model("OUT")
+  OUT/README.md                      a model card: how to run it, and what each precision costs
+  OUT/onnx/model.onnx                fp32   what transformers computes, and the largest
+  OUT/onnx/model_fp16.onnx           fp16   for GPUs
+  OUT/onnx/model_quantized.onnx      q8     8-bit weights, next to indistinguishable from fp32
+  OUT/onnx/model_q4.onnx             q4     4-bit weights: the fastest on a CPU
+  OUT/onnx/model_q4f16.onnx          q4f16  4-bit weights, computed in fp16: for WebGPU
+
+Every file is run and compared with transformers before it is kept."""
+
+EPILOG = """\
+examples:
+  optimum-cli export lfm2 --model LiquidAI/LFM2-350M OUT --precisions fp32 q4 q4f16
+  optimum-cli export lfm2 --model my-fine-tune OUT --text some.txt     # measures the quality for the card
+  optimum-cli export lfm2 --model my-fine-tune OUT --precisions q8     # adds q8, leaves the others
+
+then: hf upload YOU/YOUR-MODEL OUT"""
+
+
+class ExportLfm2Command(BaseOptimumCLICommand):
+    """Every precision of a checkpoint, with the configuration of every runtime."""
+
+    COMMAND = CommandInfo(
+        name="lfm2", help="Export an LFM2 checkpoint in several precisions to a folder that every runtime reads."
+    )
+
+    @staticmethod
+    def parse_args(parser: ArgumentParser) -> None:
+        parser.formatter_class = RawDescriptionHelpFormatter
+        parser.description, parser.epilog = DESCRIPTION, EPILOG
+        parser.add_argument("-m", "--model", required=True, help="the checkpoint's folder, or its id on the Hub")
+        parser.add_argument("output", type=Path, help="the folder to write; precisions that it has already stay")
+        parser.add_argument(
+            "--precisions",
+            nargs="+",
+            metavar="PRECISION",
+            help="which files to write, of fp32 fp16 q8 q4 q4f16 (default: all)",
+        )
+        parser.add_argument(
+            "--text",
+            type=Path,
+            help="a text file in UTF-8: measure on it how far each precision is from the checkpoint",
+        )
+        parser.add_argument("--chunks", type=int, default=64, help="chunks of --text to read at most (default: 64)")
+        parser.add_argument("--length", type=int, default=512, help="tokens of a chunk (default: 512)")
+        parser.add_argument(
+            "--cache-names",
+            default="hub",
+            metavar="CONVENTION",
+            help="names of the convolution states: hub (past_conv.0, which Transformers.js reads; the default) or "
+            "genai (past.0.conv, as onnxruntime-genai's own builder writes)",
+        )
+        parser.add_argument(
+            "--atol", type=float, help="the difference from transformers to accept (default: by precision)"
+        )
+        parser.add_argument("--repo-id", help="what the card's examples load, such as YOU/YOUR-MODEL (default: OUT)")
+        parser.add_argument(
+            "--base-model", help="the checkpoint's id on the Hub, for the card, where --model is a folder"
+        )
+        parser.add_argument("--license", help="for the card (default: what the checkpoint's card says)")
+        parser.add_argument("--cache_dir", help="where downloads from the Hub are kept")
+
+    def run(self) -> None:
+        from optimum.commands.lfm2.export_onnx import fail, read_config
+
+        try:
+            config = read_config(self.args)
+        except ValueError as error:
+            fail(error)
+        from optimum_lfm2.export.command import run_publish
+
+        run_publish(self.args, config)
+
+
+def register() -> list[tuple[type, type | None]]:
+    return [(ExportLfm2Command, ExportCommand)]

@@ -1,0 +1,263 @@
+"""The model card of a published folder: how to run it, and what each precision costs."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+from transformers.utils import cached_file
+
+from optimum_lfm2.export.precisions import PRECISIONS, Published, preferred
+
+
+CARD = "README.md"
+LICENSE = "LICENSE"
+LICENSE_FIELDS = ("license", "license_name", "license_link", "language")
+TAGS = ["lfm2", "onnx", "onnxruntime", "onnxruntime-genai", "optimum", "transformers.js"]
+
+TEMPLATE = """\
+---
+{{ card_data }}
+---
+
+# {{ name }}
+
+{% if base_model %}[{{ base_model }}](https://huggingface.co/{{ base_model }}){% else %}An LFM2 checkpoint{% endif %}
+for ONNX Runtime, written by `optimum-cli export lfm2` of optimum-lfm2.
+
+## Files
+
+{{ table }}
+
+{{ measured }}
+
+## Use it
+
+With [Optimum](https://github.com/huggingface/optimum-onnx) and the package `optimum-lfm2`:
+
+```python
+import optimum_lfm2  # from here on ORTModelForCausalLM knows LFM2
+from optimum.onnxruntime import ORTModelForCausalLM
+from transformers import AutoTokenizer
+
+model = ORTModelForCausalLM.from_pretrained("{{ name }}", subfolder="onnx", file_name="{{ file }}")
+tokenizer = AutoTokenizer.from_pretrained("{{ name }}")
+{% if chat -%}
+chat = [{"role": "user", "content": "What is 3 plus 4?"}]
+inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+{%- else -%}
+inputs = tokenizer("Once upon a time", return_tensors="pt")
+{%- endif %}
+out = model.generate(**inputs, max_new_tokens=64, do_sample=False)
+print(tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+```
+
+With [ONNX Runtime GenAI](https://github.com/microsoft/onnxruntime-genai); `decoder.filename` in `genai_config.json`
+says which file it takes:
+
+```python
+{% if chat -%}
+import json
+
+{% endif -%}
+import onnxruntime_genai as og
+{{- download }}
+
+folder = {{ folder }}
+model = og.Model(folder)
+tokenizer = og.Tokenizer(model)
+{% if chat -%}
+chat = [{"role": "user", "content": "What is 3 plus 4?"}]
+prompt = tokenizer.apply_chat_template(json.dumps(chat), add_generation_prompt=True)
+{%- else -%}
+prompt = "Once upon a time"
+{%- endif %}
+params = og.GeneratorParams(model)
+params.set_search_options(max_length=128, do_sample=False)
+generator = og.Generator(model, params)
+generator.append_tokens(tokenizer.encode(prompt))
+stream = tokenizer.create_stream()
+while not generator.is_done():
+    generator.generate_next_token()
+    print(stream.decode(generator.get_next_tokens()[0]), end="", flush=True)
+```
+{% if javascript %}
+With [Transformers.js](https://huggingface.co/docs/transformers.js) 4, in the browser or in node:
+
+```js
+import { pipeline } from "@huggingface/transformers";
+
+const generator = await pipeline("text-generation", "{{ name }}", { dtype: "{{ dtype }}" });
+{% if chat -%}
+const chat = [{ role: "user", content: "What is 3 plus 4?" }];
+const [{ generated_text }] = await generator(chat, { max_new_tokens: 64 });
+console.log(generated_text.at(-1).content);
+{%- else -%}
+const [{ generated_text }] = await generator("Once upon a time", { max_new_tokens: 64 });
+console.log(generated_text);
+{%- endif %}
+```
+{% endif %}
+With `onnxruntime` alone. The caches start out empty, and each present is the next past; `num_logits_to_keep` says
+of how many of the last tokens to compute the logits (0: of all):
+
+```python
+import numpy as np
+import onnxruntime
+{{- download }}
+from transformers import AutoTokenizer
+
+folder = {{ folder }}
+tokenizer = AutoTokenizer.from_pretrained(folder)
+session = onnxruntime.InferenceSession(f"{folder}/onnx/{{ file }}")
+pasts = [value for value in session.get_inputs() if value.name.startswith("past")]
+kind = np.float16 if "float16" in pasts[0].type else np.float32
+empty = {"batch_size": 1, "past_sequence_length": 0}
+caches = [np.zeros([empty.get(axis, axis) for axis in past.shape], kind) for past in pasts]
+{% if chat -%}
+chat = [{"role": "user", "content": "What is 3 plus 4?"}]
+inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True, return_tensors="np")
+{%- else -%}
+inputs = tokenizer("Once upon a time", return_tensors="np")
+{%- endif %}
+ids, answer = inputs["input_ids"].astype(np.int64), []
+length = ids.shape[1]
+while len(answer) < 64:
+    feeds = {"input_ids": ids, "attention_mask": np.ones((1, length), np.int64), "num_logits_to_keep": np.array(1)}
+    feeds |= {past.name: cache for past, cache in zip(pasts, caches)}
+    logits, *caches = session.run(None, feeds)
+    token = int(logits[0, -1].argmax())
+    if token == tokenizer.eos_token_id:
+        break
+    answer.append(token)
+    ids, length = np.array([[token]]), length + 1
+print(tokenizer.decode(answer))
+```
+"""
+
+
+@dataclass(frozen=True)
+class CardOptions:
+    """What the user wants the card to say; None: what the older card says, or the checkpoint's own.
+
+    Attributes:
+        repo_id: what the examples load.
+        base_model: the checkpoint's id on the Hub.
+        license: of the checkpoint.
+    """
+
+    repo_id: str | None
+    base_model: str | None
+    license: str | None
+
+
+def write_card(folder: Path, files: list[Published], old: Path, model: str, options: CardOptions, **hub: Any) -> None:
+    """Write README.md, and copy the checkpoint's LICENSE.
+
+    Args:
+        folder: where to write; it has the tokenizer.
+        files: those of the published folder.
+        old: the published folder as it was.
+        model: the checkpoint's folder, or its id on the Hub.
+        hub: `cache_dir` and the like.
+    """
+    before = _load(old / CARD)
+    if license_ := _checkpoint_file(model, LICENSE, hub):
+        shutil.copyfile(license_, folder / LICENSE)
+    data = _data(model, before, _load(_checkpoint_file(model, CARD, hub)), options)
+    name = options.repo_id or _heading(before) or old.resolve().name
+    ModelCard.from_template(data, template_str=TEMPLATE, **_values(folder, files, name, data)).save(folder / CARD)
+
+
+def _load(path: Path | None) -> ModelCard | None:
+    """A card, if there is one that can be read."""
+    if path is None or not path.is_file():
+        return None
+    try:
+        return ModelCard.load(path, ignore_metadata_errors=True)
+    except ValueError:
+        return None
+
+
+def _checkpoint_file(model: str, name: str, hub: dict[str, Any]) -> Path | None:
+    path = cached_file(model, name, _raise_exceptions_for_missing_entries=False, **hub)
+    return None if path is None else Path(path)
+
+
+def _heading(card: ModelCard | None) -> str | None:
+    found = re.search(r"^# (.+)$", card.text, flags=re.MULTILINE) if card else None
+    return found[1].strip() if found else None
+
+
+def _data(model: str, before: ModelCard | None, own: ModelCard | None, options: CardOptions) -> ModelCardData:
+    """The metadata: by the user, else by the folder's older card, else by the checkpoint's own."""
+    # Not the checkpoint's base_model: it was made of that, and this of the checkpoint.
+    sources = ((own, LICENSE_FIELDS), (before, (*LICENSE_FIELDS, "base_model")))
+    fields = {name: value for card, names in sources if card for name in names if (value := card.data.get(name))}
+    if not Path(model).is_dir():
+        fields["base_model"] = model
+    given = {"base_model": options.base_model, "license": options.license}
+    fields |= {name: value for name, value in given.items() if value is not None}
+    if "base_model" in fields:
+        fields["base_model_relation"] = "quantized"  # the Hub's word for a conversion
+    return ModelCardData(pipeline_tag="text-generation", tags=TAGS, **fields)
+
+
+def _values(folder: Path, files: list[Published], name: str, data: ModelCardData) -> dict[str, Any]:
+    """What the template asks for."""
+    tokenizer = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    chosen = preferred(files)
+    online = "/" in name  # an id of the Hub
+    return {
+        "name": name,
+        "base_model": data.base_model,
+        "file": chosen.path.name,
+        "dtype": chosen.precision,
+        "javascript": chosen.cache_names == "hub",
+        "chat": "chat_template" in tokenizer,
+        "folder": f'snapshot_download("{name}")' if online else f'"{name}"',
+        "download": "\nfrom huggingface_hub import snapshot_download" if online else "",
+        "table": "\n".join(_table(files)),
+        "measured": " ".join(_measured(files)),
+    }
+
+
+def _table(files: list[Published]) -> Iterator[str]:
+    """A row for each file; the columns of what was measured only where something was."""
+    qualities = [file.quality for file in files if file.quality]
+    columns = ["precision", "file", "MB", "weights", "logits differ by"]
+    yield _row(columns + ["perplexity", "KL divergence", "same top token"] * bool(qualities))
+    yield _row(["---"] * (len(columns) + 3 * bool(qualities)))
+    for file in files:
+        cells = [file.precision, f"`onnx/{file.path.name}`", f"{file.size / 1e6:.4g}"]
+        cells += [PRECISIONS[file.precision].weights, f"{file.difference:.2g}"]
+        if file.quality:
+            divergence = f"{file.quality.kl_divergence:.6f} ± {file.quality.kl_divergence_error:.6f}"
+            cells += [f"{file.quality.perplexity:.4f}", divergence, f"{file.quality.top1_agreement:.2%}"]
+        elif qualities:
+            cells += ["", "", ""]
+        yield _row(cells)
+
+
+def _row(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _measured(files: list[Published]) -> Iterator[str]:
+    """How the figures of the table came about."""
+    yield (
+        "Each file was run on random tokens when it was written, and its logits compared with those of transformers "
+        "computing in the same float type, with the values that quantised weights stand for: the largest difference."
+    )
+    for quality in {file.quality.reference_perplexity: file.quality for file in files if file.quality}.values():
+        yield (
+            "Perplexity, mean KL divergence and agreement are from `optimum-cli lfm2 evaluate`, which compares with "
+            f"the checkpoint in fp32, on {quality.tokens} tokens of a text on which the checkpoint has a perplexity "
+            f"of {quality.reference_perplexity:.4f}."
+        )

@@ -1,0 +1,237 @@
+"""One folder that every runtime reads: a file for each precision, what each runtime has to know of it, and a card."""
+
+from __future__ import annotations
+
+import gc
+import json
+import math
+from argparse import Namespace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from optimum.exporters.onnx import convert
+from optimum.exporters.tasks import TasksManager
+from optimum.utils.save_utils import maybe_save_preprocessors
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
+
+from optimum_lfm2 import compat
+from optimum_lfm2.caches import CACHE_NAMES
+from optimum_lfm2.configs import DTYPES
+from optimum_lfm2.errors import Lfm2Error
+from optimum_lfm2.evaluate import load, measure, read_chunks, torch_model
+from optimum_lfm2.export.card import CardOptions, write_card
+from optimum_lfm2.export.loading import Lfm2TasksManager, is_causal
+from optimum_lfm2.export.options import check_model
+from optimum_lfm2.export.precisions import (
+    DIFFERENCE,
+    ONNX_FOLDER,
+    PRECISIONS,
+    QUALITY,
+    Precision,
+    Published,
+    annotate,
+    preferred,
+    published,
+)
+from optimum_lfm2.export.staging import staged
+from optimum_lfm2.export.validation import check_file
+from optimum_lfm2.genai import write_genai_config
+
+
+TASK = "text-generation"
+TOKENIZER = "tokenizer.json"
+JS_CONFIG = "transformers.js_config"
+EXTERNAL_DATA = "use_external_data_format"
+
+
+@dataclass(frozen=True)
+class Job:
+    """What `optimum-cli export lfm2` was asked for.
+
+    Attributes:
+        model: the checkpoint's folder, or its id on the Hub.
+        output: the folder to write.
+        precisions: keys of `PRECISIONS`.
+        cache_names: a key of `CACHE_NAMES`.
+        atol: as in `check_file`.
+        text: what to measure the quality on, in `chunks` of `length` tokens at most; None: nothing is measured.
+    """
+
+    model: str
+    output: Path
+    precisions: tuple[str, ...]
+    cache_names: str
+    atol: float | None
+    text: Path | None
+    chunks: int
+    length: int
+    cache_dir: str | None
+    card: CardOptions
+
+    @classmethod
+    def read(cls, args: Namespace, config: Mapping[str, Any]) -> Job:
+        """Raises `Lfm2Error` for a request that would fail, before any work."""
+        check_model(args.model, config)
+        if unknown := sorted(set(args.precisions or ()) - PRECISIONS.keys()):
+            raise Lfm2Error(f"--precisions {' '.join(unknown)}: there are {', '.join(PRECISIONS)}.")
+        if args.cache_names not in CACHE_NAMES:
+            raise Lfm2Error(f"--cache-names {args.cache_names}: there are {', '.join(CACHE_NAMES)}.")
+        if args.atol is not None and not (math.isfinite(args.atol) and args.atol >= 0):
+            raise Lfm2Error(f"--atol {args.atol}: a tolerance is a number from 0 on, such as 1e-4.")
+        if args.output.resolve() == Path(args.model).resolve():
+            raise Lfm2Error(f"{args.output} is the checkpoint itself. Give another folder to write to.")
+        return cls(
+            args.model,
+            args.output,
+            tuple(name for name in PRECISIONS if name in (args.precisions or PRECISIONS)),
+            args.cache_names,
+            args.atol,
+            args.text,
+            args.chunks,
+            args.length,
+            args.cache_dir,
+            CardOptions(args.repo_id, args.base_model, args.license),
+        )
+
+
+def publish(job: Job) -> list[str]:
+    """Write the folder: each precision that computes what transformers computes, beside those that it has already.
+
+    Returns:
+        A line for each precision that failed; the folder has none of these.
+
+    Raises:
+        Lfm2Error: for what cannot be exported, for a folder of another checkpoint, and where every precision failed:
+            the folder is as it was.
+    """
+    with staged(job.output) as folder:
+        config = _save_configuration(job, folder)
+        _check_output(job, folder)
+        text = _read_text(job, folder)
+        failed = _write_files(job, folder)
+        new = published(folder)
+        if not new:
+            raise Lfm2Error("\n".join(failed))
+        if text is not None:
+            _measure(job, new, text)
+        files = published(job.output, folder)
+        _declare_external_data(job, folder, files)
+        chosen = preferred(files)
+        write_genai_config(folder, f"{ONNX_FOLDER}/{chosen.path.name}", config, chosen.caches)
+        write_card(folder, files, job.output, job.model, job.card, cache_dir=job.cache_dir)
+    return failed
+
+
+def _save_configuration(job: Job, folder: Path) -> PretrainedConfig:
+    """config.json, generation_config.json and the tokenizer's files, as every runtime reads them."""
+    config = AutoConfig.from_pretrained(job.model, cache_dir=job.cache_dir)
+    compat.spell_rope_for_both(config)
+    if not is_causal(config):
+        raise Lfm2Error(
+            f"{job.model} has no language model's head. Use optimum-cli export onnx --task feature-extraction."
+        )
+    config.save_pretrained(folder)
+    _load(job, "fp32").generation_config.save_pretrained(folder)
+    maybe_save_preprocessors(job.model, folder)
+    if not (folder / TOKENIZER).is_file():
+        raise Lfm2Error(f"{job.model} has no tokenizer, without which no runtime can use it. Copy {TOKENIZER} there.")
+    compat.spell_tokenizer_for_both(folder)
+    compat.repeat_chat_template(folder)
+    return config
+
+
+def _check_output(job: Job, folder: Path) -> None:
+    """What is there already must be of the same checkpoint, and named alike."""
+    if (job.output / "model.onnx").exists():
+        raise Lfm2Error(f"{job.output} is an export of another layout: it has a model.onnx. Give another folder.")
+    old, new = (_read_config(path) for path in (job.output, folder))
+    if old and (different := sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))):
+        raise Lfm2Error(
+            f"{job.output} holds another model: {', '.join(different)} differ in its config.json. Give another folder."
+        )
+    for file in published(job.output):
+        if file.precision not in job.precisions and file.cache_names != job.cache_names:
+            raise Lfm2Error(
+                f"{file.path} names its caches by the convention {file.cache_names}. "
+                f"Use --cache-names {file.cache_names}, or another folder."
+            )
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    """The folder's config.json without what does not tell models apart; empty where there is none."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return {name: value for name, value in config.items() if name not in (JS_CONFIG, "transformers_version")}
+
+
+def _read_text(job: Job, folder: Path) -> list[torch.Tensor] | None:
+    if job.text is None:
+        return None
+    return read_chunks(job.text, AutoTokenizer.from_pretrained(folder), job.chunks, job.length)
+
+
+def _write_files(job: Job, folder: Path) -> list[str]:
+    """Each precision's file, checked; the weights are loaded once for each dtype. Returns a line for each failure."""
+    failed = []
+    for dtype in DTYPES:
+        precisions = {name: PRECISIONS[name] for name in job.precisions if PRECISIONS[name].dtype == dtype}
+        model = _load(job, dtype) if precisions else None
+        for name, precision in precisions.items():
+            path = folder / ONNX_FOLDER / precision.file
+            try:
+                difference = _write_file(job, model, precision, path)
+            except Lfm2Error as error:
+                failed.append(f"{name}: {' '.join(str(error).split())}")
+                for written in path.parent.glob(f"{path.name}*"):
+                    written.unlink()
+                continue
+            annotate(path, {DIFFERENCE: repr(difference)})
+            size = Published.read(name, path).size
+            print(f"{name}: {precision.file}, {size / 1e6:.1f} MB, logits within {difference:.2g} of transformers'")
+        del model
+        gc.collect()
+    return failed
+
+
+def _load(job: Job, dtype: str) -> Any:
+    return Lfm2TasksManager.get_model_from_task(
+        f"{TASK}-with-past", job.model, torch_dtype=DTYPES[dtype], cache_dir=job.cache_dir, library_name="transformers"
+    )
+
+
+def _write_file(job: Job, model: Any, precision: Precision, path: Path) -> float:
+    """Export to `path` and check the file; returns the largest difference of its logits."""
+    constructor: Any = TasksManager.get_exporter_config_constructor(
+        "onnx", model=model, task=TASK, library_name="transformers"
+    )
+    config = constructor.func(
+        model.config, task=TASK, float_dtype=precision.dtype, use_past=True, use_past_in_inputs=True
+    )
+    config.variant = precision.variant
+    # Declared without a default, Transformers.js and onnxruntime-genai fill it: a browser has no room for all logits.
+    config.logits_default = False
+    # Builds for the browser have no kernel for the fused one.
+    options = {"embedding": "portable", "cache_names": job.cache_names}
+    _, outputs = convert.export(model, config, path, dtype=precision.dtype, model_kwargs=dict(options))
+    return check_file(path, config, model, outputs, options, job.atol)
+
+
+def _measure(job: Job, files: Iterable[Published], text: list[torch.Tensor]) -> None:
+    model = _load(job, "fp32").to("cpu")
+    gold = torch_model(model)
+    for file in files:
+        quality = measure(load(file.path), gold, text)
+        annotate(file.path, {QUALITY: json.dumps(quality.as_dict())})
+        print(f"{file.precision}: perplexity {quality.perplexity:.4g}, KL divergence {quality.kl_divergence:.2g}")
+
+
+def _declare_external_data(job: Job, folder: Path, files: Iterable[Published]) -> None:
+    """Tell Transformers.js which files have their weights beside them; what it was told besides stays."""
+    path, before = folder / "config.json", job.output / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    old = json.loads(before.read_text(encoding="utf-8")).get(JS_CONFIG, {}) if before.is_file() else {}
+    config[JS_CONFIG] = old | {EXTERNAL_DATA: {file.path.name: True for file in files if file.data.is_file()}}
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
