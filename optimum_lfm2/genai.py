@@ -1,7 +1,4 @@
-"""`genai_config.json`: what onnxruntime-genai has to know of a folder. Written for exports, read where it is all there is.
-
-onnxruntime-genai's own builder writes no `config.json`.
-"""
+"""`genai_config.json`: what onnxruntime-genai knows of a folder. Exports have one; its builder writes it alone."""
 
 from __future__ import annotations
 
@@ -103,8 +100,8 @@ def read_genai_config(folder: Path) -> Lfm2Config:
         model = _read(path)["model"]
         if model["type"] != MODEL_TYPE:
             raise Lfm2Error(
-                f"{path} is of a model of type {model['type']}, not {MODEL_TYPE}. Copy the config.json of the checkpoint "
-                "there, and load it with the class for that model."
+                f"{path} is of a model of type {model['type']}, not {MODEL_TYPE}. "
+                "Copy the config.json of the checkpoint there."
             )
         decoder = model["decoder"]
         return Lfm2Config(
@@ -129,7 +126,8 @@ def _conv_width(path: Path) -> int:
     caches = read_cache_tensors(inputs, [value.name for value in graph.outputs])
     narrow = any(node.op_type == NARROW_CONV for node in graph)
     widths = {inputs[cache.past].shape[2] for cache in caches if cache.kind == CONV}
-    return int(widths.pop()) + narrow if widths else Lfm2Config().conv_L_cache
+    width = widths.pop() if widths else Lfm2Config().conv_L_cache
+    return int(width) + narrow  # type: ignore[arg-type]  # a symbol is not a number, and raises
 
 
 def _template(name: str, layer: int) -> str:

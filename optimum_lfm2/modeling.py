@@ -255,7 +255,7 @@ def _generation_config(model_id: str | Path, subfolder: str, kwargs: dict[str, A
 
 
 def _genai_folder(model_id: str | Path, subfolder: str) -> Path | None:
-    """Where a local folder has onnxruntime-genai's configuration but no config.json, without which Optimum refuses it."""
+    """Where a local folder has genai_config.json but no config.json, without which Optimum refuses it."""
     folders = [Path(model_id, subfolder), Path(model_id)]
     if any((folder / CONFIG_NAME).is_file() for folder in folders):
         return None
