@@ -31,6 +31,12 @@ PROMPTS = [
     "<|startoftext|>Once upon a time",
     chat("What is 3 plus 4?", "3 plus 4 is 7.", "Tell me a story.", system="Be kind."),
 ]
+# The turns of one chat.
+MESSAGES = [
+    "What is 3 plus 4?",
+    "Ben put the silver key next to the well. Where is the silver key?",
+    "Tell me a story.",
+]
 
 
 def case(action: str, **arguments) -> dict:
@@ -94,16 +100,6 @@ class PlainModel:
     def logits(self, ids: list[int]) -> np.ndarray:
         """Of every token, float32 (sequence_length, vocab_size), in one call."""
         return self._run(ids, len(ids), self._empty())[0]
-
-    def greedy(self, ids: list[int], count: int, end: int | None = END) -> list[int]:
-        """The next `count` tokens, or those up to `end`."""
-        caches, new, total, tokens = self._empty(), ids, 0, []
-        while len(tokens) < count and (not tokens or tokens[-1] != end):
-            total += len(new)
-            logits, caches = self._run(new, total, caches)
-            new = [int(logits[-1].argmax())]
-            tokens += new
-        return tokens
 
     def assert_greedy(self, ids: list[int], tokens: list[int], tolerance: float) -> None:
         """Each of `tokens` must be what this file likes best after `ids` and the tokens before, or as good as that."""

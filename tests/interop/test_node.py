@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from clients import NEW, PRECISIONS, PROMPTS, case, chat, up_to_end
+from clients import MESSAGES, NEW, PRECISIONS, PROMPTS, case, chat, up_to_end
 
 
 WEB = Path(__file__).parents[2] / "examples" / "web"
@@ -20,11 +20,6 @@ pytestmark = [
     pytest.mark.skipif(not INSTALLED, reason="no node_modules: run `npm ci --ignore-scripts` in examples/web"),
 ]
 
-MESSAGES = [
-    "What is 3 plus 4?",
-    "Ben put the silver key next to the well. Where is the silver key?",
-    "Tell me a story.",
-]
 RENDERED = [
     (messages, options)
     for messages in (
