@@ -206,7 +206,8 @@ def _data(model: str, before: ModelCard | None, own: ModelCard | None, options: 
     fields |= {name: value for name, value in given.items() if value is not None}
     if "base_model" in fields:
         fields["base_model_relation"] = "quantized"  # the Hub's word for a conversion
-    return ModelCardData(pipeline_tag="text-generation", tags=TAGS, **fields)
+    # The library by which the Hub shows how to load a model: of these the one that it knows by this layout.
+    return ModelCardData(pipeline_tag="text-generation", library_name="transformers.js", tags=TAGS, **fields)
 
 
 def _values(folder: Path, files: list[Published], name: str, data: ModelCardData) -> dict[str, Any]:

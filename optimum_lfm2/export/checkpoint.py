@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,6 +16,7 @@ from optimum_lfm2.errors import Lfm2Error
 
 
 BASE_PREFIX = "model."
+FINGERPRINT_ROWS = 16
 
 
 class Checkpoint(Mapping[str, torch.Tensor]):
@@ -110,6 +112,16 @@ def find_tensors(model_name_or_path: str, **hub: Any) -> dict[str, Path] | None:
         with _opened(single) as file:
             return dict.fromkeys(file.keys(), single)
     return None
+
+
+def fingerprint(files: Mapping[str, Path]) -> str:
+    """Tells checkpoints of one shape apart, a fine-tune and what it was made of: a hash of each tensor's first rows."""
+    digest = hashlib.sha256()
+    for name in sorted(files):
+        with _opened(files[name]) as file:
+            rows = file.get_slice(name)[:FINGERPRINT_ROWS].contiguous()
+        digest.update(name.encode() + rows.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _opened(path: Path) -> Any:

@@ -23,9 +23,11 @@ from optimum_lfm2.configs import DTYPES
 from optimum_lfm2.errors import Lfm2Error
 from optimum_lfm2.evaluate import load, measure, read_chunks, torch_model
 from optimum_lfm2.export.card import CardOptions, write_card
+from optimum_lfm2.export.checkpoint import find_tensors, fingerprint
 from optimum_lfm2.export.loading import Lfm2TasksManager, is_causal
 from optimum_lfm2.export.options import check_model
 from optimum_lfm2.export.precisions import (
+    CHECKPOINT,
     DIFFERENCE,
     ONNX_FOLDER,
     PRECISIONS,
@@ -109,14 +111,14 @@ def publish(job: Job) -> list[str]:
     """
     with staged(job.output) as folder:
         config = _save_configuration(job, folder)
-        _check_output(job, folder)
+        checkpoint = fingerprint(find_tensors(job.model, cache_dir=job.cache_dir) or {})
+        _check_output(job, folder, checkpoint)
         text = _read_text(job, folder)
-        failed = _write_files(job, folder)
-        new = published(folder)
-        if not new:
-            raise Lfm2Error("\n".join(failed))
+        failed = _write_files(job, folder, checkpoint)
         if text is not None:
-            _measure(job, new, text)
+            failed += _measure(job, published(folder), text)
+        if not published(folder):
+            raise Lfm2Error("\n".join(failed))
         files = published(job.output, folder)
         _declare_external_data(job, folder, files)
         chosen = preferred(files)
@@ -143,17 +145,19 @@ def _save_configuration(job: Job, folder: Path) -> PretrainedConfig:
     return config
 
 
-def _check_output(job: Job, folder: Path) -> None:
-    """What is there already must be of the same checkpoint, and named alike."""
+def _check_output(job: Job, folder: Path, checkpoint: str) -> None:
+    """What is there already must be of the same checkpoint, and its caches named alike."""
     if (job.output / "model.onnx").exists():
         raise Lfm2Error(f"{job.output} is an export of another layout: it has a model.onnx. Give another folder.")
     old, new = (_read_config(path) for path in (job.output, folder))
-    if old and (different := sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))):
+    if old and (different := sorted(name for name in old.keys() & new.keys() if old[name] != new[name])):
         raise Lfm2Error(
             f"{job.output} holds another model: {', '.join(different)} differ in its config.json. Give another folder."
         )
     for file in published(job.output):
-        if file.precision not in job.precisions and file.cache_names != job.cache_names:
+        if file.checkpoint != checkpoint:
+            raise Lfm2Error(f"{file.path} was made of other weights than those of {job.model}. Give another folder.")
+        if file.cache_names != job.cache_names:
             raise Lfm2Error(
                 f"{file.path} names its caches by the convention {file.cache_names}. "
                 f"Use --cache-names {file.cache_names}, or another folder."
@@ -173,7 +177,7 @@ def _read_text(job: Job, folder: Path) -> list[torch.Tensor] | None:
     return read_chunks(job.text, AutoTokenizer.from_pretrained(folder), job.chunks, job.length)
 
 
-def _write_files(job: Job, folder: Path) -> list[str]:
+def _write_files(job: Job, folder: Path, checkpoint: str) -> list[str]:
     """Each precision's file, checked; the weights are loaded once for each dtype. Returns a line for each failure."""
     failed = []
     for dtype in DTYPES:
@@ -184,16 +188,21 @@ def _write_files(job: Job, folder: Path) -> list[str]:
             try:
                 difference = _write_file(job, model, precision, path)
             except Lfm2Error as error:
-                failed.append(f"{name}: {' '.join(str(error).split())}")
-                for written in path.parent.glob(f"{path.name}*"):
-                    written.unlink()
+                failed.append(_removed(name, path, error))
                 continue
-            annotate(path, {DIFFERENCE: repr(difference)})
+            annotate(path, {DIFFERENCE: repr(difference), CHECKPOINT: checkpoint})
             size = Published.read(name, path).size
             print(f"{name}: {precision.file}, {size / 1e6:.1f} MB, logits within {difference:.2g} of transformers'")
         del model
         gc.collect()
     return failed
+
+
+def _removed(name: str, path: Path, error: Lfm2Error) -> str:
+    """The line of a precision that failed, whose file is not left behind."""
+    for written in path.parent.glob(f"{path.name}*"):
+        written.unlink()
+    return f"{name}: {' '.join(str(error).split())}"
 
 
 def _load(job: Job, dtype: str) -> Any:
@@ -219,13 +228,19 @@ def _write_file(job: Job, model: Any, precision: Precision, path: Path) -> float
     return check_file(path, config, model, outputs, options, job.atol)
 
 
-def _measure(job: Job, files: Iterable[Published], text: list[torch.Tensor]) -> None:
-    model = _load(job, "fp32").to("cpu")
-    gold = torch_model(model)
+def _measure(job: Job, files: list[Published], text: list[torch.Tensor]) -> list[str]:
+    """Add to each file how far it is from the checkpoint in float. Returns a line for each failure."""
+    failed = []
+    gold = torch_model(_load(job, "fp32").to("cpu")) if files else None
     for file in files:
-        quality = measure(load(file.path), gold, text)
+        try:
+            quality = measure(load(file.path), gold, text)
+        except Lfm2Error as error:
+            failed.append(_removed(file.precision, file.path, error))
+            continue
         annotate(file.path, {QUALITY: json.dumps(quality.as_dict())})
         print(f"{file.precision}: perplexity {quality.perplexity:.4g}, KL divergence {quality.kl_divergence:.2g}")
+    return failed
 
 
 def _declare_external_data(job: Job, folder: Path, files: Iterable[Published]) -> None:

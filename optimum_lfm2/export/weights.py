@@ -115,6 +115,9 @@ def _save(model: ir.Model, path: Path, views: Mapping[ir.Value, str]) -> None:
             size_threshold_bytes=EXTERNAL_FROM_BYTES - 1,
             callback=advance,
         )
+    for value in model.graph.initializers.values():
+        if isinstance(value.const_value, ir.LazyTensor):  # a small one; onnx-ir would hide our error in its own
+            value.const_value = ir.tensor(value.const_value.numpy(), name=value.name)
     for value, stored in views.items():
         value.const_value = _view(model.graph.initializers[stored].const_value, value)
         model.graph.register_initializer(value)
