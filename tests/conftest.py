@@ -41,10 +41,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
 @pytest.fixture(scope="session")
 def exported(checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """`exported(name, **options)`: the folder of its export, with options of `main_export`. Never write to it.
-
-    `float_embedding` stands for that key of `model_kwargs`.
-    """
+    """`exported(name, **options)`: the folder of its export, with options of `main_export`. Never write to it."""
     folder = tmp_path_factory.mktemp("exports")
 
     @cache
@@ -52,8 +49,6 @@ def exported(checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPat
         from optimum.exporters.onnx import main_export
 
         path = folder / "-".join([name, *(f"{key}={value}" for key, value in sorted(options.items()))])
-        if "float_embedding" in options:
-            options["model_kwargs"] = {"float_embedding": options.pop("float_embedding")}
         main_export(str(checkpoint(name)), path, **{"do_validation": False, **options})
         return path
 

@@ -3,49 +3,29 @@
 from __future__ import annotations
 
 import json
-import shutil
+from argparse import ArgumentParser
 from functools import cache
 from pathlib import Path
 
-import onnx
 import pytest
 import torch
-from clients import NEW, PRECISIONS, PROMPTS, PlainModel
+from clients import NEW, PROMPTS, PlainModel
 from transformers import AutoTokenizer
+
+from optimum.commands.lfm2.export_lfm2 import ExportLfm2Command
+from optimum_lfm2.export.publish import Job, publish
 
 
 @pytest.fixture(scope="session")
-def hub_folder(exported, tmp_path_factory) -> Path:
-    """Exports of the trained checkpoint in every precision, laid out as Transformers.js asks. Never write to it.
-
-    Browsers lack the operator for a quantised embedding, so it is in float.
-    """
+def hub_folder(checkpoint, tmp_path_factory) -> Path:
+    """What `optimum-cli export lfm2` writes of the trained checkpoint: every precision. Never write to it."""
     folder = tmp_path_factory.mktemp("hub") / "model"
-    exports = {}
-    for name, precision in PRECISIONS.items():
-        embedding = {"float_embedding": True} if "_variant" in precision.export else {}
-        exports[name] = exported("trained", **precision.export, **embedding)
-    lay_out(exports, folder)
+    parser = ArgumentParser()
+    ExportLfm2Command.parse_args(parser)
+    args = parser.parse_args(["--model", str(checkpoint("trained")), str(folder)])
+    config = json.loads((checkpoint("trained") / "config.json").read_text(encoding="utf-8"))
+    assert publish(Job.read(args, config)) == []
     return folder
-
-
-def lay_out(exports: dict[str, Path], folder: Path) -> None:
-    """Graphs under `onnx/`, named by their precision, weights beside them; the rest of the first export around."""
-    first = next(iter(exports.values()))
-    shutil.copytree(first, folder, ignore=shutil.ignore_patterns("*.onnx*"))
-    (folder / "onnx").mkdir()
-    names = []
-    for precision, export in exports.items():
-        names.append(Path(PRECISIONS[precision].file).name)
-        graph = onnx.load(export / "model.onnx", load_external_data=False)
-        for tensor in graph.graph.initializer:
-            for entry in tensor.external_data:
-                entry.value = f"{names[-1]}_data" if entry.key == "location" else entry.value
-        onnx.save(graph, folder / "onnx" / names[-1])
-        shutil.copy(export / "model.onnx_data", folder / "onnx" / f"{names[-1]}_data")
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    config["transformers.js_config"] = {"use_external_data_format": dict.fromkeys(names, True)}
-    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
 
 
 @pytest.fixture(scope="session")
