@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from argparse import ArgumentParser
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -291,6 +292,8 @@ def test_a_checkpoint_without_a_chat_template(tmp_path, monkeypatch, capsys):
     text = (tmp_path / "out" / "README.md").read_text()
     monkeypatch.chdir(tmp_path)
     for snippet in re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL):
+        if "onnxruntime_genai" in snippet and not find_spec("onnxruntime_genai"):
+            continue
         exec(compile(snippet, "README.md", "exec"), {})
         assert len(capsys.readouterr().out.split()) > 10
 
