@@ -1,5 +1,5 @@
 # make demo: export a checkpoint and print what it writes. make web: a page to chat with it (needs npm).
-# make test: what CI checks, with npm and Chromium the page too; make test-transformers5: the rest of it.
+# make test: what CI checks, with npm and Chromium Transformers.js too; make test-transformers5: the rest of it.
 # Each has a virtual environment of its own and needs nothing else installed but Python.
 
 PYTHON ?= python3
