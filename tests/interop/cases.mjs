@@ -1,12 +1,13 @@
 // What the tests ask of Transformers.js, the same in node and in a browser; cases and answers are plain JSON.
 
 /**
- * @param {{AutoTokenizer: object, AutoModelForCausalLM: object, Tensor: object}} library Transformers.js
+ * @param {object} library Transformers.js
  * @param {string} name the model's folder, under the library's `env.localModelPath`
  * @param {string} device "cpu" in node, "wasm" or "webgpu" in a browser
  * @returns {Promise<(job: object) => Promise<any>>} answers one case: {action, ...arguments of the action below}
  */
-export async function makeClient({ AutoTokenizer, AutoModelForCausalLM, Tensor }, name, device) {
+export async function makeClient(library, name, device) {
+  const { AutoTokenizer, AutoModelForCausalLM, Tensor, TextGenerationPipeline } = library;
   const tokenizer = await AutoTokenizer.from_pretrained(name);
   const models = {};
   const load = async (dtype) => (models[dtype] ??= await AutoModelForCausalLM.from_pretrained(name, { dtype, device }));
@@ -47,6 +48,13 @@ export async function makeClient({ AutoTokenizer, AutoModelForCausalLM, Tensor }
         chat.push({ role: "assistant", content: tokenizer.decode(ids, { skip_special_tokens: true }) });
       }
       return turns;
+    },
+
+    /** The answer to a chat as text, by the library's pipeline. */
+    async pipeline({ dtype, chat, max_new_tokens }) {
+      const generator = new TextGenerationPipeline({ task: "text-generation", model: await load(dtype), tokenizer });
+      const [{ generated_text }] = await generator(chat, { max_new_tokens });
+      return generated_text.at(-1).content;
     },
 
     /** Logits of every token, one row, no padding. */

@@ -56,6 +56,7 @@ def answers(hub_folder, long_ids):
         cases[dtype, "batch"] = case("generate", prompts=PROMPTS, **asked)
         cases[dtype, "turns"] = case("turns", messages=MESSAGES, **asked)
         cases[dtype, "logits"] = case("logits", dtype=dtype, ids=long_ids)
+    cases["pipeline"] = case("pipeline", dtype="fp32", chat=PROMPTS[1], max_new_tokens=NEW)
     return ask(hub_folder, cases)
 
 
@@ -98,6 +99,11 @@ def test_a_chat_goes_on_from_its_cache(answers, tokenizer, gold_continuation):
     for ids, turn in zip(turn_ids(tokenizer, turns), turns, strict=True):
         assert turn["ids"] == up_to_end(gold_continuation(ids, NEW))
         assert turn["cached"] == len(ids) + len(turn["ids"]) - 1  # no turn was read twice
+
+
+def test_the_pipeline_answers(answers, tokenizer, prompt_ids, gold_continuation):
+    gold = up_to_end(gold_continuation(prompt_ids[1], NEW))
+    assert answers["pipeline"] == tokenizer.decode(gold, skip_special_tokens=True)
 
 
 @pytest.mark.parametrize("dtype", PRECISIONS)
