@@ -20,7 +20,7 @@ from checkpoints import gold_tokens
 from huggingface_hub import ModelCard
 from optimum.onnxruntime import ORTModelForCausalLM
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, GenerationConfig
 
 from optimum.commands.lfm2.export_lfm2 import ExportLfm2Command
 from optimum_lfm2.evaluate import evaluate
@@ -178,11 +178,19 @@ def test_the_only_file_needs_no_name(folder, tmp_path, caplog, monkeypatch):
     settings = json.loads((tmp_path / "generation_config.json").read_text())
     (tmp_path / "generation_config.json").write_text(json.dumps(settings | {"repetition_penalty": 1.25}))
     monkeypatch.setattr("optimum.onnxruntime.modeling.logger.propagate", True)
+    monkeypatch.setattr(GenerationConfig, "from_pretrained", classmethod(_as_for_an_id))
     for options in ({}, {"subfolder": "onnx"}):
         model = ORTModelForCausalLM.from_pretrained(tmp_path, **options)
         assert Path(model.path).name == "model_q4.onnx"
         assert model.generation_config.repetition_penalty == 1.25
     assert caplog.records == []
+
+
+def _as_for_an_id(cls, name, subfolder="", **kwargs):
+    """Of a local folder transformers reads generation_config.json at the top whatever the subfolder; not on the Hub."""
+    if subfolder:
+        raise OSError(f"{name} has no {subfolder}/generation_config.json")
+    return cls.from_dict(json.loads((Path(name) / "generation_config.json").read_text()))
 
 
 def test_evaluate_reads_a_file_of_it(folder):
