@@ -72,4 +72,6 @@ def prompt_ids(tokenizer):
 @pytest.fixture(scope="session")
 def long_ids(prompt_ids, gold_continuation):
     """A text to compare logits on."""
-    return prompt_ids[2] + gold_continuation(prompt_ids[2], NEW)
+    story = gold_continuation(prompt_ids[2], NEW)
+    assert len(set(story)) > NEW // 3, "a gold that repeats itself proves nothing"
+    return prompt_ids[2] + story

@@ -213,7 +213,9 @@ def library(hub_folder, long_ids, tmp_path_factory):
     for dtype in PRECISIONS:
         cases[dtype, "batch"] = case("generate", prompts=PROMPTS, dtype=dtype, max_new_tokens=NEW)
         cases[dtype, "logits"] = case("logits", dtype=dtype, ids=long_ids)
-    visit = browse(hub_folder, tmp_path_factory.mktemp("precisions"), cases=list(cases.values()))
+    artifacts = tmp_path_factory.mktemp("precisions")
+    visit = browse(hub_folder, artifacts, query="?dtype=q4", cases=list(cases.values()))
+    assert visit["status"] == "Ready: q4, WebAssembly"
     assert visit["errors"] == []
     return dict(zip(cases, visit["cases"], strict=True))
 
