@@ -1,5 +1,5 @@
 # make demo: export a checkpoint and print what it writes. make web: a page to chat with it (needs npm).
-# make test: what CI checks, with npm and Chromium the page too; make test-transformers5: the rest of it.
+# make test: what CI checks, with npm and Chromium Transformers.js too; make test-transformers5: the rest of it.
 # Each has a virtual environment of its own and needs nothing else installed but Python.
 
 PYTHON ?= python3
@@ -51,7 +51,7 @@ $(NODE_MODULES): examples/web/package-lock.json
 .venv-transformers5/ready: pyproject.toml
 	$(PYTHON) -m venv .venv-transformers5
 	.venv-transformers5/bin/pip install --quiet "$(TORCH)"
-	.venv-transformers5/bin/pip install --quiet "transformers>=5" onnxruntime onnx "onnx-ir>=1.1" requests tqdm pytest pytest-cov
+	.venv-transformers5/bin/pip install --quiet "transformers>=5" onnxruntime onnxruntime-genai==0.18.0 onnx "onnx-ir>=1.1" requests tqdm pytest pytest-cov
 	.venv-transformers5/bin/pip install --quiet --no-deps optimum==2.1.0 optimum-onnx==0.1.0 -e .
 	touch $@
 

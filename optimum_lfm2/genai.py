@@ -1,4 +1,4 @@
-"""`genai_config.json`: what onnxruntime-genai has to know of an exported folder to run it unchanged."""
+"""`genai_config.json`: what onnxruntime-genai knows of a folder. Exports have one; its builder writes it alone."""
 
 from __future__ import annotations
 
@@ -7,14 +7,19 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import PretrainedConfig
+import onnx_ir as ir
+from transformers import Lfm2Config, PretrainedConfig
 
-from optimum_lfm2.caches import CacheTensor, head_dim
+from optimum_lfm2.caches import CONV, CacheTensor, head_dim, read_cache_tensors
+from optimum_lfm2.errors import Lfm2Error
 
 
 GENAI_CONFIG = "genai_config.json"
 TOKENIZER = "tokenizer.json"
 LAYER = "%d"
+MODEL_TYPE = "lfm2"
+# The builder's operator, which keeps a column less than transformers does: the newest is never needed again.
+NARROW_CONV = "CausalConvWithState"
 
 
 def write_genai_config(folder: Path, filename: str, config: PretrainedConfig, caches: Iterable[CacheTensor]) -> bool:
@@ -60,7 +65,7 @@ def genai_config(
     if pad is None:
         pad = eos[0] if isinstance(eos, list) else eos
     model: dict[str, Any] = {
-        "type": "lfm2",
+        "type": MODEL_TYPE,
         "bos_token_id": token("bos_token_id"),
         "eos_token_id": eos,
         "pad_token_id": pad,
@@ -80,6 +85,49 @@ def genai_config(
         },
     }
     return {"model": model, "search": _search(config, generation)}
+
+
+def read_genai_config(folder: Path) -> Lfm2Config:
+    """The configuration of a folder that has no `config.json`, from its `genai_config.json` and the graph named there.
+
+    Neither says what only weights are for, such as the width of the feed-forward: that has transformers' defaults.
+
+    Raises:
+        Lfm2Error: for a model of another type, and for a file that is not as onnxruntime-genai writes it.
+    """
+    path = folder / GENAI_CONFIG
+    try:
+        model = _read(path)["model"]
+        if model["type"] != MODEL_TYPE:
+            raise Lfm2Error(
+                f"{path} is of a model of type {model['type']}, not {MODEL_TYPE}. "
+                "Copy the config.json of the checkpoint there."
+            )
+        decoder = model["decoder"]
+        return Lfm2Config(
+            conv_L_cache=_conv_width(folder / decoder["filename"]),
+            vocab_size=model["vocab_size"],
+            max_position_embeddings=model["context_length"],
+            head_dim=decoder["head_size"],
+            **{name: decoder[name] for name in ("hidden_size", "layer_types", "num_hidden_layers")},
+            **{name: decoder[name] for name in ("num_attention_heads", "num_key_value_heads")},
+            **{name: model.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")},
+        )
+    except (KeyError, TypeError, json.JSONDecodeError, OSError) as error:
+        raise Lfm2Error(
+            f"{path} does not describe its model ({error!r}). Copy the config.json of the checkpoint there."
+        ) from error
+
+
+def _conv_width(path: Path) -> int:
+    """`conv_L_cache` of a graph; transformers' default where it has no convolution states."""
+    graph = ir.load(path).graph
+    inputs = {value.name: value for value in graph.inputs}
+    caches = read_cache_tensors(inputs, [value.name for value in graph.outputs])
+    narrow = any(node.op_type == NARROW_CONV for node in graph)
+    widths = {inputs[cache.past].shape[2] for cache in caches if cache.kind == CONV}
+    width = widths.pop() if widths else Lfm2Config().conv_L_cache
+    return int(width) + narrow  # type: ignore[arg-type]  # a symbol is not a number, and raises
 
 
 def _template(name: str, layer: int) -> str:

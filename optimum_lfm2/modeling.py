@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from functools import wraps
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -15,9 +16,11 @@ from optimum.onnxruntime.modeling import ORTModel
 from transformers import GenerationConfig, PretrainedConfig
 from transformers.generation import GenerationMode
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import CONFIG_NAME
 
 from optimum_lfm2 import compat
 from optimum_lfm2.errors import Lfm2Error
+from optimum_lfm2.genai import GENAI_CONFIG, read_genai_config
 from optimum_lfm2.runtime.cache import Lfm2Cache
 from optimum_lfm2.runtime.layout import GraphLayout
 from optimum_lfm2.runtime.rows import RowRunner
@@ -261,8 +264,27 @@ def _generation_config(model_id: str | Path, subfolder: str, kwargs: dict[str, A
     return None
 
 
+def _genai_folder(model_id: str | Path, subfolder: str) -> Path | None:
+    """Where a local folder has genai_config.json but no config.json, without which Optimum refuses it."""
+    folders = [Path(model_id, subfolder), Path(model_id)]
+    if any((folder / CONFIG_NAME).is_file() for folder in folders):
+        return None
+    return next((folder for folder in folders if (folder / GENAI_CONFIG).is_file()), None)
+
+
 def dispatch(model_types: tuple[str, ...]) -> None:
     """Make `ORTModelForCausalLM` itself load and export these model types as `ORTLfm2ForCausalLM`."""
+    from_pretrained = ORTModelForCausalLM.from_pretrained.__func__
+
+    @wraps(from_pretrained)
+    def configured(cls, model_id, config=None, export=False, subfolder="", **kwargs):
+        folder = None if config or export else _genai_folder(model_id, subfolder)
+        if folder is None:
+            return from_pretrained(cls, model_id, config, export, subfolder, **kwargs)
+        return cls._from_pretrained(model_id, read_genai_config(folder), subfolder=subfolder, **kwargs)
+
+    ORTModelForCausalLM.from_pretrained = classmethod(configured)  # type: ignore[assignment]
+
     for name in ("_from_pretrained", "_export"):
         original = getattr(ORTModelForCausalLM, name).__func__
 

@@ -1,10 +1,11 @@
 // Use the chat page as a person would, in headless Chromium: node browse.mjs CHROMIUM FOLDER < job > result, both JSON.
 //
-// The job is {url, gpu, chat, prompts}: a key of GPU below, messages to type one after the other, chats to answer for
-// their token ids.
+// The job is {url, gpu, chat, prompts, cases}: a key of GPU below, messages to type one after the other, chats to answer
+// for their token ids, what to ask the library by cases.mjs.
 // FOLDER gets the browser's profile and the screenshots.
 import { readFileSync } from "node:fs";
 import { createRequire } from "node:module";
+import { fileURLToPath } from "node:url";
 
 const require = createRequire(new URL("../../examples/web/package.json", import.meta.url));
 const { chromium } = require("playwright-core");
@@ -22,7 +23,7 @@ const DESKTOP = { width: 900, height: 700 };
 const PHONE = { width: 360, height: 640 };
 
 const [executablePath, folder] = process.argv.slice(2);
-const { url, gpu, chat, prompts } = JSON.parse(readFileSync(0, "utf-8"));
+const { url, gpu, chat, prompts, cases } = JSON.parse(readFileSync(0, "utf-8"));
 
 const context = await chromium.launchPersistentContext(`${folder}/profile`, {
   executablePath, args: [...FLAGS, ...GPU[gpu]], headless: true, viewport: DESKTOP,
@@ -76,6 +77,16 @@ try {
       for (const chat of chats) all.push((await answer(loaded, chat, { maxNewTokens: 48 })).ids);
       return all;
     }, prompts);
+    const path = fileURLToPath(new URL("cases.mjs", import.meta.url));
+    await page.route("**/cases.mjs", (route) => route.fulfill({ path, contentType: "text/javascript" }));
+    result.cases = await page.evaluate(async (cases) => {
+      await import("/lfm2.js"); // tells the library where the model is
+      const { makeClient } = await import("/cases.mjs");
+      const answer = await makeClient(await import("/library/transformers.min.js"), "model", "wasm");
+      const all = [];
+      for (const one of cases) all.push(await answer(one));
+      return all;
+    }, cases);
   }
   const origin = new URL(url).origin;
   const elsewhere = requests.filter((request) => !request.startsWith("data:") && !request.startsWith("blob:") &&

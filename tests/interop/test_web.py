@@ -13,8 +13,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from urllib.error import HTTPError
 
+import numpy as np
 import pytest
 import torch
+from clients import NEW, PRECISIONS, PROMPTS, case
 from transformers import AutoTokenizer
 
 
@@ -31,7 +33,7 @@ CHAT = [
     "Ben put the silver key next to the well. Where is the silver key?",
     "Tell me more.",
 ]
-PROMPTS = [
+CHATS = [
     [{"role": "user", "content": "Ben put the silver key next to the well. Where is the silver key?"}],
     [{"role": "user", "content": "Tell me a story."}],
     [
@@ -65,11 +67,12 @@ def served(folder):
         server.server_close()
 
 
-def browse(folder, artifacts, query="", gpu="none", chat=(), prompts=()):
+def browse(folder, artifacts, query="", gpu="none", **asked):
+    job = {"gpu": gpu, "chat": [], "prompts": [], "cases": [], **asked}
     with served(folder) as url:
         done = subprocess.run(
             ["node", str(Path(__file__).with_name("browse.mjs")), CHROMIUM, str(artifacts)],
-            input=json.dumps({"url": f"{url}/{query}", "gpu": gpu, "chat": list(chat), "prompts": list(prompts)}),
+            input=json.dumps({"url": f"{url}/{query}", **job}),
             capture_output=True,
             text=True,
             timeout=400,
@@ -82,7 +85,7 @@ def browse(folder, artifacts, query="", gpu="none", chat=(), prompts=()):
 @pytest.fixture(scope="module")
 def visit(exported, tmp_path_factory):
     artifacts = tmp_path_factory.mktemp("web")
-    return browse(exported("trained"), artifacts, chat=CHAT, prompts=PROMPTS) | {"artifacts": artifacts}
+    return browse(exported("trained"), artifacts, chat=CHAT, prompts=CHATS) | {"artifacts": artifacts}
 
 
 @pytest.fixture(scope="module")
@@ -137,9 +140,9 @@ def test_the_page_fits_a_phone_and_stays_by_itself(visit):
 
 @installed
 @browser
-@pytest.mark.parametrize("index", range(len(PROMPTS)))
+@pytest.mark.parametrize("index", range(len(CHATS)))
 def test_tokens_in_the_browser_are_those_of_transformers(visit, gold, index):
-    assert visit["ids"][index] == gold(PROMPTS[index], max_new_tokens=48)[0]
+    assert visit["ids"][index] == gold(CHATS[index], max_new_tokens=48)[0]
 
 
 @installed
@@ -202,3 +205,28 @@ def test_a_missing_library_is_said_in_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(serve, "LIBRARY", tmp_path / "nowhere")
     with pytest.raises(ValueError, match="npm ci"):
         serve.make_server(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def library(hub_folder, long_ids, tmp_path_factory):
+    cases = {}
+    for dtype in PRECISIONS:
+        cases[dtype, "batch"] = case("generate", prompts=PROMPTS, dtype=dtype, max_new_tokens=NEW)
+        cases[dtype, "logits"] = case("logits", dtype=dtype, ids=long_ids)
+    artifacts = tmp_path_factory.mktemp("precisions")
+    visit = browse(hub_folder, artifacts, query="?dtype=q4", cases=list(cases.values()))
+    assert visit["status"] == "Ready: q4, WebAssembly"
+    assert visit["errors"] == []
+    return dict(zip(cases, visit["cases"], strict=True))
+
+
+@installed
+@browser
+@pytest.mark.parametrize("dtype", PRECISIONS)
+def test_a_file_computes_what_it_computes_in_python(library, hub_folder, plain, prompt_ids, long_ids, dtype):
+    """WebAssembly rounds no activations to 8 bits, so that Python must not either."""
+    precision = PRECISIONS[dtype]
+    model = plain(hub_folder / precision.file, exact=True)
+    np.testing.assert_allclose(library[dtype, "logits"], model.logits(long_ids), atol=precision.exact, rtol=0)
+    for ids, tokens in zip(prompt_ids, library[dtype, "batch"]["rows"], strict=True):
+        model.assert_greedy(ids, tokens, precision.exact)

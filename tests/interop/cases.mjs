@@ -1,0 +1,71 @@
+// What the tests ask of Transformers.js, the same in node and in a browser; cases and answers are plain JSON.
+
+/**
+ * @param {object} library Transformers.js
+ * @param {string} name the model's folder, under the library's `env.localModelPath`
+ * @param {string} device "cpu" in node, "wasm" or "webgpu" in a browser
+ * @returns {Promise<(job: object) => Promise<any>>} answers one case: {action, ...arguments of the action below}
+ */
+export async function makeClient(library, name, device) {
+  const { AutoTokenizer, AutoModelForCausalLM, Tensor, TextGenerationPipeline } = library;
+  const tokenizer = await AutoTokenizer.from_pretrained(name);
+  const models = {};
+  const load = async (dtype) => (models[dtype] ??= await AutoModelForCausalLM.from_pretrained(name, { dtype, device }));
+  const numbers = (tensor) => tensor.tolist().map((row) => row.map(Number));
+  const render = (chat, options) => tokenizer.apply_chat_template(chat, { add_generation_prompt: true, ...options });
+
+  const actions = {
+    /** A chat as text, and as token ids. */
+    render({ chat, options = {} }) {
+      const ids = render(chat, { ...options, return_tensor: false, return_dict: false });
+      return { text: render(chat, { ...options, tokenize: false }), ids };
+    },
+
+    /** The new tokens of each prompt, a chat or a text, as one batch that the tokenizer pads to `columns`. */
+    async generate({ dtype, prompts, max_new_tokens }) {
+      const model = await load(dtype);
+      const texts = prompts.map((prompt) => (typeof prompt === "string" ? prompt : render(prompt, { tokenize: false })));
+      tokenizer.padding_side = "left"; // as the library's own pipeline does
+      const inputs = tokenizer(texts, { padding: true, truncation: true, add_special_tokens: false });
+      const columns = inputs.input_ids.dims[1];
+      const output = numbers(await model.generate({ ...inputs, max_new_tokens }));
+      return { columns, rows: output.map((row) => row.slice(columns)) };
+    },
+
+    /** The answer to each message of one chat; every turn goes on from the cache of the turn before. */
+    async turns({ dtype, messages, max_new_tokens }) {
+      const model = await load(dtype);
+      const chat = [];
+      const turns = [];
+      let past_key_values = null;
+      for (const content of messages) {
+        chat.push({ role: "user", content });
+        const inputs = render(chat, { return_dict: true });
+        const output = await model.generate({ ...inputs, past_key_values, max_new_tokens, return_dict_in_generate: true });
+        past_key_values = output.past_key_values;
+        const ids = numbers(output.sequences)[0].slice(inputs.input_ids.dims[1]);
+        turns.push({ ids, cached: past_key_values.get_seq_length() });
+        chat.push({ role: "assistant", content: tokenizer.decode(ids, { skip_special_tokens: true }) });
+      }
+      return turns;
+    },
+
+    /** The answer to a chat as text, by the library's pipeline. */
+    async pipeline({ dtype, chat, max_new_tokens }) {
+      const generator = new TextGenerationPipeline({ task: "text-generation", model: await load(dtype), tokenizer });
+      const [{ generated_text }] = await generator(chat, { max_new_tokens });
+      return generated_text.at(-1).content;
+    },
+
+    /** Logits of every token, one row, no padding. */
+    async logits({ dtype, ids }) {
+      const model = await load(dtype);
+      const dims = [1, ids.length];
+      const input_ids = new Tensor("int64", BigInt64Array.from(ids, BigInt), dims);
+      const attention_mask = new Tensor("int64", new BigInt64Array(ids.length).fill(1n), dims);
+      const { logits } = await model({ input_ids, attention_mask });
+      return logits.to("float32").tolist()[0];
+    },
+  };
+  return ({ action, ...rest }) => actions[action](rest);
+}

@@ -1,0 +1,77 @@
+"""What the tests with other clients share: a folder as on the Hub, and the gold for it."""
+
+from __future__ import annotations
+
+import json
+from argparse import ArgumentParser
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from clients import NEW, PROMPTS, PlainModel
+from transformers import AutoTokenizer
+
+from optimum.commands.lfm2.export_lfm2 import ExportLfm2Command
+from optimum_lfm2.export.publish import Job, publish
+
+
+@pytest.fixture(scope="session")
+def hub_folder(checkpoint, tmp_path_factory) -> Path:
+    """What `optimum-cli export lfm2` writes of the trained checkpoint: every precision. Never write to it."""
+    folder = tmp_path_factory.mktemp("hub") / "model"
+    parser = ArgumentParser()
+    ExportLfm2Command.parse_args(parser)
+    args = parser.parse_args(["--model", str(checkpoint("trained")), str(folder)])
+    config = json.loads((checkpoint("trained") / "config.json").read_text(encoding="utf-8"))
+    assert publish(Job.read(args, config)) == []
+    return folder
+
+
+@pytest.fixture(scope="session")
+def plain():
+    """`plain(path, exact=False)`: the `PlainModel` of a file."""
+    return cache(PlainModel)
+
+
+@pytest.fixture(scope="session")
+def gold_continuation(gold_model):
+    """`gold_continuation(ids, count)`: what transformers alone puts after one unpadded row, greedily, past any end."""
+    model = gold_model("trained").float()
+
+    @torch.no_grad()
+    def gold_continuation(ids: list[int], count: int) -> list[int]:
+        inputs = torch.tensor([ids])
+        out = model.generate(
+            inputs,
+            attention_mask=torch.ones_like(inputs),
+            max_new_tokens=count,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+        return out[0, len(ids) :].tolist()
+
+    return gold_continuation
+
+
+@pytest.fixture(scope="session")
+def tokenizer(checkpoint):
+    return AutoTokenizer.from_pretrained(checkpoint("trained"))
+
+
+@pytest.fixture(scope="session")
+def prompt_ids(tokenizer):
+    texts = [
+        p if isinstance(p, str) else tokenizer.apply_chat_template(p, add_generation_prompt=True, tokenize=False)
+        for p in PROMPTS
+    ]
+    return [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+
+
+@pytest.fixture(scope="session")
+def long_ids(prompt_ids, gold_continuation):
+    """A text to compare logits on."""
+    story = gold_continuation(prompt_ids[2], NEW)
+    assert len(set(story)) > NEW // 3, "a gold that repeats itself proves nothing"
+    return prompt_ids[2] + story

@@ -1,0 +1,117 @@
+"""onnxruntime-genai runs an exported folder unchanged: its tokens are those of transformers alone."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from clients import END, MESSAGES, NEW, PRECISIONS, up_to_end
+
+
+og = pytest.importorskip(
+    "onnxruntime_genai", reason="onnxruntime-genai is not installed: pip install onnxruntime-genai"
+)
+
+PAD = 0
+MAX_LENGTH = 512
+
+
+@pytest.fixture(scope="module", params=PRECISIONS)
+def precision(request):
+    return PRECISIONS[request.param]
+
+
+@pytest.fixture
+def folder(precision, exported):
+    return exported("trained", **precision.export)
+
+
+@pytest.fixture
+def model(folder):
+    return og.Model(str(folder))
+
+
+@pytest.fixture
+def assert_right(precision, folder, plain, gold_continuation):
+    """`assert_right(ids, tokens)`: up to the end of the turn, which onnxruntime-genai leaves out."""
+
+    def assert_right(ids: list[int], tokens: list[int]) -> None:
+        plain(folder / "model.onnx").assert_greedy(ids, tokens, precision.rounded)
+        if precision is PRECISIONS["fp32"]:
+            assert tokens == up_to_end(gold_continuation(ids, NEW))
+
+    return assert_right
+
+
+def make_generator(model, batch_size: int = 1):
+    params = og.GeneratorParams(model)
+    params.set_search_options(do_sample=False, max_length=MAX_LENGTH, batch_size=batch_size)
+    return og.Generator(model, params)
+
+
+def run(generator, count: int = NEW) -> None:
+    for _ in range(count):
+        if generator.is_done():
+            break
+        generator.generate_next_token()
+
+
+def new_tokens(generator, row: int, columns: int) -> list[int]:
+    """What a row got after `columns`, with the end that is missing where it ended by itself."""
+    tokens = generator.get_sequence(row)[columns:].tolist()
+    ended = generator.is_done() and END not in tokens
+    return [*tokens, END] if ended else up_to_end(tokens)
+
+
+def test_rows_alone(model, folder, precision, plain, prompt_ids, assert_right):
+    for ids in prompt_ids:
+        generator = make_generator(model)
+        generator.append_tokens(ids)
+        logits = np.asarray(generator.get_logits(), np.float32)[0, -1]
+        expected = plain(folder / "model.onnx").logits(ids)[-1]
+        np.testing.assert_allclose(logits, expected, atol=precision.rounded, rtol=0)
+        run(generator)
+        assert_right(ids, new_tokens(generator, 0, len(ids)))
+
+
+def test_a_batch_padded_on_the_right(model, prompt_ids, assert_right):
+    columns = max(map(len, prompt_ids))
+    generator = make_generator(model, len(prompt_ids))
+    generator.append_tokens(np.array([ids + [PAD] * (columns - len(ids)) for ids in prompt_ids], np.int32))
+    run(generator)
+    for row, ids in enumerate(prompt_ids):
+        assert_right(ids, new_tokens(generator, row, columns))
+
+
+def test_a_chat_goes_on_with_append_tokens(model, tokenizer, assert_right):
+    generator, history = make_generator(model), []
+    for message in MESSAGES:
+        turn = [{"role": "user", "content": message}]
+        text = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        # The end of the answer before, which is missing, and its line's; the first token is the start of a text.
+        new = [END, *tokenizer("\n", add_special_tokens=False)["input_ids"], *ids[1:]] if history else ids
+        generator.append_tokens(new)
+        history += new
+        run(generator)
+        answer = new_tokens(generator, 0, len(history))
+        assert answer[-1] == END, "the turn must end by itself"
+        assert_right(history, answer)
+        history += answer[:-1]
+        assert generator.get_sequence(0).tolist() == history
+
+
+def test_what_the_readme_says_it_cannot_do(exported, prompt_ids):
+    model = og.Model(str(exported("trained")))
+    generator = make_generator(model)
+    generator.append_tokens(prompt_ids[0])
+    run(generator, 3)
+    with pytest.raises(Exception, match="RewindTo is currently not supported"):
+        generator.rewind_to(5)
+    with pytest.raises(Exception, match="total_sequence_length must equal past_sequence_length"):
+        generator.append_tokens(prompt_ids[1])  # it leaves out the last token of an answer that has not ended
+
+    batch = make_generator(model, 2)
+    batch.append_tokens(np.array([prompt_ids[0]] * 2, np.int32))
+    run(batch)
+    with pytest.raises(Exception, match="can only be called once for batch_size > 1"):
+        batch.append_tokens(np.array([prompt_ids[0]] * 2, np.int32))
