@@ -29,7 +29,7 @@ from optimum_lfm2.caches import (
 )
 from optimum_lfm2.errors import Lfm2Error
 from optimum_lfm2.export import ops
-from optimum_lfm2.export.patcher import Lfm2ModelPatcher
+from optimum_lfm2.export.patcher import Lfm2ModelPatcher, Lfm2MoeModelPatcher
 from optimum_lfm2.export.quantize import VARIANTS, Scheme
 from optimum_lfm2.export.weights import bind
 from optimum_lfm2.genai import write_genai_config
@@ -211,6 +211,13 @@ class Lfm2OnnxConfig(TextDecoderOnnxConfig):
         if self.task == "text-generation" and self.use_past:
             write_genai_config(Path(path), onnx_files_subpaths[0], self._config, self.cache_tensors)
         return models_and_onnx_configs, onnx_files_subpaths
+
+
+class Lfm2MoeOnnxConfig(Lfm2OnnxConfig):
+    """LFM2 whose later layers have experts; the same inputs and outputs."""
+
+    MIN_TRANSFORMERS_VERSION = version.parse("5.0.0")
+    _MODEL_PATCHER = Lfm2MoeModelPatcher
 
 
 def _axes(shapes: Shapes) -> dict[str, dict[int, str]]:

@@ -155,7 +155,7 @@ class Quantizer:
         nodes = list(self.graph)
         linears = [node for node in nodes if node.op_type == "Gemm" and _is_parameter(node.inputs[1])]
         embeddings = [node for node in nodes if node.op_type == "Gather" and _is_parameter(node.inputs[0])]
-        self._tables = {f"{HEAD}.weight", *(_parameter_name(node.inputs[0]) for node in embeddings)}
+        self._tables = {f"{HEAD}.weight", *(parameter_name(node.inputs[0]) for node in embeddings)}
         for node in linears:
             self._linear(node)
         if not self.scheme.float_embedding:
@@ -170,7 +170,7 @@ class Quantizer:
         outputs, inputs = weight.shape.numpy()
         packed, scales = self._initializers(weight)
         bias = node.inputs[2:]
-        blocks = self._blocks(_parameter_name(weight))
+        blocks = self._blocks(parameter_name(weight))
         attributes = {"K": inputs, "N": outputs, "bits": blocks.bits, "block_size": blocks.block_size}
         if weight.dtype == ir.DataType.FLOAT:
             attributes["accuracy_level"] = INT8_ACTIVATIONS
@@ -181,7 +181,7 @@ class Quantizer:
         table, ids = node.inputs
         rows, width = table.shape.numpy()
         blocks = self.scheme.table
-        name = f"{_parameter_name(table)}.q{blocks.bits}"
+        name = f"{parameter_name(table)}.q{blocks.bits}"
         shape = ir.Shape((rows, blocks.count(width) * blocks.blob_size))
         packed, scales = self._initializers(table)
         flat = ir.Value(name=f"{name}.flat", shape=shape, type=packed.type)
@@ -197,7 +197,7 @@ class Quantizer:
 
     def _initializers(self, weight: ir.Value) -> tuple[ir.Value, ir.Value]:
         """The packed codes and the scales of a weight; the same for every node that reads it."""
-        name = _parameter_name(weight)
+        name = parameter_name(weight)
         blocks, (rows, width) = self._blocks(name), weight.shape.numpy()
         count = blocks.count(width)
         return (
@@ -245,5 +245,5 @@ def _is_parameter(value: ir.Value | None) -> bool:
     return node is not None and node.domain == PLACEHOLDER_DOMAIN
 
 
-def _parameter_name(value: ir.Value) -> str:
+def parameter_name(value: ir.Value) -> str:
     return value.producer().attributes.get_string("name")
