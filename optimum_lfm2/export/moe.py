@@ -5,7 +5,9 @@ What it must equal is `Lfm2MoeSparseMoeBlock` of transformers' `modeling_lfm2_mo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -14,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from transformers import PretrainedConfig
 
+from optimum_lfm2.errors import Lfm2Error
 from optimum_lfm2.export.experts import ExpertsTensor, QuantizedExperts, interleaved
 from optimum_lfm2.export.graph import Weight
 from optimum_lfm2.export.ops import ONNX_TYPE, PLACEHOLDER_DOMAIN
@@ -23,6 +26,7 @@ from optimum_lfm2.export.tracing import Node, constant, typed
 
 EXPERTS = "Experts"
 NORM_EPSILON = 1e-6  # transformers'
+SMALLEST_BLOCK = 16  # that QMoE takes
 GATE_UP, DOWN = "gate_up_proj", "down_proj"
 # The layout that CPU, CUDA and WebGPU all take: a row of the gate, a row of what it gates, and so on.
 SWIGLU = {"activation_type": "swiglu", "swiglu_fusion": 1}
@@ -128,6 +132,21 @@ def experts(
     return _Experts.apply(hidden, routing, gate_up, down, count)
 
 
+def fitting(blocks: Blocks, *widths: int) -> Blocks:
+    """The largest blocks, no larger than `blocks`, that rows of these widths are a multiple of, as QMoE needs them.
+
+    Raises:
+        Lfm2Error: where they would be too small for it.
+    """
+    size = math.gcd(blocks.block_size, *widths)
+    if size < SMALLEST_BLOCK:
+        raise Lfm2Error(
+            f"Experts whose rows have {' and '.join(map(str, widths))} values (hidden_size and moe_intermediate_size "
+            f"in config.json) cannot be quantised: both must be multiples of {SMALLEST_BLOCK}. Use --variant default."
+        )
+    return replace(blocks, block_size=size)
+
+
 def place_experts(graph: ir.Graph, weights: Mapping[str, Any], blocks: Blocks | None) -> None:
     """Replace the experts of a traced graph by the operators that onnxruntime has for them.
 
@@ -168,6 +187,7 @@ def _float_experts(node: ir.Node, weights: Mapping[str, Any]) -> list[ir.Node]:
 def _quantized_experts(node: ir.Node, weights: Mapping[str, Any], blocks: Blocks) -> list[ir.Node]:
     """QMoE takes shares as they are: the largest are chosen, and weigh."""
     hidden, routing, *matrices = node.inputs
+    blocks = fitting(blocks, *(matrix.shape.numpy()[2] for matrix in matrices))
     arguments: list[ir.Value | None] = []
     for matrix in matrices:
         name, (count, outputs, inputs) = parameter_name(matrix), matrix.shape.numpy()
