@@ -28,7 +28,7 @@ from optimum_lfm2.caches import (
     unflatten,
 )
 from optimum_lfm2.errors import Lfm2Error
-from optimum_lfm2.export import ops
+from optimum_lfm2.export import layerwise, ops
 from optimum_lfm2.export.patcher import Lfm2ModelPatcher, Lfm2MoeModelPatcher
 from optimum_lfm2.export.quantize import VARIANTS, Scheme
 from optimum_lfm2.export.weights import bind
@@ -218,6 +218,10 @@ class Lfm2MoeOnnxConfig(Lfm2OnnxConfig):
 
     MIN_TRANSFORMERS_VERSION = version.parse("5.0.0")
     _MODEL_PATCHER = Lfm2MoeModelPatcher
+
+    def validate(self, model: Any, path: Path, atol: float | None, shapes: Mapping[str, int]) -> None:
+        """Layer by layer, in place of Optimum's validation, which would load the file and the checkpoint as a whole."""
+        layerwise.validate(self, model, path, atol, self.generate_dummy_inputs(**shapes))
 
 
 def _axes(shapes: Shapes) -> dict[str, dict[int, str]]:

@@ -76,7 +76,7 @@ class _Materialize:
             {name: whole(model.checkpoint[name]) for name in _own_names(model)}, assign=True, strict=False
         )
         model.tie_weights()
-        _materialize_buffers(model)
+        materialize_buffers(model)
         return model.to(*args, **kwargs)
 
 
@@ -95,7 +95,7 @@ def _own_names(model: PreTrainedModel) -> list[str]:
     return [name for name, first in tied_names(model).items() if name == first]
 
 
-def _materialize_buffers(model: PreTrainedModel) -> None:
+def materialize_buffers(model: PreTrainedModel) -> None:
     """Buffers are not in the checkpoint: the rotary modules compute theirs."""
     for module in list(model.modules()):
         for name, child in module.named_children():

@@ -6,7 +6,7 @@ What it must equal is `Lfm2MoeSparseMoeBlock` of transformers' `modeling_lfm2_mo
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -20,7 +20,7 @@ from optimum_lfm2.errors import Lfm2Error
 from optimum_lfm2.export.experts import ExpertsTensor, QuantizedExperts, interleaved
 from optimum_lfm2.export.graph import Weight
 from optimum_lfm2.export.ops import ONNX_TYPE, PLACEHOLDER_DOMAIN
-from optimum_lfm2.export.quantize import CONTRIB_DOMAIN, INT8_ACTIVATIONS, Blocks, parameter_name
+from optimum_lfm2.export.quantize import CONTRIB_DOMAIN, INT8_ACTIVATIONS, Blocks, Scheme, parameter_name
 from optimum_lfm2.export.tracing import Node, constant, typed
 
 
@@ -132,30 +132,30 @@ def experts(
     return _Experts.apply(hidden, routing, gate_up, down, count)
 
 
-def fitting(blocks: Blocks, *widths: int) -> Blocks:
-    """The largest blocks, no larger than `blocks`, that rows of these widths are a multiple of, as QMoE needs them.
+def expert_blocks(scheme: Scheme, widths: Iterable[int]) -> Blocks:
+    """A scheme's blocks for experts whose matrices have rows of these widths: QMoE takes whole blocks only.
 
     Raises:
-        Lfm2Error: where they would be too small for it.
+        Lfm2Error: where blocks would be too small for it.
     """
-    size = math.gcd(blocks.block_size, *widths)
+    size = math.gcd(scheme.linear.block_size, *widths)
     if size < SMALLEST_BLOCK:
         raise Lfm2Error(
-            f"Experts whose rows have {' and '.join(map(str, widths))} values (hidden_size and moe_intermediate_size "
-            f"in config.json) cannot be quantised: both must be multiples of {SMALLEST_BLOCK}. Use --variant default."
+            f"hidden_size and moe_intermediate_size in config.json ({' and '.join(map(str, widths))}) must be "
+            f"multiples of {SMALLEST_BLOCK} for experts in few bits. Use --variant default."
         )
-    return replace(blocks, block_size=size)
+    return replace(scheme.linear, block_size=size)
 
 
-def place_experts(graph: ir.Graph, weights: Mapping[str, Any], blocks: Blocks | None) -> None:
+def place_experts(graph: ir.Graph, weights: Mapping[str, Any], scheme: Scheme | None) -> None:
     """Replace the experts of a traced graph by the operators that onnxruntime has for them.
 
     Args:
         weights: each parameter by its name; one of experts gives a matrix for each index.
-        blocks: how the experts are quantised; None keeps them in float.
+        scheme: how they are quantised; None keeps them in float.
     """
     for node in [node for node in graph if (node.domain, node.op_type) == (PLACEHOLDER_DOMAIN, EXPERTS)]:
-        new = _float_experts(node, weights) if blocks is None else _quantized_experts(node, weights, blocks)
+        new = _float_experts(node, weights) if scheme is None else _quantized_experts(node, weights, scheme)
         graph.insert_before(node, new)
         old, result = node.outputs[0], new[-1].outputs[0]
         result.name, result.type, result.shape = old.name, old.type, old.shape
@@ -184,10 +184,10 @@ def _float_experts(node: ir.Node, weights: Mapping[str, Any]) -> list[ir.Node]:
     return [above, logarithms, mixed, total, ir.node("Mul", [mixed.outputs[0], total.outputs[0]])]
 
 
-def _quantized_experts(node: ir.Node, weights: Mapping[str, Any], blocks: Blocks) -> list[ir.Node]:
+def _quantized_experts(node: ir.Node, weights: Mapping[str, Any], scheme: Scheme) -> list[ir.Node]:
     """QMoE takes shares as they are: the largest are chosen, and weigh."""
     hidden, routing, *matrices = node.inputs
-    blocks = fitting(blocks, *(matrix.shape.numpy()[2] for matrix in matrices))
+    blocks = expert_blocks(scheme, [matrix.shape.numpy()[2] for matrix in matrices])
     arguments: list[ir.Value | None] = []
     for matrix in matrices:
         name, (count, outputs, inputs) = parameter_name(matrix), matrix.shape.numpy()

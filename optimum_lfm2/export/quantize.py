@@ -85,15 +85,15 @@ def _quantize(values: torch.Tensor, blocks: Blocks, dtype: torch.dtype) -> tuple
     extreme = torch.where(-low > high, low, high)  # gets the code 0, the one that has no opposite
     scales, best = torch.zeros_like(extreme), torch.zeros_like(extreme)
     for stretch in STRETCHES:
-        codes = _rounded(values, -extreme / (stretch * blocks.zero_point), blocks)
+        codes = _codes(values, -extreme / (stretch * blocks.zero_point), blocks)
         along, length = torch.linalg.vecdot(codes, values), torch.linalg.vecdot(codes, codes)
         gain = torch.where(length == 0, 0, along * along / length)  # the squares that the best scale explains
         scales, best = torch.where(gain > best, along / length, scales), torch.maximum(gain, best)
     scales = scales.to(dtype)
-    return _rounded(values, scales.float(), blocks).add_(blocks.zero_point).to(torch.uint8), scales
+    return _codes(values, scales.float(), blocks).add_(blocks.zero_point).to(torch.uint8), scales
 
 
-def _rounded(values: torch.Tensor, scales: torch.Tensor, blocks: Blocks) -> torch.Tensor:
+def _codes(values: torch.Tensor, scales: torch.Tensor, blocks: Blocks) -> torch.Tensor:
     inverse = torch.where(scales == 0, 0, 1 / scales)
     return (values * inverse[..., None]).round_().clamp_(-blocks.zero_point, blocks.zero_point - 1)
 
@@ -102,6 +102,13 @@ def dequantize_tensor(codes: torch.Tensor, scales: torch.Tensor, width: int, blo
     """The inverse of `quantize_tensor`: (out, width), of the scales' dtype."""
     values = (codes.to(scales.dtype) - blocks.zero_point) * scales[..., None]
     return values.flatten(1)[:, :width].contiguous()
+
+
+def rounded(weight: torch.Tensor, blocks: Blocks | None) -> torch.Tensor:
+    """A weight, (out, in), as it is once quantised; None: as it is."""
+    if blocks is None:
+        return weight
+    return dequantize_tensor(*quantize_tensor(weight, blocks), weight.shape[1], blocks)
 
 
 def pack(codes: torch.Tensor, blocks: Blocks) -> torch.Tensor:
@@ -124,7 +131,7 @@ def dequantized(model: torch.nn.Module, scheme: Scheme | None) -> Iterator[None]
         for module, original in zip(modules, originals, strict=True):
             if id(original) not in replaced:
                 blocks = scheme.table if id(original) in tables else scheme.linear
-                values = dequantize_tensor(*quantize_tensor(original.detach(), blocks), original.shape[1], blocks)
+                values = rounded(original.detach(), blocks)
                 replaced[id(original)] = torch.nn.Parameter(values, requires_grad=False)
             module.weight = replaced[id(original)]
         yield

@@ -46,7 +46,7 @@ def bind(
         quantizer.run()
         views = quantizer.views
         model.opset_imports[CONTRIB_DOMAIN] = 1
-    place_experts(model.graph, weights, scheme and scheme.linear)
+    place_experts(model.graph, weights, scheme)
     _replace_placeholders(model.graph, weights)
     _declare_shapes(model.graph, shapes)
     _declare_linear_outputs(model.graph)
