@@ -23,6 +23,7 @@ from optimum_lfm2.export.validation import strict_validation
 QUIET = (
     "transformers.configuration_utils",
     "transformers.generation.configuration_utils",
+    "transformers.integrations.hub_kernels",  # says that a package for GPUs is missing
     "transformers.integrations.tensor_parallel",  # speaks up when modeling_utils is silent
     "transformers.modeling_utils",
 )

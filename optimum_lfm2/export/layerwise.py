@@ -69,13 +69,15 @@ def validate(config: Any, model: PreTrainedModel, path: Path, atol: float | None
         feeds |= config.flatten_output_collection_property("past_key_values", inputs["past_key_values"])
     with tqdm(total=2 * len(cuts) + 1, desc="Comparing layers", unit="layer", disable=None, leave=False) as bar:
         gold = compute_gold(config, model, cuts, inputs, bar)
+        labels = {cut.hidden.name: f"{cut.name}.input" for cut in cuts} | {cut.normed.name: cut.name for cut in cuts}
         differences, magnitudes = {}, {}
         for piece in pieces(graph, cuts, config.cache_tensors):
             part = ir.Model(piece, ir_version=whole.ir_version)
             for name, values in run(part, path.parent, feeds, gold, model.dtype).items():
                 known = ~gold[name].isnan()
-                differences[name] = float((values - gold[name])[known].abs().max())
-                magnitudes[name] = float(gold[name][known].abs().max())
+                label = labels.get(name, name)
+                differences[label] = float((values - gold[name])[known].abs().max())
+                magnitudes[label] = float(gold[name][known].abs().max())
             bar.update()
     config.magnitudes = magnitudes
     tolerance = config.ATOL_FOR_VALIDATION if atol is None else atol
