@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from transformers import Lfm2Config, Lfm2ForCausalLM
+from transformers import Lfm2Config, Lfm2ForCausalLM, PretrainedConfig
 
 
 CONV, ATTENTION = "conv", "full_attention"
@@ -39,21 +39,24 @@ def make_350m(path: Path) -> Path:
 
 
 def make_8b_a1b(path: Path, layers: int = 24) -> Path:
-    """Save a checkpoint of LFM2-8B-A1B's shape, or of its first layers, under `path` in bfloat16: 0.7 GB a layer.
-
-    A layer is a file, made and written before the next; its experts lie one by one, as on the Hub. Of transformers 5.
-    """
-    from transformers import Lfm2MoeConfig
+    """Save a checkpoint of LFM2-8B-A1B's shape, or of its first layers, under `path`: 0.7 GB a layer."""
+    from transformers import Lfm2MoeConfig  # of transformers 5
 
     kinds = [ATTENTION if i in (2, 6, 10, 14, 18, 21) else CONV for i in range(layers)]
-    config = Lfm2MoeConfig(
-        num_hidden_layers=layers, layer_types=kinds, eos_token_id=7, architectures=["Lfm2MoeForCausalLM"]
-    )
+    return write_moe(path, Lfm2MoeConfig(num_hidden_layers=layers, layer_types=kinds, eos_token_id=7))
+
+
+def write_moe(path: Path, config: PretrainedConfig) -> Path:
+    """Save random weights for a config with experts in bfloat16: a file a layer, each made and written before the next.
+
+    The experts lie one by one, as on the Hub.
+    """
+    config.architectures = ["Lfm2MoeForCausalLM"]
     config.save_pretrained(path)
     generator = torch.Generator().manual_seed(0)
     width = config.hidden_size
     table = {"model.embed_tokens.weight": (config.vocab_size, width), "model.embedding_norm.weight": (width,)}
-    shards = [table, *(_layer_shapes(config, i) for i in range(layers))]
+    shards = [table, *(_layer_shapes(config, i) for i in range(config.num_hidden_layers))]
     weight_map: dict[str, str] = {}
     for number, shapes in enumerate(shards, 1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"

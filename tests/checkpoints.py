@@ -68,9 +68,11 @@ MOE_CHECKPOINTS: dict[str, dict] = {
 CHECKPOINTS |= {name: MOE | options for name, options in MOE_CHECKPOINTS.items()}
 
 
-def make_checkpoint(name: str, folder: Path, seed: int = 1, dtype: torch.dtype = torch.float32) -> Path:
+def make_checkpoint(
+    name: str, folder: Path, seed: int = 1, dtype: torch.dtype = torch.float32, **changes: object
+) -> Path:
     """Save a checkpoint of the table, with weights whose greedy text varies, under `folder`."""
-    options = {**BASE, **CHECKPOINTS[name]}
+    options = {**BASE, **CHECKPOINTS[name], **changes}
     torch.manual_seed(seed)
     model = (_moe_model(options) if "num_experts" in options else Lfm2ForCausalLM(Lfm2Config(**options))).eval()
     for parameter_name, parameter in model.named_parameters():

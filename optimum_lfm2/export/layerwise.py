@@ -1,7 +1,8 @@
 """Validation in bounded memory: the graph is cut at its norms, and each piece compared with transformers' own layers.
 
 A piece is fed what transformers computes before it. So a difference shows where it arises, and rounding before a router
-cannot let it choose other experts. One after the other the pieces are the whole graph.
+cannot let it choose other experts. One after the other the pieces are the whole graph. What is compared are lengths, of
+the difference and of what a block adds for one token: then an expert that is wrong shows beside a large residual.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +46,7 @@ class Cut:
 
     @property
     def values(self) -> list[ir.Value]:
-        return [value for value in (self.normed, self.hidden) if value.uses()]
+        return [self.normed, self.hidden]
 
 
 def validate(config: Any, model: PreTrainedModel, path: Path, atol: float | None, inputs: Mapping[str, Any]) -> None:
@@ -53,7 +55,7 @@ def validate(config: Any, model: PreTrainedModel, path: Path, atol: float | None
     Args:
         config: the `OnnxConfig` of the export, which has its weights.
         model: transformers' model; its own weights are not read.
-        atol: the largest absolute difference; None: the configuration's, and relative to values above 1.
+        atol: the largest `relative_error` allowed; None: the configuration's.
         inputs: what `config.generate_dummy_inputs` gives.
 
     Raises:
@@ -69,21 +71,36 @@ def validate(config: Any, model: PreTrainedModel, path: Path, atol: float | None
         feeds |= config.flatten_output_collection_property("past_key_values", inputs["past_key_values"])
     with tqdm(total=2 * len(cuts) + 1, desc="Comparing layers", unit="layer", disable=None, leave=False) as bar:
         gold = compute_gold(config, model, cuts, inputs, bar)
+        scales = gold | {
+            after.hidden.name: gold[after.hidden.name] - gold[before.hidden.name] for before, after in pairwise(cuts)
+        }
         labels = {cut.hidden.name: f"{cut.name}.input" for cut in cuts} | {cut.normed.name: cut.name for cut in cuts}
-        differences, magnitudes = {}, {}
+        precision = torch.finfo(model.dtype).eps
+        residuals = {cut.hidden.name for cut in cuts}
+        axes = {tensor.present: 2 for tensor in config.cache_tensors}
+        differences = {}
         for piece in pieces(graph, cuts, config.cache_tensors):
             part = ir.Model(piece, ir_version=whole.ir_version)
             for name, values in run(part, path.parent, feeds, gold, model.dtype).items():
-                known = ~gold[name].isnan()
-                label = labels.get(name, name)
-                differences[label] = float((values - gold[name])[known].abs().max())
-                magnitudes[label] = float(gold[name][known].abs().max())
+                rounding = gold[name] * (precision if name in residuals else 0)
+                error = relative_error(values - gold[name], scales[name], rounding, axes.get(name, 1))
+                differences[labels.get(name, name)] = error
             bar.update()
-    config.magnitudes = magnitudes
     tolerance = config.ATOL_FOR_VALIDATION if atol is None else atol
     if any(not difference <= tolerance for difference in differences.values()):
         lines = "\n".join(f"- {name}: max diff = {difference}" for name, difference in differences.items())
         raise AtolError(f"The largest differences from transformers, where {tolerance} is allowed:\n{lines}")
+
+
+def relative_error(difference: torch.Tensor, scale: torch.Tensor, rounding: torch.Tensor, axis: int) -> float:
+    """By how much of the scale the difference exceeds the rounding: lengths of a token's vectors; the largest of all.
+
+    All are (batch_size, ...), tokens along `axis`. Where the scale is not a number, nothing is compared.
+    """
+    lengths = [values.movedim(axis, 1).flatten(2).norm(dim=2) for values in (difference, scale, rounding)]
+    known = ~lengths[1].isnan()
+    error, length, least = (values[known] for values in lengths)
+    return float(((error - least).clamp(min=0) / length.clamp(min=torch.finfo(torch.float32).tiny)).max())
 
 
 def find_cuts(graph: ir.Graph) -> Iterator[Cut]:
