@@ -224,7 +224,7 @@ class Lfm2MoeOnnxConfig(Lfm2OnnxConfig):
         """Relative to what a block adds for a token: without one of four experts that is about a half."""
         return super().ATOL_FOR_VALIDATION if self.scheme is None else 0.2
 
-    def validate(self, model: Any, path: Path, atol: float | None, shapes: Mapping[str, int]) -> None:
+    def validate(self, model: Any, path: Path, atol: float | None, shapes: dict[str, Any]) -> None:
         """Layer by layer, in place of Optimum's validation, which would load the file and the checkpoint as a whole."""
         layerwise.validate(self, model, path, atol, self.generate_dummy_inputs(**shapes))
 

@@ -122,7 +122,8 @@ def compute_gold(config: Any, model: Any, cuts: Sequence[Cut], inputs: Mapping[s
     ids, mask, past = inputs["input_ids"], inputs["attention_mask"], inputs.get("past_key_values")
     batch, sequence = ids.shape
     past_length = mask.shape[1] - sequence
-    shapes = {value.name: (batch, sequence, model.config.hidden_size) for cut in cuts for value in cut.values}
+    width = model.config.hidden_size
+    shapes: dict[str, Any] = {value.name: (batch, sequence, width) for cut in cuts for value in cut.values}
     shapes |= _output_shapes(config, batch, sequence, past_length)
     gold = {name: torch.full(shape, torch.nan) for name, shape in shapes.items()}
     output, *presents = config.outputs
@@ -209,7 +210,7 @@ def run(piece: ir.Model, folder: Path, feeds: Values, gold: Values, dtype: torch
     names = [value.name for value in session.get_outputs()]
     results = session.run(names, {value.name: feeds[value.name].numpy() for value in session.get_inputs()})
     values = {name: torch.from_numpy(result).float() for name, result in zip(names, results, strict=True)}
-    for name, value in values.items():
-        if value.numel() != gold[name].numel():
-            raise ShapeError(f"{name} has the shape {tuple(value.shape)}, not {tuple(gold[name].shape)}.")
-    return {name: value.reshape(gold[name].shape) for name, value in values.items()}
+    for name, result in values.items():
+        if result.numel() != gold[name].numel():
+            raise ShapeError(f"{name} has the shape {tuple(result.shape)}, not {tuple(gold[name].shape)}.")
+    return {name: result.reshape(gold[name].shape) for name, result in values.items()}

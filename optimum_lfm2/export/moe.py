@@ -43,8 +43,8 @@ def sparse_feed_forward(hidden: torch.Tensor, weight: Weight, name: str, config:
         config.norm_topk_prob,
         config.routed_scaling_factor,
     )
-    matrices = (weight(f"{name}.experts.{kind}") for kind in (GATE_UP, DOWN))
-    return experts(hidden, routing, *matrices, config.num_experts_per_tok)
+    gate_up, down = (weight(f"{name}.experts.{kind}") for kind in (GATE_UP, DOWN))
+    return experts(hidden, routing, gate_up, down, config.num_experts_per_tok)
 
 
 class _Route(Node):
@@ -177,7 +177,7 @@ def _float_experts(node: ir.Node, weights: Mapping[str, Any]) -> list[ir.Node]:
     ]
     above = ir.node("Max", [routing, floor])
     logarithms = ir.node("Log", above.outputs)
-    attributes = {"k": node.attributes.get_int("k"), "normalize_routing_weights": 1, **SWIGLU}
+    attributes: dict[str, Any] = {"k": node.attributes.get_int("k"), "normalize_routing_weights": 1, **SWIGLU}
     arguments = [hidden, logarithms.outputs[0], matrices[0], None, matrices[1]]
     mixed = ir.node("MoE", arguments, attributes, domain=CONTRIB_DOMAIN)
     total = ir.node("ReduceSum", [routing, axis], {"keepdims": 1})
@@ -200,7 +200,7 @@ def _quantized_experts(node: ir.Node, weights: Mapping[str, Any], scheme: Scheme
             _register(node.graph, f"{name}.scales", matrix.dtype, scales, quantized.scales),
             None,
         ]
-    attributes = {
+    attributes: dict[str, Any] = {
         "k": node.attributes.get_int("k"),
         "expert_weight_bits": blocks.bits,
         "block_size": blocks.block_size,
@@ -225,7 +225,7 @@ def _register(
     return _constant(graph, name, ExpertsTensor(parts, dtype, ir.Shape(shape), name))
 
 
-def _constant(graph: ir.Graph, name: str, tensor: ir.TensorProtocol) -> ir.Value:
+def _constant(graph: ir.Graph, name: str, tensor: Any) -> ir.Value:
     if name not in graph.initializers:
         value = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
         graph.register_initializer(value)

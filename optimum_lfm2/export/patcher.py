@@ -39,7 +39,7 @@ class Lfm2ModelPatcher:
         self._rotary = _rotary(model)
         self._feed_forwards = self.feed_forwards(model.config)
 
-    def feed_forwards(self, config: PretrainedConfig) -> list[FeedForward]:
+    def feed_forwards(self, config: PretrainedConfig) -> Sequence[FeedForward]:
         """What follows the mixing of tokens, one a layer."""
         return [feed_forward] * config.num_hidden_layers
 
@@ -110,10 +110,10 @@ class Lfm2ModelPatcher:
 class Lfm2MoeModelPatcher(Lfm2ModelPatcher):
     """The same for a model whose later layers have experts."""
 
-    def feed_forwards(self, config: PretrainedConfig) -> list[FeedForward]:
+    def feed_forwards(self, config: PretrainedConfig) -> Sequence[FeedForward]:
         sparse = partial(sparse_feed_forward, config=config)
         dense = min(config.num_dense_layers, config.num_hidden_layers)
-        return [feed_forward] * dense + [sparse] * (config.num_hidden_layers - dense)
+        return (*[feed_forward] * dense, *[sparse] * (config.num_hidden_layers - dense))
 
 
 def _rotary(model: Any) -> tuple[torch.Tensor, float]:

@@ -36,7 +36,8 @@ class StandIns(Mapping[str, Any]):
         weight, shape = self._weights[self._tied[name]], self._shapes[name]
         if is_packed(name):
             config = self._model.config
-            blocks = self._scheme and expert_blocks(self._scheme, (config.hidden_size, config.moe_intermediate_size))
+            widths = config.hidden_size, config.moe_intermediate_size
+            blocks = None if self._scheme is None else expert_blocks(self._scheme, widths)
             return ExpertWeights(lambda index: rounded(weight[index].detach(), blocks).float(), shape)
         return rounded(weight.detach(), self._blocks(name)).float()
 

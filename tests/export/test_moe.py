@@ -89,8 +89,8 @@ def test_router(count, normalise, factor, biased, offset, tmp_path):
         def forward(self, hidden):
             return moe.route(hidden, gate, bias, count, normalise, factor)
 
-    torch.onnx.export(Graph(), (hidden[:2],), tmp_path / "router.onnx", dynamo=False, dynamic_axes={"hidden": {0: "tokens"}},
-                      input_names=["hidden"], opset_version=18)  # fmt: skip
+    options = {"input_names": ["hidden"], "dynamic_axes": {"hidden": {0: "tokens"}}, "opset_version": 18}
+    torch.onnx.export(Graph(), (hidden[:2],), tmp_path / "router.onnx", dynamo=False, **options)
     (shares,) = onnxruntime.InferenceSession(tmp_path / "router.onnx").run(None, {"hidden": hidden.numpy()})
     _, weights, chosen = router(hidden, bias)
     if offset == 40 and not biased:  # all scores are 1, and transformers leaves open which are chosen
