@@ -51,7 +51,7 @@ $(NODE_MODULES): examples/web/package-lock.json
 .venv-transformers5/ready: pyproject.toml
 	$(PYTHON) -m venv .venv-transformers5
 	.venv-transformers5/bin/pip install --quiet "$(TORCH)"
-	.venv-transformers5/bin/pip install --quiet "transformers>=5" onnxruntime onnx "onnx-ir>=1.1" requests tqdm pytest pytest-cov
+	.venv-transformers5/bin/pip install --quiet "transformers>=5" onnxruntime onnx "onnx-ir>=1.1" requests tqdm pytest pytest-cov onnxruntime-genai==0.18.0
 	.venv-transformers5/bin/pip install --quiet --no-deps optimum==2.1.0 optimum-onnx==0.1.0 -e .
 	touch $@
 
