@@ -29,6 +29,7 @@ from optimum_lfm2.caches import (
 )
 from optimum_lfm2.errors import Lfm2Error
 from optimum_lfm2.export import layerwise, ops
+from optimum_lfm2.export.moe import expert_blocks
 from optimum_lfm2.export.patcher import Lfm2ModelPatcher, Lfm2MoeModelPatcher
 from optimum_lfm2.export.quantize import VARIANTS, Scheme
 from optimum_lfm2.export.weights import bind
@@ -218,6 +219,12 @@ class Lfm2MoeOnnxConfig(Lfm2OnnxConfig):
 
     MIN_TRANSFORMERS_VERSION = version.parse("5.0.0")
     _MODEL_PATCHER = Lfm2MoeModelPatcher
+
+    def patch_model_for_export(self, model: Any, model_kwargs: dict[str, Any] | None = None) -> Lfm2ModelPatcher:
+        """Called before the trace: experts that cannot be quantised are refused here."""
+        if self.scheme is not None:
+            expert_blocks(self.scheme, (self._config.hidden_size, self._config.moe_intermediate_size))
+        return super().patch_model_for_export(model, model_kwargs)
 
     @property
     def ATOL_FOR_VALIDATION(self) -> float:  # noqa: N802  Optimum's name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import shutil
 import subprocess
@@ -9,12 +10,13 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
 from checkpoints import BASE, MOE, gold_tokens, make_checkpoint, prompts
-from optimum.exporters.onnx import main_export
+from optimum.exporters.onnx import main_export, onnx_export_from_model
 from optimum.onnxruntime import ORTModelForCausalLM
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -225,6 +227,28 @@ def test_packed_experts_give_the_same_file(variant, checkpoint, exported, tmp_pa
     assert one == other
 
 
+def test_a_checkpoint_of_the_bare_decoder(gold_model, tmp_path):
+    gold_model("moe").model.save_pretrained(tmp_path / "source")
+    with strict_validation(None):
+        main_export(str(tmp_path / "source"), tmp_path / "out")
+    session = onnxruntime.InferenceSession(tmp_path / "out" / "model.onnx")
+    (row,) = prompts([30])
+    with torch.no_grad():
+        expected = gold_model("moe").model(input_ids=row[None], use_cache=False).last_hidden_state
+    inputs = {"input_ids": row[None].numpy(), "attention_mask": np.ones((1, 30), dtype=np.int64)}
+    np.testing.assert_allclose(session.run(None, inputs)[0], expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("variant", ["default", "q4"])
+def test_a_model_in_memory(variant, gold_model, exported, tmp_path):
+    model = copy.deepcopy(gold_model("moe"))
+    with strict_validation(None):
+        onnx_export_from_model(model, tmp_path, task="text-generation-with-past", _variant=variant)
+    one, other = ((path / "model.onnx_data").read_bytes() for path in (tmp_path, exported("moe", _variant=variant)))
+    assert one == other
+    assert torch.equal(model.lm_head.weight, gold_model("moe").lm_head.weight), "validation gives the weights back"
+
+
 def test_shards(checkpoint, exported, gold_model, tmp_path):
     gold_model("moe").save_pretrained(tmp_path / "source", max_shard_size="100KB")
     assert len(list((tmp_path / "source").glob("*.safetensors"))) > 5
@@ -313,7 +337,7 @@ MEASURE = """
 import resource, sys
 import optimum_lfm2
 import torch
-from optimum.exporters.onnx import main_export
+from optimum.exporters.onnx import main_export, onnx_export_from_model
 torch.set_num_threads(1)
 peaks = []
 for source, out in zip(sys.argv[1::2], sys.argv[2::2]):
