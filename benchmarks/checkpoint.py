@@ -1,12 +1,15 @@
-"""A checkpoint of the exact shape of LFM2-350M with seeded random weights: speed does not depend on values."""
+"""The shapes of LFM2-350M and LFM2-8B-A1B with seeded random weights: speed does not depend on values."""
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import Lfm2Config, Lfm2ForCausalLM
+from safetensors.torch import save_file
+from transformers import Lfm2Config, Lfm2ForCausalLM, PretrainedConfig
 
 
 CONV, ATTENTION = "conv", "full_attention"
@@ -33,6 +36,67 @@ def make_350m(path: Path) -> Path:
     finally:
         torch.set_default_dtype(torch.float32)
     return path
+
+
+def make_8b_a1b(path: Path, layers: int = 24) -> Path:
+    """Save a checkpoint of LFM2-8B-A1B's shape, or of its first layers, under `path`: 0.7 GB a layer."""
+    from transformers import Lfm2MoeConfig  # of transformers 5
+
+    kinds = [ATTENTION if i in (2, 6, 10, 14, 18, 21) else CONV for i in range(layers)]
+    return write_moe(path, Lfm2MoeConfig(num_hidden_layers=layers, layer_types=kinds, eos_token_id=7))
+
+
+def write_moe(path: Path, config: PretrainedConfig) -> Path:
+    """Save random weights for a config with experts in bfloat16: a file a layer, each made and written before the next.
+
+    The experts lie one by one, as on the Hub.
+    """
+    config.architectures = ["Lfm2MoeForCausalLM"]
+    config.save_pretrained(path)
+    generator = torch.Generator().manual_seed(0)
+    width = config.hidden_size
+    table = {"model.embed_tokens.weight": (config.vocab_size, width), "model.embedding_norm.weight": (width,)}
+    shards = [table, *(_layer_shapes(config, i) for i in range(config.num_hidden_layers))]
+    weight_map: dict[str, str] = {}
+    for number, shapes in enumerate(shards, 1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        save_file({name: _random(name, shape, generator) for name, shape in shapes.items()}, path / file)
+        weight_map |= dict.fromkeys(shapes, file)
+    index = {"metadata": {}, "weight_map": weight_map}
+    (path / "model.safetensors.index.json").write_text(json.dumps(index))
+    return path
+
+
+def _layer_shapes(config: Any, layer: int) -> dict[str, tuple[int, ...]]:
+    width, name = config.hidden_size, f"model.layers.{layer}"
+    head = width // config.num_attention_heads
+    shapes: dict[str, tuple[int, ...]] = {f"{name}.{norm}.weight": (width,) for norm in ("operator_norm", "ffn_norm")}
+    if config.layer_types[layer] == CONV:
+        parts = {"in_proj": (3 * width, width), "conv": (width, 1, config.conv_L_cache), "out_proj": (width, width)}
+        shapes |= {f"{name}.conv.{part}.weight": shape for part, shape in parts.items()}
+    else:
+        narrow = (config.num_key_value_heads * head, width)
+        parts = {"q_proj": (width, width), "k_proj": narrow, "v_proj": narrow, "out_proj": (width, width)}
+        parts |= {"q_layernorm": (head,), "k_layernorm": (head,)}
+        shapes |= {f"{name}.self_attn.{part}.weight": shape for part, shape in parts.items()}
+    name += ".feed_forward"
+    if layer < config.num_dense_layers:
+        return shapes | _swiglu(name, width, config.intermediate_size)
+    shapes |= {f"{name}.gate.weight": (config.num_experts, width), f"{name}.expert_bias": (config.num_experts,)}
+    for expert in range(config.num_experts):
+        shapes |= _swiglu(f"{name}.experts.{expert}", width, config.moe_intermediate_size)
+    return shapes
+
+
+def _swiglu(name: str, width: int, inner: int) -> dict[str, tuple[int, ...]]:
+    shapes = {"w1": (inner, width), "w3": (inner, width), "w2": (width, inner)}
+    return {f"{name}.{part}.weight": shape for part, shape in shapes.items()}
+
+
+def _random(name: str, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+    if name.endswith("norm.weight"):
+        return torch.ones(shape, dtype=torch.bfloat16)
+    return torch.empty(shape, dtype=torch.bfloat16).normal_(std=0.02, generator=generator)
 
 
 def add_tokenizer(path: Path) -> Path:

@@ -1,6 +1,7 @@
 """Measure LFM2 in this package and in others, interleaved: `python -m benchmarks.run --out results`.
 
-Without --checkpoint it makes one of the exact shape of LFM2-350M. Whatever is not installed is left out, and said so.
+Without --checkpoint it makes one of the shape of LFM2-350M, or of --shape. Whatever is not installed is left out, and
+said so.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from benchmarks.systems import SYSTEMS
 CONTEXT_SYSTEMS = "ours-q4,loop-q4,genai-int4,llama-q4_0"
 CONTEXT_NEW = 32  # tokens whose speed is taken at each point of the curve
 LONG_PROMPT_SYSTEM = "ours-q4"
+SHAPES = ("lfm2-350m", "lfm2-8b-a1b")
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -29,6 +31,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--out", type=Path, default=Path("results"), help="folder for results.json, table.md and the PNG")
     add("--work", type=Path, default=Path(".benchmarks"), help="folder for the models, kept between runs (13 GB)")
     add("--checkpoint", type=Path, help="an LFM2 checkpoint instead of the random one")
+    add("--shape", choices=SHAPES, default="lfm2-350m", help="of the random checkpoint")
+    add("--layers", type=int, help="of the random lfm2-8b-a1b, which has 24 and needs transformers 5; fewer need less")
     add("--systems", type=_names, default=list(SYSTEMS), help=f"comma-separated, of: {', '.join(SYSTEMS)}")
     add("--rounds", type=int, default=3, help="fresh processes for each system, taken in turn")
     add("--repeats", type=int, default=3, help="chats in each process")
@@ -46,6 +50,10 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if min(args.rounds, args.repeats, args.threads, args.prompt, args.new) < 1:
         parser.error("--rounds, --repeats, --threads, --prompt and --new must be 1 at least")
+    if args.checkpoint and args.shape != SHAPES[0]:
+        parser.error("--checkpoint has a shape of its own: leave --shape out")
+    if args.layers is not None and (args.layers < 1 or args.shape != "lfm2-8b-a1b"):
+        parser.error("--layers is a number from 1 on, and of --shape lfm2-8b-a1b")
     return args
 
 
@@ -128,9 +136,21 @@ def _machine() -> dict[str, Any]:
     }
 
 
+def with_experts(work: Path, layers: int) -> Path:
+    """The random checkpoint of LFM2-8B-A1B's shape, made if need be."""
+    from benchmarks.checkpoint import add_tokenizer, make_8b_a1b
+
+    path = work / f"lfm2-8b-a1b-{layers}"
+    if not (path / "tokenizer.json").exists():
+        say("making the checkpoint")
+        add_tokenizer(make_8b_a1b(path, layers))
+    return path
+
+
 def main(argv: list[str] | None = None) -> None:
     args = arguments(argv)
-    results = measure(Bench(args.work, args.checkpoint, args.threads, dict(args.python)), args)
+    checkpoint = with_experts(args.work, args.layers or 24) if args.shape == "lfm2-8b-a1b" else args.checkpoint
+    results = measure(Bench(args.work, checkpoint, args.threads, dict(args.python)), args)
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / "results.json"
     path.write_text(json.dumps(results, indent=1) + "\n")

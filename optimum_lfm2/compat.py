@@ -12,10 +12,18 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoTokenizer, Lfm2Config, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    Lfm2Config,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from optimum_lfm2.caches import CONV
+from optimum_lfm2.errors import Lfm2Error
 
 
 Caches = Sequence[tuple[torch.Tensor, ...]]
@@ -26,14 +34,16 @@ CHAT_TEMPLATE = "chat_template.jinja"
 
 
 def complete_transformers() -> None:
-    """Put back the names that optimum-onnx imports and transformers 5 moved, and the class that transformers 4 lacks.
+    """Put back the names that optimum-onnx imports and transformers 5 moved, and the classes that transformers 4 lacks.
 
     The former go with the first optimum-onnx that admits transformers 5, the latter with transformers 4.
     """
     if not TRANSFORMERS_5:
-        AutoTokenizer.register(
-            Lfm2Config, fast_tokenizer_class=TokenizersBackend, exist_ok=True
-        )  # known by its name too
+        AutoConfig.register(_Lfm2MoeConfig.model_type, _Lfm2MoeConfig, exist_ok=True)
+        for config in (Lfm2Config, _Lfm2MoeConfig):
+            AutoTokenizer.register(
+                config, fast_tokenizer_class=TokenizersBackend, exist_ok=True
+            )  # known by its name too
         return
     import huggingface_hub
     import transformers  # again: it replaces its own module while it is first used
@@ -49,6 +59,21 @@ def complete_transformers() -> None:
     # What it asks for no longer exists: generation parameters in a model's config.
     _put_back(PretrainedConfig, "_get_non_default_generation_parameters", lambda config: {})
     _route_pipelines(pipelines)
+
+
+class _Lfm2MoeConfig(Lfm2Config):
+    """For transformers 4, which has no models with experts: an exported one asks for no more than its config."""
+
+    model_type = "lfm2_moe"
+
+
+def check_model_type(model_type: str) -> None:
+    """Raise `Lfm2Error` where this transformers has no model of a type that we export. Goes with transformers 4."""
+    if model_type == _Lfm2MoeConfig.model_type and not TRANSFORMERS_5:
+        raise Lfm2Error(
+            f"{model_type} is a model of transformers 5, and {transformers.__version__} is installed. Install "
+            'transformers 5 as README.md tells under "Use it"; what it exports runs here too.'
+        )
 
 
 def _put_back(module: Any, name: str, value: Any) -> None:

@@ -200,8 +200,11 @@ class _OnnxModel:
 def _transformers_model(folder: Path) -> Model:
     try:
         config = AutoConfig.from_pretrained(folder)
+        compat.check_model_type(config.model_type)
         compat.spell_rope_for_both(config)
         model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32).eval()
+    except Lfm2Error:
+        raise
     except (OSError, ValueError) as error:
         raise Lfm2Error(f"{folder} holds neither an ONNX file nor a checkpoint ({_first_line(error)}).") from None
     return torch_model(model)

@@ -65,7 +65,7 @@ def genai_config(
     if pad is None:
         pad = eos[0] if isinstance(eos, list) else eos
     model: dict[str, Any] = {
-        "type": MODEL_TYPE,
+        "type": config.model_type,
         "bos_token_id": token("bos_token_id"),
         "eos_token_id": eos,
         "pad_token_id": pad,

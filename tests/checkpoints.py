@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
+import transformers
 from transformers import Lfm2Config, Lfm2ForCausalLM, PreTrainedModel
 
 
@@ -47,24 +49,57 @@ CHECKPOINTS: dict[str, dict] = {
     "norm_eps": {"norm_eps": 0.1},
 }
 
+# The same for models with experts, on top of these.
+MOE = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "num_dense_layers": 1}
 
-def make_checkpoint(name: str, folder: Path, seed: int = 1, dtype: torch.dtype = torch.float32) -> Path:
+MOE_CHECKPOINTS: dict[str, dict] = {
+    "moe": {},
+    "moe_no_expert_bias": {"use_expert_bias": False},
+    "moe_not_normalised": {"norm_topk_prob": False},
+    "moe_scaled": {"routed_scaling_factor": 2.5},
+    "moe_scaled_not_normalised": {"routed_scaling_factor": 0.6, "norm_topk_prob": False, "use_expert_bias": False},
+    "moe_no_dense_layers": {"num_dense_layers": 0},
+    "moe_three_dense_layers": {"num_dense_layers": 3},
+    "moe_top_1": {"num_experts_per_tok": 1},
+    "moe_top_4": {"num_experts_per_tok": 4, "num_experts": 6},
+    "moe_all_experts": {"num_experts_per_tok": 3, "num_experts": 3},
+    "moe_odd": {"hidden_size": 48, "conv_bias": True, "moe_intermediate_size": 80, "tie_word_embeddings": False},
+}
+CHECKPOINTS |= {name: MOE | options for name, options in MOE_CHECKPOINTS.items()}
+
+
+def make_checkpoint(
+    name: str, folder: Path, seed: int = 1, dtype: torch.dtype = torch.float32, **changes: object
+) -> Path:
     """Save a checkpoint of the table, with weights whose greedy text varies, under `folder`."""
-    config = Lfm2Config(**{**BASE, **CHECKPOINTS[name]})
+    options = {**BASE, **CHECKPOINTS[name], **changes}
     torch.manual_seed(seed)
-    model = Lfm2ForCausalLM(config).eval()
+    model = (_moe_model(options) if "num_experts" in options else Lfm2ForCausalLM(Lfm2Config(**options))).eval()
     for parameter_name, parameter in model.named_parameters():
         if "embed" in parameter_name or "lm_head" in parameter_name:
             torch.nn.init.normal_(parameter, std=0.1)
+        elif ".experts." in parameter_name:
+            torch.nn.init.normal_(parameter, std=2 / parameter.shape[-1] ** 0.5)
         elif parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=2 / parameter[0].numel() ** 0.5)
         elif "norm" in parameter_name:
             torch.nn.init.uniform_(parameter, 0.5, 1.5)
         else:
             torch.nn.init.normal_(parameter, std=0.3)
+    for buffer_name, buffer in model.named_buffers():
+        if buffer_name.endswith("expert_bias"):
+            torch.nn.init.normal_(buffer, std=0.2)
     path = folder / name
     model.to(dtype).save_pretrained(path)
     return path
+
+
+def _moe_model(options: dict) -> PreTrainedModel:
+    if int(transformers.__version__.split(".")[0]) < 5:
+        pytest.skip("transformers 4 has no lfm2_moe")
+    from transformers import Lfm2MoeConfig, Lfm2MoeForCausalLM
+
+    return Lfm2MoeForCausalLM(Lfm2MoeConfig(**options))
 
 
 def prompts(lengths: list[int], vocab_size: int = 256, seed: int = 1) -> list[torch.Tensor]:

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoints import make_checkpoint
-from transformers import Lfm2ForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 import optimum_lfm2  # noqa: F401  registers LFM2 with Optimum, and comes before it: it provides what Optimum imports
@@ -61,6 +61,6 @@ def gold_model(checkpoint: Callable[[str], Path]) -> Callable[[str], PreTrainedM
 
     @cache
     def gold_model(name: str) -> PreTrainedModel:
-        return Lfm2ForCausalLM.from_pretrained(checkpoint(name)).eval()
+        return AutoModelForCausalLM.from_pretrained(checkpoint(name)).eval()
 
     return gold_model

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import quantization, report, run
+from benchmarks import experts, quantization, report, run
 from benchmarks.systems import SYSTEMS
 
 
@@ -81,6 +81,8 @@ def test_ratios_are_of_medians():
         (["--python", "numpy=/bin/sh"], "no package numpy"),
         (["--python", "openvino-genai=/nowhere"], "/nowhere is no Python"),
         (["--rounds", "0"], "must be 1 at least"),
+        (["--layers", "4"], "of --shape lfm2-8b-a1b"),
+        (["--shape", "lfm2-8b-a1b", "--checkpoint", "x"], "leave --shape out"),
     ],
 )
 def test_bad_options_are_refused(options, message, capsys):
@@ -120,6 +122,17 @@ def test_without_a_gpu_cuda_says_so():
 def test_every_system_has_its_module():
     for name, entry in SYSTEMS.items():
         assert (ROOT / "benchmarks" / "systems" / f"{entry.module}.py").is_file(), name
+
+
+def test_speed_of_experts(monkeypatch, capsys):
+    monkeypatch.setattr(experts, "EXPERTS", 8)
+    monkeypatch.setattr(experts, "HIDDEN", 128)
+    monkeypatch.setattr(experts, "WIDTH", 256)
+    monkeypatch.setattr(sys, "argv", ["experts", "--threads", "1", "--rounds", "1"])
+    experts.main()
+    rows = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines()[2:]]
+    assert len(rows) == len(experts.LAYERS) + 2
+    assert all(float(row[-2]) > 0 for row in rows)
 
 
 def test_ways_to_quantise():

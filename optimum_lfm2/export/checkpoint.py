@@ -32,7 +32,7 @@ class Checkpoint(Mapping[str, torch.Tensor]):
 
     def __init__(self, files: Mapping[str, Path], model: torch.nn.Module) -> None:
         self._files = files
-        self._parameters = dict(model.named_parameters(remove_duplicate=False))
+        self._parameters = stored_tensors(model)
         self._stored = {name: self._stored_name(first) for name, first in tied_names(model).items()}
         self._check_headers()
 
@@ -50,24 +50,30 @@ class Checkpoint(Mapping[str, torch.Tensor]):
         for path in sorted(set(self._files.values())):
             with _opened(path) as file:
                 shapes |= {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118  not a dict
-        for name, parameter in self._parameters.items():
-            stored = self._stored[name]
+        for stored, shape in (needed for name in self._parameters for needed in self._needed(name).items()):
             if stored not in shapes:
                 raise Lfm2Error(
                     f"{self._files[stored]} has no tensor {stored}, though the checkpoint's index names it."
                 )
-            if tuple(shapes[stored]) != tuple(parameter.shape):
+            if tuple(shapes[stored]) != shape:
                 raise Lfm2Error(
                     f"{stored} in {self._files[stored]} has the shape {tuple(shapes[stored])}; the checkpoint's "
-                    f"config.json asks for {tuple(parameter.shape)}. One of the two belongs to another model."
+                    f"config.json asks for {shape}. One of the two belongs to another model."
                 )
 
-    def __getitem__(self, name: str) -> torch.Tensor:
-        stored = self._stored[name]
+    def _needed(self, name: str) -> dict[str, tuple[int, ...]]:
+        """The shape of each stored tensor that a parameter is made of."""
+        return {self._stored[name]: tuple(self._parameters[name].shape)}
+
+    def __getitem__(self, name: str) -> Any:
+        return self._read(self._stored[name], self._parameters[name].dtype)
+
+    def _read(self, stored: str, dtype: torch.dtype, index: int | None = None) -> torch.Tensor:
+        """A stored tensor, or one entry of it along the first axis, as `dtype`."""
         # Opened for each tensor: a mapping that lives on keeps every page that was read in memory.
         with _opened(self._files[stored]) as file:
-            weight = file.get_tensor(stored)
-        converted = weight.to(self._parameters[name].dtype, copy=True)
+            weight = file.get_tensor(stored) if index is None else file.get_slice(stored)[index]
+        converted = weight.to(dtype, copy=True)
         if not converted.isfinite().all():
             kind = str(converted.dtype).removeprefix("torch.")
             remedy = f"too large for {kind}. Use --dtype fp32." if weight.isfinite().all() else "not finite numbers."
@@ -81,13 +87,17 @@ class Checkpoint(Mapping[str, torch.Tensor]):
         return len(self._stored)
 
 
+def stored_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """What a checkpoint of the model holds, by name: parameters, under each of their names, and lasting buffers."""
+    lasting = model.state_dict().keys()
+    buffers = {name: buffer for name, buffer in model.named_buffers() if name in lasting}
+    return {**dict(model.named_parameters(remove_duplicate=False)), **buffers}
+
+
 def tied_names(model: torch.nn.Module) -> dict[str, str]:
-    """For each parameter's name the first name of the same parameter: its own, unless it is tied."""
+    """For each stored tensor's name the first name of the same tensor: its own, unless it is tied."""
     first: dict[int, str] = {}
-    return {
-        name: first.setdefault(id(parameter), name)
-        for name, parameter in model.named_parameters(remove_duplicate=False)
-    }
+    return {name: first.setdefault(id(tensor), name) for name, tensor in stored_tensors(model).items()}
 
 
 def find_tensors(model_name_or_path: str, **hub: Any) -> dict[str, Path] | None:

@@ -26,6 +26,7 @@ QUIET = (
     "huggingface_hub.repocard",
     "transformers.configuration_utils",
     "transformers.generation.configuration_utils",
+    "transformers.integrations.hub_kernels",  # says that a package for GPUs is missing
     "transformers.integrations.tensor_parallel",  # speaks up when modeling_utils is silent
     "transformers.modeling_utils",
 )

@@ -18,6 +18,7 @@ from optimum_lfm2.export import ops, shapes
 
 
 Weight = Callable[..., torch.Tensor]
+FeedForward = Callable[[torch.Tensor, Weight, str], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -168,6 +169,7 @@ def decoder(
     past: Sequence[tuple[torch.Tensor, ...]] | None,
     num_logits_to_keep: torch.Tensor | None,
     weight: Weight,
+    feed_forwards: Sequence[FeedForward],
     config: PretrainedConfig,
     rotary: tuple[torch.Tensor, float],
     prefix: str,
@@ -179,6 +181,7 @@ def decoder(
         past: the caches of `optimum_lfm2.caches.cache_tensors`, one tuple a layer; None for a graph without
             cache inputs.
         weight: gives a parameter by its name in the checkpoint.
+        feed_forwards: one a layer.
         rotary: inverse frequencies (head_dim / 2) and attention scaling, from transformers' own module.
         prefix: what the decoder's parameter names begin with: `model.` under a head, else nothing.
 
@@ -192,7 +195,7 @@ def decoder(
 
     hidden = ops.embedding(weight(f"{prefix}embed_tokens.weight"), input_ids)
     normed = ops.rms_norm(hidden, weight(f"{prefix}layers.0.operator_norm.weight"), epsilon)
-    for i, layer_type in enumerate(config.layer_types):
+    for i, (layer_type, layer_feed_forward) in enumerate(zip(config.layer_types, feed_forwards, strict=True)):
         name = f"{prefix}layers.{i}"
         layer_past = None if past is None else past[i]
         if layer_type == CONV:
@@ -208,7 +211,7 @@ def decoder(
                 for x in (out, hidden)
             )
         normed, hidden = ops.skip_rms_norm(out, hidden, weight(f"{name}.ffn_norm.weight"), epsilon)
-        out = feed_forward(normed, weight, f"{name}.feed_forward")
+        out = layer_feed_forward(normed, weight, f"{name}.feed_forward")
         next_norm = f"{prefix}embedding_norm" if i == last_layer else f"{prefix}layers.{i + 1}.operator_norm"
         normed, hidden = ops.skip_rms_norm(out, hidden, weight(f"{next_norm}.weight"), epsilon)
 

@@ -18,11 +18,13 @@ from transformers import (
 
 from optimum_lfm2 import compat
 from optimum_lfm2.errors import Lfm2Error
-from optimum_lfm2.export.checkpoint import Checkpoint, find_tensors
+from optimum_lfm2.export.checkpoint import Checkpoint, find_tensors, tied_names
+from optimum_lfm2.export.experts import MoeCheckpoint, whole
 from optimum_lfm2.export.supported import check_architecture
 
 
-MODEL_TYPES = ("lfm2",)
+CHECKPOINTS = {"lfm2": Checkpoint, "lfm2_moe": MoeCheckpoint}
+MODEL_TYPES = tuple(CHECKPOINTS)
 AUTO_CLASSES = {"text-generation": AutoModelForCausalLM, "feature-extraction": AutoModel}
 
 
@@ -56,7 +58,7 @@ class Lfm2TasksManager(TasksManager):
         model: Any = weightless(config, task.removesuffix("-with-past"), torch_dtype or torch.float32)
         if model.can_generate():
             model.generation_config = _generation_config(model_name_or_path, config, hub)
-        model.checkpoint = Checkpoint(files, model)
+        model.checkpoint = CHECKPOINTS[config.model_type](files, model)
         model.to = _Materialize(model)
         return model
 
@@ -70,9 +72,11 @@ class _Materialize:
     def __call__(self, *args: Any, **kwargs: Any) -> PreTrainedModel:
         model = self._model
         del model.to
-        model.load_state_dict({name: model.checkpoint[name] for name in _own_names(model)}, assign=True, strict=False)
+        model.load_state_dict(
+            {name: whole(model.checkpoint[name]) for name in _own_names(model)}, assign=True, strict=False
+        )
         model.tie_weights()
-        _materialize_buffers(model)
+        materialize_buffers(model)
         return model.to(*args, **kwargs)
 
 
@@ -88,10 +92,10 @@ def is_causal(config: PretrainedConfig) -> bool:
 
 
 def _own_names(model: PreTrainedModel) -> list[str]:
-    return [name for name, _ in model.named_parameters()]
+    return [name for name, first in tied_names(model).items() if name == first]
 
 
-def _materialize_buffers(model: PreTrainedModel) -> None:
+def materialize_buffers(model: PreTrainedModel) -> None:
     """Buffers are not in the checkpoint: the rotary modules compute theirs."""
     for module in list(model.modules()):
         for name, child in module.named_children():

@@ -139,11 +139,11 @@ class _RotaryTable(Node):
             factor = g.op("Constant", value_t=torch.tensor(scaling))
             tables = [g.op("Mul", table, factor) for table in tables]
         if dtype is not torch.float32:
-            tables = [g.op("Cast", table, to_i=_ONNX_TYPE[dtype]) for table in tables]
+            tables = [g.op("Cast", table, to_i=ONNX_TYPE[dtype]) for table in tables]
         return tuple(tables)
 
 
-_ONNX_TYPE = {torch.float32: 1, torch.float16: 10}
+ONNX_TYPE = {torch.float32: 1, torch.float16: 10}
 
 
 def rotary_table(

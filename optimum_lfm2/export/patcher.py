@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from optimum_lfm2.caches import flatten
 from optimum_lfm2.export import ops
-from optimum_lfm2.export.checkpoint import tied_names
-from optimum_lfm2.export.graph import decoder
+from optimum_lfm2.export.checkpoint import stored_tensors, tied_names
+from optimum_lfm2.export.graph import FeedForward, decoder, feed_forward
+from optimum_lfm2.export.moe import sparse_feed_forward
 from optimum_lfm2.export.quantize import dequantized
 from optimum_lfm2.export.reference import fill_visible
 
@@ -29,11 +32,16 @@ class Lfm2ModelPatcher:
     def __init__(self, config: Any, model: PreTrainedModel, model_kwargs: dict[str, Any] | None = None) -> None:
         self._onnx_config = config
         self._model: Any = model
-        self._parameters = dict(model.named_parameters(remove_duplicate=False))
+        self._parameters = stored_tensors(model)
         # Read here: while torch traces, a shape is made of traced values.
         self._shapes = {name: tuple(parameter.shape) for name, parameter in self._parameters.items()}
         self._tied = tied_names(model)
         self._rotary = _rotary(model)
+        self._feed_forwards = self.feed_forwards(model.config)
+
+    def feed_forwards(self, config: PretrainedConfig) -> Sequence[FeedForward]:
+        """What follows the mixing of tokens, one a layer."""
+        return [feed_forward] * config.num_hidden_layers
 
     def __enter__(self) -> Lfm2ModelPatcher:
         self._onnx_config.weights = getattr(self._model, "checkpoint", self._parameters)
@@ -83,6 +91,7 @@ class Lfm2ModelPatcher:
             past,
             num_logits_to_keep,
             weight=weight,
+            feed_forwards=self._feed_forwards,
             config=model.config,
             rotary=self._rotary,
             prefix="model." if hasattr(model, "lm_head") else "",
@@ -90,15 +99,25 @@ class Lfm2ModelPatcher:
         )
 
     def _weight(self, name: str, tap: int = -1) -> torch.Tensor:
-        parameter = self._model.get_parameter(name)
+        parameter = operator.attrgetter(name)(self._model)
         return parameter if tap < 0 else parameter[:, 0, tap]
 
     def _placeholder(self, name: str, tap: int = -1) -> torch.Tensor:
         shape = self._shapes[name]
-        return ops.parameter(self._tied[name], shape if tap < 0 else shape[:1], self._model.dtype, tap)
+        return ops.parameter(self._tied[name], shape if tap < 0 else shape[:1], self._parameters[name].dtype, tap)
+
+
+class Lfm2MoeModelPatcher(Lfm2ModelPatcher):
+    """The same for a model whose later layers have experts."""
+
+    def feed_forwards(self, config: PretrainedConfig) -> Sequence[FeedForward]:
+        sparse = partial(sparse_feed_forward, config=config)
+        dense = min(config.num_dense_layers, config.num_hidden_layers)
+        return (*[feed_forward] * dense, *[sparse] * (config.num_hidden_layers - dense))
 
 
 def _rotary(model: Any) -> tuple[torch.Tensor, float]:
-    module = getattr(model, "model", model).rotary_emb
+    # The module has one name in dense models and another in those with experts.
+    module = next(child for child in getattr(model, "model", model).children() if hasattr(child, "inv_freq"))
     rotary = type(module)(model.config)  # anew, for the model may be on the meta device
     return rotary.inv_freq.float(), rotary.attention_scaling

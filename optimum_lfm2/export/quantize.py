@@ -89,15 +89,15 @@ def _quantize(values: torch.Tensor, blocks: Blocks, dtype: torch.dtype) -> tuple
     extreme = torch.where(-low > high, low, high)  # gets the code 0, the one that has no opposite
     scales, best = torch.zeros_like(extreme), torch.zeros_like(extreme)
     for stretch in STRETCHES:
-        codes = _rounded(values, -extreme / (stretch * blocks.zero_point), blocks)
+        codes = _codes(values, -extreme / (stretch * blocks.zero_point), blocks)
         along, length = torch.linalg.vecdot(codes, values), torch.linalg.vecdot(codes, codes)
         gain = torch.where(length == 0, 0, along * along / length)  # the squares that the best scale explains
         scales, best = torch.where(gain > best, along / length, scales), torch.maximum(gain, best)
     scales = scales.to(dtype)
-    return _rounded(values, scales.float(), blocks).add_(blocks.zero_point).to(torch.uint8), scales
+    return _codes(values, scales.float(), blocks).add_(blocks.zero_point).to(torch.uint8), scales
 
 
-def _rounded(values: torch.Tensor, scales: torch.Tensor, blocks: Blocks) -> torch.Tensor:
+def _codes(values: torch.Tensor, scales: torch.Tensor, blocks: Blocks) -> torch.Tensor:
     inverse = torch.where(scales == 0, 0, 1 / scales)
     return (values * inverse[..., None]).round_().clamp_(-blocks.zero_point, blocks.zero_point - 1)
 
@@ -106,6 +106,13 @@ def dequantize_tensor(codes: torch.Tensor, scales: torch.Tensor, width: int, blo
     """The inverse of `quantize_tensor`: (out, width), of the scales' dtype."""
     values = (codes.to(scales.dtype) - blocks.zero_point) * scales[..., None]
     return values.flatten(1)[:, :width].contiguous()
+
+
+def rounded(weight: torch.Tensor, blocks: Blocks | None) -> torch.Tensor:
+    """A weight, (out, in), as it is once quantised; None: as it is."""
+    if blocks is None:
+        return weight
+    return dequantize_tensor(*quantize_tensor(weight, blocks), weight.shape[1], blocks)
 
 
 def pack(codes: torch.Tensor, blocks: Blocks) -> torch.Tensor:
@@ -128,7 +135,7 @@ def dequantized(model: torch.nn.Module, scheme: Scheme | None) -> Iterator[None]
         for module, original in zip(modules, originals, strict=True):
             if id(original) not in replaced:
                 blocks = scheme.table if id(original) in tables else scheme.linear
-                values = dequantize_tensor(*quantize_tensor(original.detach(), blocks), original.shape[1], blocks)
+                values = rounded(original.detach(), blocks)
                 replaced[id(original)] = torch.nn.Parameter(values, requires_grad=False)
             module.weight = replaced[id(original)]
         yield
@@ -159,7 +166,7 @@ class Quantizer:
         nodes = list(self.graph)
         linears = [node for node in nodes if node.op_type == "Gemm" and _is_parameter(node.inputs[1])]
         embeddings = [node for node in nodes if node.op_type == "Gather" and _is_parameter(node.inputs[0])]
-        self._tables = {f"{HEAD}.weight", *(_parameter_name(node.inputs[0]) for node in embeddings)}
+        self._tables = {f"{HEAD}.weight", *(parameter_name(node.inputs[0]) for node in embeddings)}
         for node in linears:
             self._linear(node)
         if self.scheme.embedding != "float":
@@ -174,7 +181,7 @@ class Quantizer:
         outputs, inputs = weight.shape.numpy()
         packed, scales = self._initializers(weight)
         bias = node.inputs[2:]
-        blocks = self._blocks(_parameter_name(weight))
+        blocks = self._blocks(parameter_name(weight))
         attributes = {"K": inputs, "N": outputs, "bits": blocks.bits, "block_size": blocks.block_size}
         if weight.dtype == ir.DataType.FLOAT:
             attributes["accuracy_level"] = INT8_ACTIVATIONS
@@ -189,7 +196,7 @@ class Quantizer:
         if width % blocks.block_size == 0:
             self._replace(node, rows)
             return
-        name = _parameter_name(table)
+        name = parameter_name(table)
         bounds = [self._constant(f"{name}.{part}", value) for part, value in (("from", 0), ("to", width), ("axis", 1))]
         self._replace(node, self._added(node, "Slice", [rows, *bounds]))
 
@@ -217,7 +224,7 @@ class Quantizer:
 
     def _initializers(self, weight: ir.Value) -> tuple[ir.Value, ir.Value]:
         """The packed codes and the scales of a weight; the same for every node that reads it."""
-        name = _parameter_name(weight)
+        name = parameter_name(weight)
         blocks, (rows, width) = self._blocks(name), weight.shape.numpy()
         count = blocks.count(width)
         return (
@@ -277,5 +284,5 @@ def _is_parameter(value: ir.Value | None) -> bool:
     return node is not None and node.domain == PLACEHOLDER_DOMAIN
 
 
-def _parameter_name(value: ir.Value) -> str:
+def parameter_name(value: ir.Value) -> str:
     return value.producer().attributes.get_string("name")

@@ -39,7 +39,7 @@ def fill_visible(
         seen, new = visible[visible < past_length], visible[visible >= past_length] - past_length
         if len(new) == 0:
             continue
-        caches = None if past is None else _row_of(past, row, seen)
+        caches = None if past is None else row_of(past, row, seen)
         outputs, caches = _run_row(model, input_ids[row, new], caches, len(seen))
         output[row, new] = outputs
         for layer_type, own, caches_of_layer in zip(model.config.layer_types, caches, present, strict=True):
@@ -50,7 +50,7 @@ def fill_visible(
                     whole[row][:, past_length + new] = mine[0][:, len(seen) :]
 
 
-def _row_of(past: Caches, row: int, seen: torch.Tensor) -> Caches:
+def row_of(past: Caches, row: int, seen: torch.Tensor) -> Caches:
     """The row's caches without the columns that it does not see."""
     return [
         tuple(x[row : row + 1] if len(caches) == 1 else x[row : row + 1, :, seen] for x in caches) for caches in past

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from optimum_lfm2 import compat
 from optimum_lfm2.caches import ATTENTION, CONV
 from optimum_lfm2.errors import Lfm2Error
 
@@ -20,8 +21,9 @@ def check_architecture(config: Mapping[str, Any]) -> None:
         config: the checkpoint's `config.json`, or `PretrainedConfig.to_dict()`.
 
     Raises:
-        Lfm2Error: for a layer type or a rope type that is not known.
+        Lfm2Error: for a model, a layer type or a rope type that is not known.
     """
+    compat.check_model_type(config.get("model_type", ""))
     unknown = sorted(set(config.get("layer_types") or ()) - {CONV, ATTENTION})
     if unknown:
         raise Lfm2Error(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,19 @@ from optimum.exporters.error_utils import AtolError, OutputMatchError, ShapeErro
 from optimum.exporters.onnx import convert
 
 from optimum_lfm2.errors import Lfm2Error
+
+
+def validated_by_config(original: Callable[..., None]) -> Callable[..., None]:
+    """Optimum's `validate_model_outputs`, for a config that has a method `validate` replaced by that."""
+
+    @functools.wraps(original)
+    def validate(config: Any, reference_model: Any, onnx_model: Path, *args: Any, **arguments: Any) -> None:
+        if not hasattr(config, "validate"):
+            original(config, reference_model, onnx_model, *args, **arguments)
+        else:
+            config.validate(reference_model, onnx_model, arguments["atol"], arguments["input_shapes"] or {})
+
+    return validate
 
 
 @contextmanager

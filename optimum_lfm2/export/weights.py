@@ -13,6 +13,7 @@ from onnx_ir.tensor_adapters import TorchTensor
 from tqdm import tqdm
 
 from optimum_lfm2.caches import LOGITS_TO_KEEP
+from optimum_lfm2.export.moe import place_experts
 from optimum_lfm2.export.ops import PLACEHOLDER_DOMAIN
 from optimum_lfm2.export.quantize import CONTRIB_DOMAIN, Quantizer, Scheme, register
 
@@ -47,6 +48,7 @@ def bind(
         quantizer.run()
         views = quantizer.views
         model.opset_imports[CONTRIB_DOMAIN] = 1
+    place_experts(model.graph, weights, scheme)
     _replace_placeholders(model.graph, weights)
     _declare_shapes(model.graph, shapes)
     _declare_linear_outputs(model.graph)

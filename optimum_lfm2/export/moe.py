@@ -1,0 +1,232 @@
+"""The feed-forward of experts: the router, the experts, and the operators that run them.
+
+What it must equal is `Lfm2MoeSparseMoeBlock` of transformers' `modeling_lfm2_moe.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import onnx_ir as ir
+import torch
+import torch.nn.functional as F
+from transformers import PretrainedConfig
+
+from optimum_lfm2.errors import Lfm2Error
+from optimum_lfm2.export.experts import ExpertsTensor, QuantizedExperts, interleaved
+from optimum_lfm2.export.graph import Weight
+from optimum_lfm2.export.ops import ONNX_TYPE, PLACEHOLDER_DOMAIN
+from optimum_lfm2.export.quantize import CONTRIB_DOMAIN, INT8_ACTIVATIONS, Blocks, Scheme, parameter_name
+from optimum_lfm2.export.tracing import Node, constant, typed
+
+
+EXPERTS = "Experts"
+NORM_EPSILON = 1e-6  # transformers'
+SMALLEST_BLOCK = 16  # that QMoE takes
+GATE_UP, DOWN = "gate_up_proj", "down_proj"
+# The layout that CPU, CUDA and WebGPU all take: a row of the gate, a row of what it gates, and so on.
+SWIGLU = {"activation_type": "swiglu", "swiglu_fusion": 1}
+
+
+def sparse_feed_forward(hidden: torch.Tensor, weight: Weight, name: str, config: PretrainedConfig) -> torch.Tensor:
+    """Each token through the experts that its router chooses, (tokens, hidden_size) → the same."""
+    bias = weight(f"{name}.expert_bias") if config.use_expert_bias else None
+    routing = route(
+        hidden,
+        weight(f"{name}.gate.weight"),
+        bias,
+        config.num_experts_per_tok,
+        config.norm_topk_prob,
+        config.routed_scaling_factor,
+    )
+    gate_up, down = (weight(f"{name}.experts.{kind}") for kind in (GATE_UP, DOWN))
+    return experts(hidden, routing, gate_up, down, config.num_experts_per_tok)
+
+
+class _Route(Node):
+    @staticmethod
+    def forward(ctx, hidden, gate, bias, count, normalize, factor):
+        scores = F.linear(hidden.float(), gate.float()).sigmoid()
+        chosen = (scores if bias is None else scores + bias).topk(count, dim=-1).indices
+        weights = scores.gather(1, chosen)
+        if normalize:
+            weights = weights / (weights.sum(-1, keepdim=True) + NORM_EPSILON)
+        return torch.zeros_like(scores).scatter(1, chosen, weights * factor).to(hidden.dtype)
+
+    @staticmethod
+    @typed(2)
+    def symbolic(g, hidden, gate, bias, count, normalize, factor):
+        def number(value):
+            return g.op("Constant", value_t=torch.tensor(value))
+
+        dtype = hidden.type().dtype()
+        if dtype is not torch.float32:
+            hidden, gate = (g.op("Cast", x, to_i=ONNX_TYPE[torch.float32]) for x in (hidden, gate))
+        # A MatMul, not a Gemm, so that no quantiser takes it: a rounded score would choose another expert.
+        logits = g.op("MatMul", hidden, g.op("Transpose", gate, perm_i=[1, 0]))
+        # Spelt out: onnxruntime's Sigmoid is wrong by 6e-8, which is all that there is of a small score.
+        scores = g.op("Reciprocal", g.op("Add", g.op("Exp", g.op("Neg", logits)), number(1.0)))
+        biased = scores if bias is None else g.op("Add", scores, bias)
+        _, chosen = g.op("TopK", biased, constant(g, [count]), axis_i=-1, outputs=2)
+        weights = g.op("GatherElements", scores, chosen, axis_i=1)
+        if normalize:
+            total = g.op("ReduceSum", weights, constant(g, [1]), keepdims_i=1)
+            weights = g.op("Div", weights, g.op("Add", total, number(NORM_EPSILON)))
+        if factor != 1.0:
+            weights = g.op("Mul", weights, number(float(factor)))
+        zeros = g.op("ConstantOfShape", g.op("Shape", scores), value_t=torch.zeros(1))
+        routing = g.op("ScatterElements", zeros, chosen, weights, axis_i=1)
+        return routing if dtype is torch.float32 else g.op("Cast", routing, to_i=ONNX_TYPE[dtype])
+
+
+def route(
+    hidden: torch.Tensor, gate: torch.Tensor, bias: torch.Tensor | None, count: int, normalize: bool, factor: float
+) -> torch.Tensor:
+    """The share of each expert in each token: 0 for all but the `count` that are chosen.
+
+    Args:
+        hidden: (tokens, hidden_size).
+        gate: (experts, hidden_size).
+        bias: float32 (experts), added to the scores that choose, not to those that weigh; or None.
+        count: experts of a token. Of equal scores the first expert's goes first.
+        normalize: whether the shares of a token sum to 1.
+        factor: of every share.
+
+    Returns:
+        (tokens, experts), computed in float32, of the dtype of `hidden`.
+    """
+    return _Route.apply(hidden, gate, bias, count, normalize, factor)
+
+
+class _Experts(Node):
+    @staticmethod
+    def forward(ctx, hidden, routing, gate_up, down, count):
+        out = torch.zeros_like(hidden)
+        for expert in routing.any(0).nonzero()[:, 0].tolist():
+            tokens = routing[:, expert].nonzero()[:, 0]
+            gate, up = F.linear(hidden[tokens], gate_up[expert]).chunk(2, dim=-1)
+            out[tokens] += F.linear(F.silu(gate) * up, down[expert]) * routing[tokens, expert, None]
+        return out
+
+    @staticmethod
+    @typed(2)
+    def symbolic(g, hidden, routing, gate_up, down, count):
+        return g.op(f"{PLACEHOLDER_DOMAIN}::{EXPERTS}", hidden, routing, gate_up, down, k_i=count)
+
+
+def experts(
+    hidden: torch.Tensor, routing: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor, count: int
+) -> torch.Tensor:
+    """The sum of SwiGLU experts, each by its share.
+
+    Args:
+        hidden: (tokens, hidden_size).
+        routing: (tokens, experts), with `count` shares a token that are not 0.
+        gate_up: (experts, 2 * width, hidden_size), the gate's rows first.
+        down: (experts, hidden_size, width).
+    """
+    return _Experts.apply(hidden, routing, gate_up, down, count)
+
+
+def expert_blocks(scheme: Scheme, widths: Iterable[int]) -> Blocks:
+    """A scheme's blocks for experts whose matrices have rows of these widths: QMoE takes whole blocks only.
+
+    Raises:
+        Lfm2Error: where blocks would be too small for it.
+    """
+    size = math.gcd(scheme.linear.block_size, *widths)
+    if size < SMALLEST_BLOCK:
+        raise Lfm2Error(
+            f"hidden_size and moe_intermediate_size in config.json ({' and '.join(map(str, widths))}) must be "
+            f"multiples of {SMALLEST_BLOCK} for experts in few bits. Use --variant default."
+        )
+    return replace(scheme.linear, block_size=size)
+
+
+def place_experts(graph: ir.Graph, weights: Mapping[str, Any], scheme: Scheme | None) -> None:
+    """Replace the experts of a traced graph by the operators that onnxruntime has for them.
+
+    Args:
+        weights: each parameter by its name; one of experts gives a matrix for each index.
+        scheme: how they are quantised; None keeps them in float.
+    """
+    for node in [node for node in graph if (node.domain, node.op_type) == (PLACEHOLDER_DOMAIN, EXPERTS)]:
+        new = _float_experts(node, weights) if scheme is None else _quantized_experts(node, weights, scheme)
+        graph.insert_before(node, new)
+        old, result = node.outputs[0], new[-1].outputs[0]
+        result.name, result.type, result.shape = old.name, old.type, old.shape
+        old.replace_all_uses_with(result)
+        graph.remove(node, safe=True)
+
+
+def _float_experts(node: ir.Node, weights: Mapping[str, Any]) -> list[ir.Node]:
+    """MoE takes the softmax of what it is given: so the logarithms of the shares, and their sum afterwards."""
+    hidden, routing, gate_up, down = node.inputs
+    smallest = {ir.DataType.FLOAT: 1e-37, ir.DataType.FLOAT16: 6e-8}[hidden.dtype]  # its logarithm is finite
+    floor = _constant(node.graph, f"smallest_share.{hidden.dtype.name}", ir.tensor(smallest, dtype=hidden.dtype))
+    axis = _constant(node.graph, "axis_of_experts", ir.tensor([1]))
+    matrices = [
+        _register(
+            node.graph, parameter_name(x), x.dtype, x.shape.numpy(), partial(_matrices, weights, parameter_name(x))
+        )
+        for x in (gate_up, down)
+    ]
+    above = ir.node("Max", [routing, floor])
+    logarithms = ir.node("Log", above.outputs)
+    attributes: dict[str, Any] = {"k": node.attributes.get_int("k"), "normalize_routing_weights": 1, **SWIGLU}
+    arguments = [hidden, logarithms.outputs[0], matrices[0], None, matrices[1]]
+    mixed = ir.node("MoE", arguments, attributes, domain=CONTRIB_DOMAIN)
+    total = ir.node("ReduceSum", [routing, axis], {"keepdims": 1})
+    return [above, logarithms, mixed, total, ir.node("Mul", [mixed.outputs[0], total.outputs[0]])]
+
+
+def _quantized_experts(node: ir.Node, weights: Mapping[str, Any], scheme: Scheme) -> list[ir.Node]:
+    """QMoE takes shares as they are: the largest are chosen, and weigh."""
+    hidden, routing, *matrices = node.inputs
+    blocks = expert_blocks(scheme, [matrix.shape.numpy()[2] for matrix in matrices])
+    arguments: list[ir.Value | None] = []
+    for matrix in matrices:
+        name, (count, outputs, inputs) = parameter_name(matrix), matrix.shape.numpy()
+        quantized = QuantizedExperts(partial(_matrices, weights, name), blocks)
+        width, scales = inputs * blocks.bits // 8, (count, outputs, inputs // blocks.block_size)
+        arguments += [
+            _register(
+                node.graph, f"{name}.q{blocks.bits}", ir.DataType.UINT8, (count, outputs, width), quantized.codes
+            ),
+            _register(node.graph, f"{name}.scales", matrix.dtype, scales, quantized.scales),
+            None,
+        ]
+    attributes: dict[str, Any] = {
+        "k": node.attributes.get_int("k"),
+        "expert_weight_bits": blocks.bits,
+        "block_size": blocks.block_size,
+        "weights_prepacked": 0,
+        **SWIGLU,
+    }
+    if hidden.dtype == ir.DataType.FLOAT:
+        attributes["accuracy_level"] = INT8_ACTIVATIONS
+    absent = [None] * 6  # a third matrix and zero points
+    return [ir.node("QMoE", [hidden, routing, *arguments, *absent, routing], attributes, domain=CONTRIB_DOMAIN)]
+
+
+def _matrices(weights: Mapping[str, Any], name: str) -> Iterator[torch.Tensor]:
+    """The matrix of each expert, its rows in the operators' order."""
+    for matrix in weights[name]:
+        yield interleaved(matrix.detach()) if name.endswith(GATE_UP) else matrix.detach()
+
+
+def _register(
+    graph: ir.Graph, name: str, dtype: ir.DataType, shape: tuple[int, ...], parts: Callable[[], Iterator[torch.Tensor]]
+) -> ir.Value:
+    return _constant(graph, name, ExpertsTensor(parts, dtype, ir.Shape(shape), name))
+
+
+def _constant(graph: ir.Graph, name: str, tensor: Any) -> ir.Value:
+    if name not in graph.initializers:
+        value = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+        graph.register_initializer(value)
+    return graph.initializers[name]

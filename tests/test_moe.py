@@ -1,0 +1,126 @@
+"""Generation with experts: whatever the batch, chunk, turn or beam, the tokens of transformers alone."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from checkpoints import MOE_CHECKPOINTS, gold_tokens, prompts
+from optimum.exporters.onnx import main_export
+from optimum.onnxruntime import ORTModelForCausalLM
+from test_modeling import GREEDY, NEW, decode, pad
+
+from optimum_lfm2 import ORTLfm2ForCausalLM, compat
+from optimum_lfm2.errors import Lfm2Error
+from optimum_lfm2.evaluate import evaluate
+
+
+LENGTHS = (9, 1, 30)
+
+
+@pytest.fixture(scope="module")
+def golds(gold_model) -> list[list[int]]:
+    return [gold_tokens(gold_model("moe"), row, NEW) for row in prompts(list(LENGTHS))]
+
+
+@pytest.fixture(params=["default", "q4"])
+def model(request, exported) -> ORTLfm2ForCausalLM:
+    return ORTModelForCausalLM.from_pretrained(exported("moe", _variant=request.param))
+
+
+@pytest.mark.parametrize("name", MOE_CHECKPOINTS)
+def test_the_golds_of_the_table_route_to_most_experts(name, gold_model):
+    """Else they would say little of the router; that generation equals them is checked for the whole table."""
+    model, used = gold_model(name), set()
+    hooks = [
+        module.register_forward_hook(lambda module, taken, given: used.update(given[2].flatten().tolist()))
+        for module_name, module in model.named_modules()
+        if module_name.endswith("feed_forward.gate")
+    ]
+    for row in prompts(list(LENGTHS)):
+        gold_tokens(model, row, NEW)
+    for hook in hooks:
+        hook.remove()
+    assert len(hooks) == model.config.num_hidden_layers - model.config.num_dense_layers
+    assert len(used) >= 0.8 * model.config.num_experts
+
+
+def test_rows_alone_and_padded_and_chunked(model):
+    """4 bits too: what a row gets alone is its gold, whatever the weights."""
+    rows = prompts(list(LENGTHS))
+    alone = [model.generate(row[None], **GREEDY)[0, len(row) :].tolist() for row in rows]
+    batch = pad(rows, "left")
+    assert model.generate(**batch, **GREEDY)[:, 30:].tolist() == alone
+    assert model.generate(**batch, prefill_chunk_size=7, **GREEDY)[:, 30:].tolist() == alone
+    right = pad(rows, "right")
+    out = model(**right)
+    first = out.logits[torch.arange(3), right["attention_mask"].sum(1) - 1].argmax(-1)
+    assert decode(model, out, right["attention_mask"], first, NEW) == alone
+
+
+def test_a_chat_goes_on_from_its_cache(exported, gold_model, golds):
+    model = ORTModelForCausalLM.from_pretrained(exported("moe"))
+    turn = prompts(list(LENGTHS))[0]
+    out = model.generate(turn[None], return_dict_in_generate=True, **GREEDY)
+    assert out.sequences[0, len(turn) :].tolist() == golds[0]
+    chat = torch.cat([out.sequences[0], prompts([11], seed=5)[0]])
+    again = model.generate(chat[None], past_key_values=copy.deepcopy(out.past_key_values), **GREEDY)
+    assert again[0, len(chat) :].tolist() == gold_tokens(gold_model("moe"), chat, NEW)
+
+
+def test_beams_of_padded_rows(exported, gold_model):
+    model, rows = ORTModelForCausalLM.from_pretrained(exported("moe")), prompts(list(LENGTHS))
+    golds = [gold_model("moe").generate(row[None], use_cache=False, num_beams=3, **GREEDY)[0] for row in rows]
+    out = model.generate(**pad(rows, "left"), num_beams=3, **GREEDY)
+    assert out[:, 30:].tolist() == [gold[len(row) :].tolist() for gold, row in zip(golds, rows, strict=True)]
+
+
+def test_evaluate(checkpoint, tmp_path):
+    source = shutil.copytree(checkpoint("moe"), tmp_path / "source")
+    for file in checkpoint("trained").glob("*token*"):
+        shutil.copy(file, source)
+    text = tmp_path / "text"
+    text.write_text("qjxzvkqzxj" * 20)  # letters that make no longer token: those end at 255 here
+    main_export(str(source), tmp_path / "out", do_validation=False)
+    quality = evaluate(tmp_path / "out", source, text, chunks=2, length=32)
+    assert quality.kl_divergence < 1e-9
+    assert quality.top1_agreement == 1
+
+
+def test_onnxruntime_genai(checkpoint, golds, tmp_path):
+    og = pytest.importorskip("onnxruntime_genai", reason="onnxruntime-genai is not installed")
+    source = shutil.copytree(checkpoint("moe"), tmp_path / "source")
+    for file in checkpoint("trained").glob("*token*"):
+        shutil.copy(file, source)
+    main_export(str(source), tmp_path / "out", do_validation=False)
+    assert json.loads((tmp_path / "out" / "genai_config.json").read_text())["model"]["type"] == "lfm2_moe"
+    model = og.Model(str(tmp_path / "out"))
+    for row, gold in zip(prompts(list(LENGTHS)), golds, strict=True):
+        parameters = og.GeneratorParams(model)
+        parameters.set_search_options(do_sample=False, max_length=len(row) + NEW, min_length=len(row) + NEW)
+        generator = og.Generator(model, parameters)
+        generator.append_tokens(np.array([row.tolist()], dtype=np.int32))
+        while not generator.is_done():
+            generator.generate_next_token()
+        assert generator.get_sequence(0)[len(row) :].tolist() == gold
+
+
+@pytest.mark.skipif(compat.TRANSFORMERS_5, reason="of transformers 4")
+def test_transformers_4_runs_an_export_and_refuses_to_make_one(exported, gold_model, tmp_path):
+    folder = shutil.copytree(exported("hybrid"), tmp_path / "export")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "lfm2_moe", "num_experts": 8}))
+    model = ORTModelForCausalLM.from_pretrained(folder)
+    assert isinstance(model, ORTLfm2ForCausalLM)
+    (row,) = prompts([9])
+    assert model.generate(row[None], **GREEDY)[0, 9:].tolist() == gold_tokens(gold_model("hybrid"), row, NEW)
+    (folder / "model.onnx").unlink()
+    with pytest.raises(Lfm2Error, match="Install transformers 5"):
+        ORTModelForCausalLM.from_pretrained(folder, export=True)
+    with pytest.raises(Lfm2Error, match="Install transformers 5"):
+        main_export(str(folder), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
