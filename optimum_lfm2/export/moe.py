@@ -19,7 +19,7 @@ from transformers import PretrainedConfig
 from optimum_lfm2.errors import Lfm2Error
 from optimum_lfm2.export.experts import ExpertsTensor, QuantizedExperts, interleaved
 from optimum_lfm2.export.graph import Weight
-from optimum_lfm2.export.ops import ONNX_TYPE, PLACEHOLDER_DOMAIN
+from optimum_lfm2.export.ops import ONNX_TYPE, PLACEHOLDER_DOMAIN, is_placeholder
 from optimum_lfm2.export.quantize import CONTRIB_DOMAIN, INT8_ACTIVATIONS, Blocks, Scheme, parameter_name
 from optimum_lfm2.export.tracing import Node, constant, typed
 
@@ -106,6 +106,8 @@ class _Experts(Node):
     @staticmethod
     def forward(ctx, hidden, routing, gate_up, down, count):
         out = torch.zeros_like(hidden)
+        if is_placeholder(gate_up):
+            return out
         for expert in routing.any(0).nonzero()[:, 0].tolist():
             tokens = routing[:, expert].nonzero()[:, 0]
             gate, up = F.linear(hidden[tokens], gate_up[expert]).chunk(2, dim=-1)
