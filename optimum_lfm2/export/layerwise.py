@@ -23,7 +23,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from optimum_lfm2 import compat
-from optimum_lfm2.caches import CacheTensor, flatten
+from optimum_lfm2.caches import LOGITS_TO_KEEP, CacheTensor, flatten
 from optimum_lfm2.export.loading import materialize_buffers
 from optimum_lfm2.export.reference import row_of
 from optimum_lfm2.export.streamed import StandIns, streamed
@@ -66,7 +66,7 @@ def validate(config: Any, model: PreTrainedModel, path: Path, atol: float | None
     if (names := [value.name for value in graph.outputs]) != list(config.outputs):
         raise OutputMatchError(f"The graph's outputs are {', '.join(names)}, not {', '.join(config.outputs)}.")
     cuts = list(find_cuts(graph))
-    feeds = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    feeds = {name: inputs[name] for name in ("input_ids", "attention_mask", LOGITS_TO_KEEP) if name in inputs}
     if config.use_past_in_inputs:
         feeds |= config.flatten_output_collection_property("past_key_values", inputs["past_key_values"])
     with tqdm(total=2 * len(cuts) + 1, desc="Comparing layers", unit="layer", disable=None, leave=False) as bar:

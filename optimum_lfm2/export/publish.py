@@ -180,23 +180,20 @@ def _read_text(job: Job, folder: Path) -> list[torch.Tensor] | None:
 
 
 def _write_files(job: Job, folder: Path, checkpoint: str) -> list[str]:
-    """Each precision's file, checked; the weights are loaded once for each dtype. Returns a line for each failure."""
+    """Each precision's file, checked. Returns a line for each failure."""
     failed = []
-    for dtype in DTYPES:
-        precisions = {name: PRECISIONS[name] for name in job.precisions if PRECISIONS[name].dtype == dtype}
-        model = _load(job, dtype) if precisions else None
-        for name, precision in precisions.items():
-            path = folder / ONNX_FOLDER / precision.file
-            try:
-                difference = _write_file(job, model, precision, path)
-            except Lfm2Error as error:
-                failed.append(_removed(name, path, error))
-                continue
-            annotate(path, {DIFFERENCE: repr(difference), CHECKPOINT: checkpoint})
-            size = Published.read(name, path).size
-            print(f"{name}: {precision.file}, {size / 1e6:.1f} MB, logits within {difference:.2g} of transformers'")
-        del model
-        gc.collect()
+    for name in job.precisions:
+        precision = PRECISIONS[name]
+        path = folder / ONNX_FOLDER / precision.file
+        gc.collect()  # the model of the precision before
+        try:
+            difference = _write_file(job, _load(job, precision.dtype), precision, path)
+        except Lfm2Error as error:
+            failed.append(_removed(name, path, error))
+            continue
+        annotate(path, {DIFFERENCE: repr(difference), CHECKPOINT: checkpoint})
+        size = Published.read(name, path).size
+        print(f"{name}: {precision.file}, {size / 1e6:.1f} MB, logits within {difference:.2g} of transformers'")
     return failed
 
 

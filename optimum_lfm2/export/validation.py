@@ -25,7 +25,7 @@ def validated_by_config(original: Callable[..., None]) -> Callable[..., None]:
         if not hasattr(config, "validate"):
             original(config, reference_model, onnx_model, *args, **arguments)
         else:
-            config.validate(reference_model, onnx_model, arguments["atol"], arguments["input_shapes"] or {})
+            config.validate(reference_model, onnx_model, arguments["atol"], arguments.get("input_shapes") or {})
 
     return validate
 
