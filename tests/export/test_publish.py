@@ -16,7 +16,7 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
-from checkpoints import gold_tokens
+from checkpoints import gold_tokens, prompts
 from huggingface_hub import ModelCard
 from optimum.exporters.onnx import main_export
 from optimum.onnxruntime import ORTModelForCausalLM
@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, GenerationConfig
 
 from optimum.commands.lfm2.export_lfm2 import ExportLfm2Command
+from optimum_lfm2 import compat
 from optimum_lfm2.errors import Lfm2Error
 from optimum_lfm2.evaluate import evaluate
 from optimum_lfm2.export import loading
@@ -164,6 +165,20 @@ def test_greedy_tokens_are_those_of_transformers(folder, gold_model):
     out = model.generate(story(), max_new_tokens=60, do_sample=False)
     gold = gold_tokens(gold_model("trained").float(), story()[0], 60)
     assert out[0, story().shape[1] :].tolist() == gold
+
+
+@pytest.mark.skipif(not compat.TRANSFORMERS_5, reason="exporting models with experts takes transformers 5")
+def test_a_model_with_experts(checkpoint, gold_model, tmp_path):
+    """Half precision twice: validation of the first must not change what the second is made of."""
+    source, out = shutil.copytree(checkpoint("moe"), tmp_path / "checkpoint"), tmp_path / "out"
+    for file in TRAINED.glob("*token*"):
+        shutil.copy(file, source)
+    assert run("--model", source, out, "--precisions", "fp32", "fp16", "q4f16") == 0
+    model = ORTModelForCausalLM.from_pretrained(out, subfolder="onnx", file_name="model.onnx")
+    (row,) = prompts([9])
+    tokens = model.generate(row[None], max_new_tokens=32, do_sample=False)[0, 9:].tolist()
+    assert tokens == gold_tokens(gold_model("moe"), row, 32)[: len(tokens)]
+    assert len(tokens) > 16
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
