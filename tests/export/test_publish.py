@@ -84,7 +84,7 @@ def folder(tmp_path_factory) -> Path:
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(loading._Materialize, "__call__", lambda self, *args: loads.append(1) or call(self, *args))
         assert run("--model", TRAINED, out, "--base-model", "me/trained", "--license", "apache-2.0", *TEXT) == 0
-    assert len(loads) == 3, "the weights are loaded for each dtype, and for the text"
+    assert len(loads) == 6, "the weights are loaded for each precision, and for the text"
     return out
 
 
