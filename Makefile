@@ -21,10 +21,9 @@ web: .venv/ready $(NODE_MODULES)
 	.venv/bin/python examples/web/serve.py .demo/web --port "$(PORT)"
 
 test: .venv-test/ready lint $(if $(shell command -v npm),$(NODE_MODULES))
-	.venv-test/bin/python -m pytest -rs --cov=optimum_lfm2 --cov-report=term --cov-fail-under=85
+	.venv-test/bin/python -m pytest -rs --cov=optimum_lfm2 --cov-config=tests/transformers4.coveragerc --cov-report=term --cov-fail-under=90
 
-# optimum-onnx 0.1.0 refuses transformers 5 in its metadata alone. Only there can models with experts be exported: the
-# coverage counts there.
+# optimum-onnx 0.1.0 refuses transformers 5 in its metadata alone.
 test-transformers5: .venv-transformers5/ready
 	.venv-transformers5/bin/python -m pytest -rs -m "not slow" --ignore=tests/test_packaging.py --cov=optimum_lfm2 --cov-fail-under=90
 

@@ -27,29 +27,20 @@ class Bench:
     """Prepares systems and runs jobs for them.
 
     Args:
-        work: a folder for the checkpoint and the systems' files, kept between runs.
-        checkpoint: an LFM2 checkpoint; None: one of the exact shape of LFM2-350M, made if need be.
+        work: a folder for the systems' files, kept between runs.
+        checkpoint: an LFM2 checkpoint.
         threads: for every system.
         pythons: by package, the Python that has it; the running one has the others.
     """
 
-    def __init__(self, work: Path, checkpoint: Path | None, threads: int, pythons: Mapping[str, str]) -> None:
+    def __init__(self, work: Path, checkpoint: Path, threads: int, pythons: Mapping[str, str]) -> None:
         self.work = work.resolve()
         self.work.mkdir(parents=True, exist_ok=True)
-        self.checkpoint = checkpoint.resolve() if checkpoint else self._made_checkpoint()
+        self.checkpoint = checkpoint.resolve()
         self.vocabulary = json.loads((self.checkpoint / "config.json").read_text())["vocab_size"]
         self.threads = threads
         self.pythons = pythons
         self.errors: dict[str, str] = {}
-
-    def _made_checkpoint(self) -> Path:
-        from benchmarks.checkpoint import add_tokenizer, make_350m
-
-        path = self.work / "lfm2-350m"
-        if not (path / "tokenizer.json").exists():
-            say("making the checkpoint")
-            add_tokenizer(make_350m(path))
-        return path
 
     def python(self, name: str) -> str:
         return self.pythons.get(SYSTEMS[name].package, sys.executable)

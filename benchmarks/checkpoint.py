@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,21 @@ from transformers import Lfm2Config, Lfm2ForCausalLM, PretrainedConfig
 
 CONV, ATTENTION = "conv", "full_attention"
 TOKENIZER = Path(__file__).parent.parent / "demo" / "checkpoint"
+
+
+SHAPES = ("lfm2-350m", "lfm2-8b-a1b")
+LAYERS = 24  # of LFM2-8B-A1B
+
+
+def random_checkpoint(work: Path, shape: str = SHAPES[0], layers: int | None = None) -> Path:
+    """A checkpoint of one of `SHAPES` with a tokenizer, in a folder under `work`, made if need be."""
+    experts = shape == "lfm2-8b-a1b"
+    path = work / (f"{shape}-{layers or LAYERS}" if experts else shape)
+    if not (path / "tokenizer.json").exists():  # the last of its files
+        print(f"making {path}", file=sys.stderr, flush=True)
+        work.mkdir(parents=True, exist_ok=True)
+        add_tokenizer(make_8b_a1b(path, layers or LAYERS) if experts else make_350m(path))
+    return path
 
 
 def make_350m(path: Path) -> Path:
@@ -38,7 +54,7 @@ def make_350m(path: Path) -> Path:
     return path
 
 
-def make_8b_a1b(path: Path, layers: int = 24) -> Path:
+def make_8b_a1b(path: Path, layers: int = LAYERS) -> Path:
     """Save a checkpoint of LFM2-8B-A1B's shape, or of its first layers, under `path`: 0.7 GB a layer."""
     from transformers import Lfm2MoeConfig  # of transformers 5
 

@@ -14,6 +14,7 @@ import torch
 
 import optimum_lfm2  # noqa: F401  registers LFM2, before anything of optimum
 from benchmarks.bench import Bench, say
+from benchmarks.checkpoint import random_checkpoint
 from benchmarks.systems.base import run_generate
 from benchmarks.worker import prompt_ids
 
@@ -80,7 +81,7 @@ def main() -> None:
     args = parser.parse_args()
     if not torch.cuda.is_available() or "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
         sys.exit("No CUDA here: this needs a GPU, a CUDA build of torch and onnxruntime-gpu.")
-    bench = Bench(args.work, args.checkpoint, threads=2, pythons={})
+    bench = Bench(args.work, args.checkpoint or random_checkpoint(args.work), threads=2, pythons={})
     ids = prompt_ids(args.prompt, bench.vocabulary)
     peak = bandwidth()
     print(f"{torch.cuda.get_device_name()}, {peak / 1e9:.0f} GB/s\n")

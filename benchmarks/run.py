@@ -16,13 +16,13 @@ from typing import Any
 
 from benchmarks import report
 from benchmarks.bench import ROOT, Bench, say
+from benchmarks.checkpoint import SHAPES, random_checkpoint
 from benchmarks.systems import SYSTEMS
 
 
 CONTEXT_SYSTEMS = "ours-q4,loop-q4,genai-int4,llama-q4_0"
 CONTEXT_NEW = 32  # tokens whose speed is taken at each point of the curve
 LONG_PROMPT_SYSTEM = "ours-q4"
-SHAPES = ("lfm2-350m", "lfm2-8b-a1b")
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -136,20 +136,9 @@ def _machine() -> dict[str, Any]:
     }
 
 
-def with_experts(work: Path, layers: int) -> Path:
-    """The random checkpoint of LFM2-8B-A1B's shape, made if need be."""
-    from benchmarks.checkpoint import add_tokenizer, make_8b_a1b
-
-    path = work / f"lfm2-8b-a1b-{layers}"
-    if not (path / "tokenizer.json").exists():
-        say("making the checkpoint")
-        add_tokenizer(make_8b_a1b(path, layers))
-    return path
-
-
 def main(argv: list[str] | None = None) -> None:
     args = arguments(argv)
-    checkpoint = with_experts(args.work, args.layers or 24) if args.shape == "lfm2-8b-a1b" else args.checkpoint
+    checkpoint = args.checkpoint or random_checkpoint(args.work, args.shape, args.layers)
     results = measure(Bench(args.work, checkpoint, args.threads, dict(args.python)), args)
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / "results.json"

@@ -40,10 +40,8 @@ def complete_transformers() -> None:
     """
     if not TRANSFORMERS_5:
         AutoConfig.register(_Lfm2MoeConfig.model_type, _Lfm2MoeConfig, exist_ok=True)
-        for config in (Lfm2Config, _Lfm2MoeConfig):
-            AutoTokenizer.register(
-                config, fast_tokenizer_class=TokenizersBackend, exist_ok=True
-            )  # known by its name too
+        for config in (Lfm2Config, _Lfm2MoeConfig):  # tokenizers are found by the config's class, or by their own name
+            AutoTokenizer.register(config, fast_tokenizer_class=TokenizersBackend, exist_ok=True)
         return
     import huggingface_hub
     import transformers  # again: it replaces its own module while it is first used

@@ -62,6 +62,11 @@ class Lfm2OnnxConfig(TextDecoderOnnxConfig):
     }
 
     DEFAULT_VARIANT = "default"
+    # What `headline` is, for a model card.
+    COMPARED: ClassVar[str] = (
+        "run on random tokens when it was written, and its logits compared with those of transformers computing in the "
+        "same float type, with the values that quantised weights stand for: the largest difference"
+    )
     # What --model-kwargs may say; the first value is the default, and each is an attribute of this class.
     MODEL_KWARGS: ClassVar[dict[str, tuple[str, ...]]] = {
         "embedding": EMBEDDINGS,
@@ -126,6 +131,10 @@ class Lfm2OnnxConfig(TextDecoderOnnxConfig):
         if self.scheme is not None:
             return 0.1  # against the dequantised weights: what is left is the noise of int8 activations
         return 1e-4 if self.float_dtype == "fp32" else 2e-2
+
+    def headline(self, differences: Mapping[str, float]) -> float:
+        """The one number that tells how far a file is from transformers, of what validation found."""
+        return differences.get("logits", 0.0)
 
     @property
     def cache_tensors(self) -> list[CacheTensor]:
@@ -231,6 +240,11 @@ class Lfm2MoeOnnxConfig(Lfm2OnnxConfig):
 
     MIN_TRANSFORMERS_VERSION = version.parse("5.0.0")
     _MODEL_PATCHER = Lfm2MoeModelPatcher
+    COMPARED: ClassVar[str] = (
+        "run layer by layer on random tokens when it was written, and each layer compared with that of transformers on "
+        "the same input, with the values that the file's weights stand for: the largest difference for a token, as a "
+        "share of what the layer adds for it"
+    )
 
     def patch_model_for_export(self, model: Any, model_kwargs: dict[str, Any] | None = None) -> Lfm2ModelPatcher:
         """Called before the trace: experts that cannot be quantised are refused here."""
@@ -242,6 +256,9 @@ class Lfm2MoeOnnxConfig(Lfm2OnnxConfig):
     def ATOL_FOR_VALIDATION(self) -> float:  # noqa: N802  Optimum's name
         """Relative to what a block adds for a token: without one of four experts that is about a half."""
         return super().ATOL_FOR_VALIDATION if self.scheme is None else 0.2
+
+    def headline(self, differences: Mapping[str, float]) -> float:
+        return max(differences.values(), default=0.0)
 
     def validate(self, model: Any, path: Path, atol: float | None, shapes: dict[str, Any]) -> None:
         """Layer by layer, in place of Optimum's validation, which would load the file and the checkpoint as a whole."""

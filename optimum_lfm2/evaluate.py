@@ -77,8 +77,6 @@ def evaluate(
     Raises:
         Lfm2Error: for a model or text that cannot be used.
     """
-    if chunks < 2 or length < 2:
-        raise Lfm2Error(f"{chunks} chunks of {length} tokens cannot be compared: two of each are the least.")
     model, reference = Path(model), Path(reference)
     pieces = read_chunks(text, _tokenizer(reference, model), chunks, length)
     return measure(load(model), load(reference), pieces)
@@ -234,7 +232,13 @@ def _tokenizer(*folders: Path) -> Any:
 
 
 def read_chunks(text: str | Path, tokenizer: Any, chunks: int, length: int) -> list[torch.Tensor]:
-    """Ids (1, length), one after the other in the text, each headed by the tokenizer's first token if it has one."""
+    """Ids (1, length), one after the other in the text, each headed by the tokenizer's first token if it has one.
+
+    Raises:
+        Lfm2Error: for fewer than two chunks of two tokens, in what is asked for or in the text.
+    """
+    if chunks < 2 or length < 2:
+        raise Lfm2Error(f"{chunks} chunks of {length} tokens cannot be compared: two of each are the least.")
     try:
         written = Path(text).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

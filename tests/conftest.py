@@ -64,3 +64,18 @@ def gold_model(checkpoint: Callable[[str], Path]) -> Callable[[str], PreTrainedM
         return AutoModelForCausalLM.from_pretrained(checkpoint(name)).eval()
 
     return gold_model
+
+
+@pytest.fixture(scope="session")
+def hub_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `optimum-cli export lfm2` writes of the trained checkpoint: every precision, measured. Never write to it."""
+    from publishing import TEXT, run
+
+    from optimum_lfm2.export.loading import _Materialize
+
+    folder, loads, load = tmp_path_factory.mktemp("publish") / "lfm2", [], _Materialize.__call__
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(_Materialize, "__call__", lambda self, *args: loads.append(1) or load(self, *args))
+        assert run("--model", TRAINED, folder, "--base-model", "me/trained", "--license", "apache-2.0", *TEXT) == 0
+    assert len(loads) == 3, "the weights are loaded for each dtype, and for the text"
+    return folder

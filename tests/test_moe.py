@@ -14,6 +14,7 @@ from optimum.exporters.onnx import main_export
 from optimum.onnxruntime import ORTModelForCausalLM
 from test_modeling import GREEDY, NEW, decode, pad
 
+from benchmarks.checkpoint import add_tokenizer
 from optimum_lfm2 import ORTLfm2ForCausalLM, compat
 from optimum_lfm2.errors import Lfm2Error
 from optimum_lfm2.evaluate import evaluate
@@ -80,9 +81,7 @@ def test_beams_of_padded_rows(exported, gold_model):
 
 
 def test_evaluate(checkpoint, tmp_path):
-    source = shutil.copytree(checkpoint("moe"), tmp_path / "source")
-    for file in checkpoint("trained").glob("*token*"):
-        shutil.copy(file, source)
+    source = add_tokenizer(shutil.copytree(checkpoint("moe"), tmp_path / "source"))
     text = tmp_path / "text"
     text.write_text("qjxzvkqzxj" * 20)  # letters that make no longer token: those end at 255 here
     main_export(str(source), tmp_path / "out", do_validation=False)
@@ -93,9 +92,7 @@ def test_evaluate(checkpoint, tmp_path):
 
 def test_onnxruntime_genai(checkpoint, golds, tmp_path):
     og = pytest.importorskip("onnxruntime_genai", reason="onnxruntime-genai is not installed")
-    source = shutil.copytree(checkpoint("moe"), tmp_path / "source")
-    for file in checkpoint("trained").glob("*token*"):
-        shutil.copy(file, source)
+    source = add_tokenizer(shutil.copytree(checkpoint("moe"), tmp_path / "source"))
     main_export(str(source), tmp_path / "out", do_validation=False)
     assert json.loads((tmp_path / "out" / "genai_config.json").read_text())["model"]["type"] == "lfm2_moe"
     model = og.Model(str(tmp_path / "out"))

@@ -23,6 +23,14 @@ TAGS = ["lfm2", "onnx", "onnxruntime", "onnxruntime-genai", "optimum"]
 JAVASCRIPT = "transformers.js"
 
 TEMPLATE = """\
+{% macro question(to) -%}
+{% if chat -%}
+chat = [{"role": "user", "content": "What is 3 plus 4?"}]
+inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True, return_tensors="{{ to }}")
+{%- else -%}
+inputs = tokenizer("Once upon a time", return_tensors="{{ to }}")
+{%- endif %}
+{%- endmacro -%}
 ---
 {{ card_data }}
 ---
@@ -49,12 +57,7 @@ from transformers import AutoTokenizer
 
 model = ORTModelForCausalLM.from_pretrained("{{ name }}", subfolder="onnx", file_name="{{ file }}")
 tokenizer = AutoTokenizer.from_pretrained("{{ name }}")
-{% if chat -%}
-chat = [{"role": "user", "content": "What is 3 plus 4?"}]
-inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True, return_tensors="pt")
-{%- else -%}
-inputs = tokenizer("Once upon a time", return_tensors="pt")
-{%- endif %}
+{{ question("pt") }}
 out = model.generate(**inputs, max_new_tokens=64, do_sample=False)
 print(tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 ```
@@ -121,12 +124,7 @@ pasts = [value for value in session.get_inputs() if value.name.startswith("past"
 kind = np.float16 if "float16" in pasts[0].type else np.float32
 empty = {"batch_size": 1, "past_sequence_length": 0}
 caches = [np.zeros([empty.get(axis, axis) for axis in past.shape], kind) for past in pasts]
-{% if chat -%}
-chat = [{"role": "user", "content": "What is 3 plus 4?"}]
-inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True, return_tensors="np")
-{%- else -%}
-inputs = tokenizer("Once upon a time", return_tensors="np")
-{%- endif %}
+{{ question("np") }}
 ids, answer = inputs["input_ids"].astype(np.int64), []
 length = ids.shape[1]
 while len(answer) < 64:
@@ -236,7 +234,7 @@ def _values(folder: Path, files: list[Published], name: str, data: ModelCardData
 def _table(files: list[Published]) -> Iterator[str]:
     """A row for each file; the columns of what was measured only where something was."""
     qualities = [file.quality for file in files if file.quality]
-    columns = ["precision", "file", "MB", "weights", "logits differ by"]
+    columns = ["precision", "file", "MB", "weights", "differs by"]
     yield _row(columns + ["perplexity", "KL divergence", "same top token"] * bool(qualities))
     yield _row(["---"] * (len(columns) + 3 * bool(qualities)))
     for file in files:
@@ -256,10 +254,8 @@ def _row(cells: Iterable[str]) -> str:
 
 def _measured(files: list[Published]) -> Iterator[str]:
     """How the figures of the table came about."""
-    yield (
-        "Each file was run on random tokens when it was written, and its logits compared with those of transformers "
-        "computing in the same float type, with the values that quantised weights stand for: the largest difference."
-    )
+    for compared in dict.fromkeys(file.compared for file in files):
+        yield f"Each file was {compared}."
     texts = {(file.text, file.quality.tokens): file.quality.reference_perplexity for file in files if file.quality}
     for (text, tokens), perplexity in texts.items():
         yield (

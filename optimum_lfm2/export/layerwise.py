@@ -23,9 +23,9 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from optimum_lfm2 import compat
-from optimum_lfm2.caches import LOGITS_TO_KEEP, CacheTensor, flatten
+from optimum_lfm2.caches import LOGITS_TO_KEEP, CacheTensor, unflatten
 from optimum_lfm2.export.loading import materialize_buffers
-from optimum_lfm2.export.reference import row_of
+from optimum_lfm2.export.reference import fill_caches, row_of, visible_rows
 from optimum_lfm2.export.streamed import StandIns, streamed
 
 
@@ -129,21 +129,15 @@ def compute_gold(config: Any, model: Any, cuts: Sequence[Cut], inputs: Mapping[s
     output, *presents = config.outputs
     materialize_buffers(model)
     weights = StandIns(model, config.weights, config.scheme)
-    for row in range(batch):
-        visible = mask[row].nonzero()[:, 0]
-        seen, new = visible[visible < past_length], visible[visible >= past_length] - past_length
-        if len(new) == 0:
-            continue
+    for row, seen, new in visible_rows(mask, past_length):
         before = None if past is None else [tuple(x.float() for x in layer) for layer in row_of(past, row, seen)]
         with streamed(model, weights), _recorded(model, cuts, gold, (row, new), bar):
             cache = compat.hybrid_cache(model, before if len(seen) else None)
             gold[output][row, new] = compat.call(model, ids[row, new][None], cache, len(seen))[0].float()
-        own = flatten(compat.hybrid_cache_layers(cache)) if presents else []
-        for tensor, values in zip(config.cache_tensors, own, strict=False):
-            if tensor.grows:
-                gold[tensor.present][row][:, past_length + new] = values[0][:, len(seen) :].float()
-            else:
-                gold[tensor.present][row] = values[0].float()
+        if presents:
+            present = unflatten([gold[name] for name in presents], model.config.layer_types)
+            own = compat.hybrid_cache_layers(cache)
+            fill_caches(present, own, model.config.layer_types, row, past_length + new)
     return gold
 
 

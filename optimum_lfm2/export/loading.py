@@ -96,10 +96,10 @@ def _own_names(model: PreTrainedModel) -> list[str]:
 
 
 def materialize_buffers(model: PreTrainedModel) -> None:
-    """Buffers are not in the checkpoint: the rotary modules compute theirs."""
+    """Some buffers are not in the checkpoint: the rotary modules compute theirs. Other modules stay as they are."""
     for module in list(model.modules()):
         for name, child in module.named_children():
-            if any(buffer.is_meta for buffer in child.buffers(recurse=False)):
+            if any(child.get_buffer(own).is_meta for own in child._non_persistent_buffers_set):
                 setattr(module, name, type(child)(model.config))
 
 

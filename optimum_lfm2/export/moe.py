@@ -6,7 +6,7 @@ What it must equal is `Lfm2MoeSparseMoeBlock` of transformers' `modeling_lfm2_mo
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -17,10 +17,11 @@ import torch.nn.functional as F
 from transformers import PretrainedConfig
 
 from optimum_lfm2.errors import Lfm2Error
+from optimum_lfm2.export.editing import add_initializer, parameter_name, substitute
 from optimum_lfm2.export.experts import ExpertsTensor, QuantizedExperts, interleaved
 from optimum_lfm2.export.graph import Weight
 from optimum_lfm2.export.ops import ONNX_TYPE, PLACEHOLDER_DOMAIN, is_placeholder
-from optimum_lfm2.export.quantize import CONTRIB_DOMAIN, INT8_ACTIVATIONS, Blocks, Scheme, parameter_name
+from optimum_lfm2.export.quantize import CONTRIB_DOMAIN, INT8_ACTIVATIONS, Blocks, Scheme
 from optimum_lfm2.export.tracing import Node, constant, typed
 
 
@@ -159,23 +160,19 @@ def place_experts(graph: ir.Graph, weights: Mapping[str, Any], scheme: Scheme | 
     for node in [node for node in graph if (node.domain, node.op_type) == (PLACEHOLDER_DOMAIN, EXPERTS)]:
         new = _float_experts(node, weights) if scheme is None else _quantized_experts(node, weights, scheme)
         graph.insert_before(node, new)
-        old, result = node.outputs[0], new[-1].outputs[0]
-        result.name, result.type, result.shape = old.name, old.type, old.shape
-        old.replace_all_uses_with(result)
-        graph.remove(node, safe=True)
+        substitute(node, new[-1].outputs[0])
 
 
 def _float_experts(node: ir.Node, weights: Mapping[str, Any]) -> list[ir.Node]:
     """MoE takes the softmax of what it is given: so the logarithms of the shares, and their sum afterwards."""
     hidden, routing, gate_up, down = node.inputs
     smallest = {ir.DataType.FLOAT: 1e-37, ir.DataType.FLOAT16: 6e-8}[hidden.dtype]  # its logarithm is finite
-    floor = _constant(node.graph, f"smallest_share.{hidden.dtype.name}", ir.tensor(smallest, dtype=hidden.dtype))
-    axis = _constant(node.graph, "axis_of_experts", ir.tensor([1]))
+    floor = add_initializer(node.graph, ir.tensor(smallest, dtype=hidden.dtype, name="smallest_share"))
+    axis = add_initializer(node.graph, ir.tensor([1], name="axis_of_experts"))
+    names = [parameter_name(x) for x in (gate_up, down)]
     matrices = [
-        _register(
-            node.graph, parameter_name(x), x.dtype, x.shape.numpy(), partial(_matrices, weights, parameter_name(x))
-        )
-        for x in (gate_up, down)
+        add_initializer(node.graph, ExpertsTensor(partial(_matrices, weights, name), x.dtype, x.shape, name))
+        for name, x in zip(names, (gate_up, down), strict=True)
     ]
     above = ir.node("Max", [routing, floor])
     logarithms = ir.node("Log", above.outputs)
@@ -194,14 +191,12 @@ def _quantized_experts(node: ir.Node, weights: Mapping[str, Any], scheme: Scheme
     for matrix in matrices:
         name, (count, outputs, inputs) = parameter_name(matrix), matrix.shape.numpy()
         quantized = QuantizedExperts(partial(_matrices, weights, name), blocks)
-        width, scales = inputs * blocks.bits // 8, (count, outputs, inputs // blocks.block_size)
-        arguments += [
-            _register(
-                node.graph, f"{name}.q{blocks.bits}", ir.DataType.UINT8, (count, outputs, width), quantized.codes
-            ),
-            _register(node.graph, f"{name}.scales", matrix.dtype, scales, quantized.scales),
-            None,
-        ]
+        bytes_, scales = (ir.Shape((count, outputs, n)) for n in (inputs * blocks.bits // 8, blocks.count(inputs)))
+        parts = (
+            ExpertsTensor(quantized.codes, ir.DataType.UINT8, bytes_, f"{name}.q{blocks.bits}"),
+            ExpertsTensor(quantized.scales, matrix.dtype, scales, f"{name}.scales"),
+        )
+        arguments += [*(add_initializer(node.graph, part) for part in parts), None]
     attributes: dict[str, Any] = {
         "k": node.attributes.get_int("k"),
         "expert_weight_bits": blocks.bits,
@@ -219,16 +214,3 @@ def _matrices(weights: Mapping[str, Any], name: str) -> Iterator[torch.Tensor]:
     """The matrix of each expert, its rows in the operators' order."""
     for matrix in weights[name]:
         yield interleaved(matrix.detach()) if name.endswith(GATE_UP) else matrix.detach()
-
-
-def _register(
-    graph: ir.Graph, name: str, dtype: ir.DataType, shape: tuple[int, ...], parts: Callable[[], Iterator[torch.Tensor]]
-) -> ir.Value:
-    return _constant(graph, name, ExpertsTensor(parts, dtype, ir.Shape(shape), name))
-
-
-def _constant(graph: ir.Graph, name: str, tensor: Any) -> ir.Value:
-    if name not in graph.initializers:
-        value = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
-        graph.register_initializer(value)
-    return graph.initializers[name]

@@ -53,6 +53,12 @@ def check_model(model: str, config: Mapping[str, Any]) -> None:
     check_architecture(config)
 
 
+def check_atol(atol: float | None) -> None:
+    """Raise `Lfm2Error` for what is no tolerance."""
+    if atol is not None and not (math.isfinite(atol) and atol >= 0):
+        raise Lfm2Error(f"--atol {atol}: a tolerance is a number from 0 on, such as 1e-4.")
+
+
 def _check_library(args: Namespace) -> None:
     if args.library_name not in (None, "transformers"):
         raise Lfm2Error(f"--library-name {args.library_name}: LFM2 is a model of transformers. Leave the option out.")
@@ -77,8 +83,7 @@ def _check_precision(args: Namespace) -> None:
             "--dtype bf16: onnxruntime has no bfloat16 kernels for these operators on the CPU. "
             "Use --dtype fp32, or fp16 for a file of the same size."
         )
-    if args.atol is not None and not (math.isfinite(args.atol) and args.atol >= 0):
-        raise Lfm2Error(f"--atol {args.atol}: a tolerance is a number from 0 on, such as 1e-4.")
+    check_atol(args.atol)
     if args.device != "cpu":
         raise Lfm2Error(
             f"--device {args.device}: weights go straight from the checkpoint into the file, so no GPU would help. "

@@ -16,7 +16,8 @@ from optimum_lfm2.evaluate import Quality
 ONNX_FOLDER = "onnx"
 
 # Metadata of a file, so that the card of a folder is made of its files alone.
-DIFFERENCE = "optimum_lfm2.logits_difference"
+DIFFERENCE = "optimum_lfm2.difference"
+COMPARED = "optimum_lfm2.compared"
 QUALITY = "optimum_lfm2.quality"
 TEXT = "optimum_lfm2.quality_text"
 CHECKPOINT = "optimum_lfm2.checkpoint"
@@ -49,7 +50,8 @@ class Published:
 
     Attributes:
         caches: its cache tensors, by the names of its inputs and outputs.
-        difference: of its logits from transformers', the largest when it was checked.
+        difference: from transformers, the largest when it was checked.
+        compared: what that is a difference of.
         quality: as `optimum_lfm2.evaluate` measured it, None where no text was given.
         text: the name of that text's file.
         checkpoint: the fingerprint of the checkpoint that it was made of.
@@ -59,6 +61,7 @@ class Published:
     path: Path
     caches: list[CacheTensor]
     difference: float
+    compared: str
     quality: Quality | None
     text: str
     checkpoint: str
@@ -73,6 +76,7 @@ class Published:
             path,
             caches,
             float(notes.get(DIFFERENCE, "nan")),
+            notes.get(COMPARED, ""),
             Quality(**json.loads(notes[QUALITY])) if QUALITY in notes else None,
             notes.get(TEXT, ""),
             notes.get(CHECKPOINT, ""),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import json
-import math
 from argparse import Namespace
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -25,9 +24,10 @@ from optimum_lfm2.evaluate import load, measure, read_chunks, torch_model
 from optimum_lfm2.export.card import CardOptions, write_card
 from optimum_lfm2.export.checkpoint import find_tensors, fingerprint
 from optimum_lfm2.export.loading import Lfm2TasksManager, is_causal
-from optimum_lfm2.export.options import check_model
+from optimum_lfm2.export.options import check_atol, check_model
 from optimum_lfm2.export.precisions import (
     CHECKPOINT,
+    COMPARED,
     DIFFERENCE,
     ONNX_FOLDER,
     PRECISIONS,
@@ -83,8 +83,7 @@ class Job:
             raise Lfm2Error(f"--precisions {' '.join(unknown)}: there are {', '.join(PRECISIONS)}.")
         if args.cache_names not in CACHE_NAMES:
             raise Lfm2Error(f"--cache-names {args.cache_names}: there are {', '.join(CACHE_NAMES)}.")
-        if args.atol is not None and not (math.isfinite(args.atol) and args.atol >= 0):
-            raise Lfm2Error(f"--atol {args.atol}: a tolerance is a number from 0 on, such as 1e-4.")
+        check_atol(args.atol)
         if Path(args.model).is_dir() and args.output.resolve() == Path(args.model).resolve():
             raise Lfm2Error(f"{args.output} is the checkpoint itself. Give another folder to write to.")
         return cls(
@@ -180,20 +179,24 @@ def _read_text(job: Job, folder: Path) -> list[torch.Tensor] | None:
 
 
 def _write_files(job: Job, folder: Path, checkpoint: str) -> list[str]:
-    """Each precision's file, checked. Returns a line for each failure."""
+    """Each precision's file, checked; the weights are loaded once for each dtype. Returns a line for each failure."""
     failed = []
-    for name in job.precisions:
-        precision = PRECISIONS[name]
-        path = folder / ONNX_FOLDER / precision.file
-        gc.collect()  # the model of the precision before
-        try:
-            difference = _write_file(job, _load(job, precision.dtype), precision, path)
-        except Lfm2Error as error:
-            failed.append(_removed(name, path, error))
-            continue
-        annotate(path, {DIFFERENCE: repr(difference), CHECKPOINT: checkpoint})
-        size = Published.read(name, path).size
-        print(f"{name}: {precision.file}, {size / 1e6:.1f} MB, logits within {difference:.2g} of transformers'")
+    for dtype in DTYPES:
+        precisions = {name: PRECISIONS[name] for name in job.precisions if PRECISIONS[name].dtype == dtype}
+        model = _load(job, dtype) if precisions else None
+        for name, precision in precisions.items():
+            path = folder / ONNX_FOLDER / precision.file
+            try:
+                notes = _write_file(job, model, precision, path)
+            except Lfm2Error as error:
+                failed.append(_removed(name, path, error))
+                continue
+            annotate(path, {CHECKPOINT: checkpoint, **notes})
+            file = Published.read(name, path)
+            size, difference = f"{file.size / 1e6:.1f} MB", f"{file.difference:.2g}"
+            print(f"{name}: {precision.file}, {size}, within {difference} of transformers")
+        del model
+        gc.collect()
     return failed
 
 
@@ -210,8 +213,8 @@ def _load(job: Job, dtype: str) -> Any:
     )
 
 
-def _write_file(job: Job, model: Any, precision: Precision, path: Path) -> float:
-    """Export to `path` and check the file; returns the largest difference of its logits."""
+def _write_file(job: Job, model: Any, precision: Precision, path: Path) -> dict[str, str]:
+    """Export to `path` and check the file; returns what the check found, for the file's metadata."""
     constructor: Any = TasksManager.get_exporter_config_constructor(
         "onnx", model=model, task=TASK, library_name="transformers"
     )
@@ -226,7 +229,8 @@ def _write_file(job: Job, model: Any, precision: Precision, path: Path) -> float
     _, outputs = convert.export(
         model, config, path, dtype=precision.dtype, input_shapes=dict(TRACED), model_kwargs=dict(options)
     )
-    return check_file(path, config, model, outputs, options, job.atol)
+    differences = check_file(path, config, model, outputs, options, job.atol)
+    return {DIFFERENCE: repr(config.headline(differences)), COMPARED: config.COMPARED}
 
 
 def _measure(job: Job, files: list[Published], text: list[torch.Tensor]) -> list[str]:

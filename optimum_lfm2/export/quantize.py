@@ -5,7 +5,7 @@ A row of a weight is cut into blocks, each with one scale and no zero point: w â
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from onnx_ir.tensor_adapters import TorchTensor
 
 from optimum_lfm2.errors import Lfm2Error
-from optimum_lfm2.export.ops import PLACEHOLDER_DOMAIN
+from optimum_lfm2.export.editing import add_initializer, is_parameter, parameter_name, substitute
 
 
 CONTRIB_DOMAIN = "com.microsoft"
@@ -120,27 +120,33 @@ def pack(codes: torch.Tensor, blocks: Blocks) -> torch.Tensor:
     return codes if blocks.bits == 8 else codes[..., 0::2] | codes[..., 1::2] << 4
 
 
+def module_blocks(model: torch.nn.Module, scheme: Scheme) -> dict[Any, Blocks]:
+    """How the graph stores the weight of each module of transformers' model that it quantises."""
+    head, blocks = getattr(model, HEAD, None), {}
+    for module in model.modules():
+        embeds = isinstance(module, torch.nn.Embedding) and scheme.embedding != "float"
+        if module is head or embeds:
+            blocks[module] = scheme.table
+        elif isinstance(module, torch.nn.Linear):
+            blocks[module] = scheme.linear
+    return blocks
+
+
 @contextmanager
 def dequantized(model: torch.nn.Module, scheme: Scheme | None) -> Iterator[None]:
     """Within the block, `model` computes with the values that its quantised graph stands for."""
-    modules: list[Any] = []
-    if scheme is not None:
-        kinds = (torch.nn.Linear,) if scheme.embedding == "float" else (torch.nn.Linear, torch.nn.Embedding)
-        modules = [module for module in model.modules() if isinstance(module, kinds)]
-    originals = [module.weight for module in modules]
-    head = getattr(model, HEAD, None)
-    tables = {id(module.weight) for module in modules if module is head or isinstance(module, torch.nn.Embedding)}
+    blocks = {} if scheme is None else module_blocks(model, scheme)
+    originals = {module: module.weight for module in blocks}
     replaced: dict[int, torch.nn.Parameter] = {}
     try:
-        for module, original in zip(modules, originals, strict=True):
+        for module, original in originals.items():
             if id(original) not in replaced:
-                blocks = scheme.table if id(original) in tables else scheme.linear
-                values = rounded(original.detach(), blocks)
+                values = rounded(original.detach(), blocks[module])
                 replaced[id(original)] = torch.nn.Parameter(values, requires_grad=False)
             module.weight = replaced[id(original)]
         yield
     finally:
-        for module, original in zip(modules, originals, strict=True):
+        for module, original in originals.items():
             module.weight = original
 
 
@@ -164,8 +170,8 @@ class Quantizer:
 
     def run(self) -> None:
         nodes = list(self.graph)
-        linears = [node for node in nodes if node.op_type == "Gemm" and _is_parameter(node.inputs[1])]
-        embeddings = [node for node in nodes if node.op_type == "Gather" and _is_parameter(node.inputs[0])]
+        linears = [node for node in nodes if node.op_type == "Gemm" and is_parameter(node.inputs[1])]
+        embeddings = [node for node in nodes if node.op_type == "Gather" and is_parameter(node.inputs[0])]
         self._tables = {f"{HEAD}.weight", *(parameter_name(node.inputs[0]) for node in embeddings)}
         for node in linears:
             self._linear(node)
@@ -186,7 +192,7 @@ class Quantizer:
         if weight.dtype == ir.DataType.FLOAT:
             attributes["accuracy_level"] = INT8_ACTIVATIONS
         arguments = [x, packed, scales, *((None, None, *bias) if bias else ())]
-        self._replace(node, self._added(node, "MatMulNBits", arguments, attributes, CONTRIB_DOMAIN))
+        substitute(node, self._added(node, "MatMulNBits", arguments, attributes, CONTRIB_DOMAIN))
 
     def _embedding(self, node: ir.Node) -> None:
         table, _ = node.inputs
@@ -194,11 +200,11 @@ class Quantizer:
         read = self._portable_rows if self.scheme.embedding == "portable" else self._fused_rows
         rows = read(node)
         if width % blocks.block_size == 0:
-            self._replace(node, rows)
+            substitute(node, rows)
             return
         name = parameter_name(table)
         bounds = [self._constant(f"{name}.{part}", value) for part, value in (("from", 0), ("to", width), ("axis", 1))]
-        self._replace(node, self._added(node, "Slice", [rows, *bounds]))
+        substitute(node, self._added(node, "Slice", [rows, *bounds]))
 
     def _fused_rows(self, node: ir.Node) -> ir.Value:
         """The embedding's rows in float, with the padding of the last block."""
@@ -233,9 +239,11 @@ class Quantizer:
         )
 
     def _initializer(self, name: str, dtype: ir.DataType, shape: tuple[int, ...], weight: str, part: int) -> ir.Value:
-        if name not in self.graph.initializers:
-            register(self.graph, name, dtype, ir.Shape(shape), lambda: TorchTensor(self._quantized(weight)[part]))
-        return self.graph.initializers[name]
+        read = partial(self._part, weight, part)
+        return add_initializer(self.graph, ir.LazyTensor(read, dtype=dtype, shape=ir.Shape(shape), name=name))
+
+    def _part(self, name: str, part: int) -> ir.TensorProtocol:
+        return TorchTensor(self._quantized(name)[part])
 
     def _quantize(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
         weight = self.weights[name].detach()
@@ -248,8 +256,7 @@ class Quantizer:
         return pack(codes, blocks), scales
 
     def _constant(self, name: str, value: int, dtype: ir.DataType = ir.DataType.INT64) -> ir.Value:
-        register(self.graph, name, dtype, ir.Shape((1,)), partial(ir.tensor, [value], dtype))
-        return self.graph.initializers[name]
+        return add_initializer(self.graph, ir.tensor([value], dtype, name=name))
 
     def _added(
         self,
@@ -263,26 +270,3 @@ class Quantizer:
         node = ir.node(operator, inputs, attributes, domain=domain)
         self.graph.insert_before(before, node)
         return node.outputs[0]
-
-    def _replace(self, old: ir.Node, result: ir.Value) -> None:
-        output = old.outputs[0]
-        result.name, result.type, result.shape = output.name, output.type, output.shape
-        output.replace_all_uses_with(result)
-        self.graph.remove(old, safe=True)
-
-
-def register(
-    graph: ir.Graph, name: str, dtype: ir.DataType, shape: ir.Shape, read: Callable[[], ir.TensorProtocol]
-) -> None:
-    """Add an initializer that reads its values only while the file is written."""
-    tensor = ir.LazyTensor(read, dtype=dtype, shape=shape, name=name)
-    graph.register_initializer(ir.Value(name=name, shape=shape, type=ir.TensorType(dtype), const_value=tensor))
-
-
-def _is_parameter(value: ir.Value | None) -> bool:
-    node = value.producer() if value is not None else None
-    return node is not None and node.domain == PLACEHOLDER_DOMAIN
-
-
-def parameter_name(value: ir.Value) -> str:
-    return value.producer().attributes.get_string("name")

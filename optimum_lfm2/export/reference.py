@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from transformers import PreTrainedModel
@@ -34,20 +34,30 @@ def fill_visible(
         present: one tuple of caches a layer.
     """
     past_length = attention_mask.shape[1] - input_ids.shape[1]
-    for row in range(input_ids.shape[0]):
-        visible = attention_mask[row].nonzero()[:, 0]
-        seen, new = visible[visible < past_length], visible[visible >= past_length] - past_length
-        if len(new) == 0:
-            continue
+    for row, seen, new in visible_rows(attention_mask, past_length):
         caches = None if past is None else row_of(past, row, seen)
         outputs, caches = _run_row(model, input_ids[row, new], caches, len(seen))
         output[row, new] = outputs
-        for layer_type, own, caches_of_layer in zip(model.config.layer_types, caches, present, strict=True):
-            for mine, whole in zip(own, caches_of_layer, strict=True):
-                if layer_type == CONV:
-                    whole[row] = mine[0]
-                else:
-                    whole[row][:, past_length + new] = mine[0][:, len(seen) :]
+        fill_caches(present, caches, model.config.layer_types, row, past_length + new)
+
+
+def visible_rows(mask: torch.Tensor, past_length: int) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+    """Each row that has a new token to see: its index, the cached columns that it sees, and which new tokens."""
+    for row in range(len(mask)):
+        visible = mask[row].nonzero()[:, 0]
+        seen, new = visible[visible < past_length], visible[visible >= past_length] - past_length
+        if len(new):
+            yield row, seen, new
+
+
+def fill_caches(present: Caches, own: Caches, layer_types: Sequence[str], row: int, columns: torch.Tensor) -> None:
+    """Write a row's own caches over `present`: conv states, and of keys and values the new columns, its last ones."""
+    for layer_type, mine, whole in zip(layer_types, own, present, strict=True):
+        for x, target in zip(mine, whole, strict=True):
+            if layer_type == CONV:
+                target[row] = x[0]
+            else:
+                target[row][:, columns] = x[0][:, -len(columns) :].to(target.dtype)
 
 
 def row_of(past: Caches, row: int, seen: torch.Tensor) -> Caches:

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from optimum_lfm2.export.checkpoint import stored_tensors, tied_names
 from optimum_lfm2.export.experts import ExpertWeights, is_packed
 from optimum_lfm2.export.moe import expert_blocks
-from optimum_lfm2.export.quantize import HEAD, Scheme, rounded
+from optimum_lfm2.export.quantize import Scheme, module_blocks, rounded
 
 
 class StandIns(Mapping[str, Any]):
@@ -31,6 +31,8 @@ class StandIns(Mapping[str, Any]):
         self._model, self._weights, self._scheme = model, weights, scheme
         self._tied = tied_names(model)
         self._shapes = {name: tensor.shape for name, tensor in stored_tensors(model).items()}
+        blocks = {} if scheme is None else module_blocks(model, scheme)
+        self._blocks = {f"{name}.weight": blocks.get(module) for name, module in model.named_modules()}
 
     def __getitem__(self, name: str) -> Any:
         weight, shape = self._weights[self._tied[name]], self._shapes[name]
@@ -39,18 +41,7 @@ class StandIns(Mapping[str, Any]):
             widths = config.hidden_size, config.moe_intermediate_size
             blocks = None if self._scheme is None else expert_blocks(self._scheme, widths)
             return ExpertWeights(lambda index: rounded(weight[index].detach(), blocks).float(), shape)
-        return rounded(weight.detach(), self._blocks(name)).float()
-
-    def _blocks(self, name: str) -> Any:
-        if self._scheme is None:
-            return None
-        module = self._model.get_submodule(name.rpartition(".")[0])
-        embeds, head = isinstance(module, torch.nn.Embedding), module is getattr(self._model, HEAD, None)
-        if embeds and self._scheme.embedding == "float":
-            return None
-        if embeds or head:
-            return self._scheme.table
-        return self._scheme.linear if isinstance(module, torch.nn.Linear) and name.endswith(".weight") else None
+        return rounded(weight.detach(), self._blocks.get(name)).float()
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._tied)

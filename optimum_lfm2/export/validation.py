@@ -63,7 +63,7 @@ def strict_validation(atol: float | None) -> Iterator[None]:
 
 def check_file(
     path: Path, config: Any, model: Any, outputs: list[str], model_kwargs: dict[str, Any], atol: float | None
-) -> float:
+) -> dict[str, float]:
     """Run one file and transformers on the same inputs, as Optimum's validation does.
 
     Args:
@@ -73,7 +73,7 @@ def check_file(
         atol: as in `strict_validation`.
 
     Returns:
-        The largest difference of the logits; 0 where it is no more than rounding.
+        The largest difference of each output; none where all are no more than rounding.
 
     Raises:
         Lfm2Error: for a file that onnxruntime does not run, or that computes something else.
@@ -85,12 +85,12 @@ def check_file(
     except AtolError as error:
         differences = _differences(error)
         _judge(differences, config, atol)
-        return differences.get("logits", 0.0)
+        return differences
     except (Lfm2Error, OSError):
         raise
     except Exception as error:  # onnxruntime has a class for each status, and no common one
         raise Lfm2Error(f"The file is wrong and was not kept. {' '.join(str(error).split())}") from error
-    return 0.0
+    return {}
 
 
 def _differences(error: AtolError) -> dict[str, float]:

@@ -13,9 +13,10 @@ from onnx_ir.tensor_adapters import TorchTensor
 from tqdm import tqdm
 
 from optimum_lfm2.caches import LOGITS_TO_KEEP
+from optimum_lfm2.export.editing import add_initializer
 from optimum_lfm2.export.moe import place_experts
 from optimum_lfm2.export.ops import PLACEHOLDER_DOMAIN
-from optimum_lfm2.export.quantize import CONTRIB_DOMAIN, Quantizer, Scheme, register
+from optimum_lfm2.export.quantize import CONTRIB_DOMAIN, Quantizer, Scheme
 
 
 # Small tensors stay in model.onnx: onnxruntime-web reads shapes and axes from there alone.
@@ -68,10 +69,9 @@ def _replace_placeholders(graph: ir.Graph, weights: Mapping[str, torch.Tensor]) 
         key = name if tap < 0 else f"{name}.{tap}"
         placeholder = node.outputs[0]
         if placeholder.uses():  # the quantiser leaves some without
-            if key not in graph.initializers:
-                read = partial(_read, weights, name, tap)
-                register(graph, key, placeholder.dtype, placeholder.shape, read)
-            placeholder.replace_all_uses_with(graph.initializers[key])
+            read = partial(_read, weights, name, tap)
+            tensor = ir.LazyTensor(read, dtype=placeholder.dtype, shape=placeholder.shape, name=key)
+            placeholder.replace_all_uses_with(add_initializer(graph, tensor))
         graph.remove(node, safe=True)
 
 

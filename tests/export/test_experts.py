@@ -103,28 +103,16 @@ def test_router(count, normalise, factor, biased, offset, tmp_path):
         torch.testing.assert_close(torch.from_numpy(shares), expected, rtol=2e-6, atol=0)
 
 
-def test_equal_scores(checkpoint, tmp_path):
-    """Twins have one score: whichever is chosen, or both, each counts once."""
+@pytest.mark.parametrize("twins", [2, 8])
+def test_equal_scores(twins, checkpoint, tmp_path):
+    """Twins have one score: whichever are chosen, each counts once. Transformers leaves open which."""
 
     def change(tensors):
         for name, tensor in tensors.items():
             if name.endswith(("gate.weight", "expert_bias")):
-                tensor[1::2] = tensor[::2]
+                tensor[:] = tensor[::twins].repeat_interleave(twins, dim=0)
             elif match := re.fullmatch(r"(.*\.experts\.)(\d+)(\..*)", name):
-                tensor[:] = tensors[f"{match[1]}{int(match[2]) // 2 * 2}{match[3]}"]
-
-    equal_to_gold(changed(checkpoint, tmp_path, change), tmp_path)
-
-
-def test_all_scores_equal(checkpoint, tmp_path):
-    """The first experts then; transformers leaves open which, so they must all be the same."""
-
-    def change(tensors):
-        for name, tensor in tensors.items():
-            if name.endswith(("gate.weight", "expert_bias")):
-                tensor.zero_()
-            elif match := re.fullmatch(r"(.*\.experts\.)(\d+)(\..*)", name):
-                tensor[:] = tensors[f"{match[1]}0{match[3]}"]
+                tensor[:] = tensors[f"{match[1]}{int(match[2]) // twins * twins}{match[3]}"]
 
     equal_to_gold(changed(checkpoint, tmp_path, change), tmp_path)
 

@@ -1,31 +1,13 @@
-"""What the tests with other clients share: a folder as on the Hub, and the gold for it."""
+"""What the tests with other clients share: files in a plain loop, and the gold for them."""
 
 from __future__ import annotations
 
-import json
-from argparse import ArgumentParser
 from functools import cache
-from pathlib import Path
 
 import pytest
 import torch
 from clients import NEW, PROMPTS, PlainModel
 from transformers import AutoTokenizer
-
-from optimum.commands.lfm2.export_lfm2 import ExportLfm2Command
-from optimum_lfm2.export.publish import Job, publish
-
-
-@pytest.fixture(scope="session")
-def hub_folder(checkpoint, tmp_path_factory) -> Path:
-    """What `optimum-cli export lfm2` writes of the trained checkpoint: every precision. Never write to it."""
-    folder = tmp_path_factory.mktemp("hub") / "model"
-    parser = ArgumentParser()
-    ExportLfm2Command.parse_args(parser)
-    args = parser.parse_args(["--model", str(checkpoint("trained")), str(folder)])
-    config = json.loads((checkpoint("trained") / "config.json").read_text(encoding="utf-8"))
-    assert publish(Job.read(args, config)) == []
-    return folder
 
 
 @pytest.fixture(scope="session")
