@@ -20,6 +20,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
+from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from optimum_lfm2.caches import CONV
@@ -29,6 +30,8 @@ from optimum_lfm2.errors import Lfm2Error
 Caches = Sequence[tuple[torch.Tensor, ...]]
 
 TRANSFORMERS_5 = int(transformers.__version__.split(".")[0]) >= 5
+# transformers' name for the cache that a forward takes and gives: another from 5.24 on. Goes with the releases before.
+CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 CHAT_TEMPLATE = "chat_template.jinja"
 
@@ -198,7 +201,7 @@ if TRANSFORMERS_5:
         """The first output of transformers' forward for one row's new `ids`, (1, new), on `length` cached tokens."""
         cache.length = length
         positions = torch.arange(length, length + ids.shape[1], device=ids.device)
-        return model(input_ids=ids, position_ids=positions[None], past_key_values=cache, use_cache=True)[0]
+        return model(input_ids=ids, position_ids=positions[None], use_cache=True, **{CACHE: cache})[0]
 
 else:
     from transformers.models.lfm2.modeling_lfm2 import Lfm2HybridConvCache

@@ -85,6 +85,7 @@ class ORTLfm2ForCausalLM(compat.GenerationWithoutExperts, ORTModelForCausalLM):
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         return_dict: bool | None = None,
+        cache: Lfm2Cache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast | tuple:
         """Logits of new tokens, and the cache that knows them.
@@ -96,28 +97,29 @@ class ORTLfm2ForCausalLM(compat.GenerationWithoutExperts, ORTModelForCausalLM):
             past_key_values: the cache of an earlier call; it is changed, and returned.
             use_cache: whether to return a cache; by default what the config says.
             logits_to_keep: the logits of the last so many tokens only (0: all), or of the tokens at these indices.
+            cache: another name for `past_key_values`, which transformers has from 5.24 on.
 
         Returns:
-            `logits`, (batch_size, kept, vocab_size) in the graph's dtype, and `past_key_values`.
+            `logits`, (batch_size, kept, vocab_size) in the graph's dtype, and the cache by transformers' name for it.
 
         Raises:
             Lfm2Error: for ids outside the vocabulary, a mask of another length, a prompt that is too long, arguments
                 that an exported graph cannot honour.
         """
         self._refuse(kwargs)
-        if past_key_values is not None and not isinstance(past_key_values, Lfm2Cache):
+        cache = past_key_values if cache is None else cache
+        if cache is not None and not isinstance(cache, Lfm2Cache):
             raise Lfm2Error(
-                f"past_key_values is a {type(past_key_values).__name__}; this model continues only the cache that it "
+                f"past_key_values is a {type(cache).__name__}; this model continues only the cache that it "
                 "returned itself, which holds convolution states too."
             )
         use_cache = self.config.use_cache if use_cache is None else use_cache
-        if (use_cache or past_key_values is not None) and not self.can_use_cache:
+        if (use_cache or cache is not None) and not self.can_use_cache:
             raise Lfm2Error(
                 f"{self.path} has no cache inputs. Export it for text-generation-with-past, or pass use_cache=False."
             )
-        attention_mask = self._checked(input_ids, attention_mask, past_key_values)
+        attention_mask = self._checked(input_ids, attention_mask, cache)
 
-        cache = past_key_values
         if cache is None and self.can_use_cache:
             cache = self._graph.new_cache(input_ids.shape[0])
         keep = logits_to_keep if isinstance(logits_to_keep, int) else 0
@@ -127,7 +129,7 @@ class ORTLfm2ForCausalLM(compat.GenerationWithoutExperts, ORTModelForCausalLM):
         cache = cache if use_cache else None
         if return_dict is False:
             return (logits,) if cache is None else (logits, cache)
-        return CausalLMOutputWithPast(logits=logits, past_key_values=cache)  # type: ignore[arg-type]
+        return CausalLMOutputWithPast(logits=logits, **{compat.CACHE: cache})  # type: ignore[arg-type]
 
     def _checked(self, ids: torch.Tensor, mask: torch.Tensor | None, cache: Lfm2Cache | None) -> torch.Tensor:
         """The attention mask, after the checks that `forward` promises."""
@@ -164,7 +166,13 @@ class ORTLfm2ForCausalLM(compat.GenerationWithoutExperts, ORTModelForCausalLM):
                 raise Lfm2Error(f"{name}=True cannot be honoured: the exported graph gives logits and caches alone.")
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Transformers' `generate`, with torch held to one thread until it returns."""
+        """Transformers' `generate`, with torch held to one thread until it returns.
+
+        A cache to go on from is `past_key_values` or `cache`, whatever this transformers calls it.
+        """
+        past, cache = (kwargs.pop(name, None) for name in ("past_key_values", "cache"))
+        if (cache := past if cache is None else cache) is not None:
+            kwargs[compat.CACHE] = cache
         with single_torch_thread():
             return super().generate(*args, **kwargs)
 
@@ -184,8 +192,8 @@ class ORTLfm2ForCausalLM(compat.GenerationWithoutExperts, ORTModelForCausalLM):
         if not generation_config.use_cache:
             return
         rows = batch_size * max(generation_config.num_beams, generation_config.num_return_sequences)
-        if model_kwargs.get("past_key_values") is None:
-            model_kwargs["past_key_values"] = self._graph.new_cache(rows, min(max_cache_length, PREALLOCATED))
+        if model_kwargs.get(compat.CACHE) is None:
+            model_kwargs[compat.CACHE] = self._graph.new_cache(rows, min(max_cache_length, PREALLOCATED))
 
     def prepare_inputs_for_generation(
         self,
@@ -194,16 +202,18 @@ class ORTLfm2ForCausalLM(compat.GenerationWithoutExperts, ORTModelForCausalLM):
         attention_mask: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        cache: Lfm2Cache | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
         """The tokens that the cache has not seen, and the mask as it is."""
-        if past_key_values is not None:
+        cache = past_key_values if cache is None else cache
+        if cache is not None:
             # The mask counts all tokens; the ids may be all of them or the new ones alone.
             length = (input_ids if attention_mask is None else attention_mask).shape[1]
-            input_ids = input_ids[:, past_key_values.length - length :]
+            input_ids = input_ids[:, cache.length - length :]
         return {
             "input_ids": input_ids,
-            "past_key_values": past_key_values,
+            compat.CACHE: cache,
             "attention_mask": attention_mask,
             "use_cache": use_cache,
             "logits_to_keep": logits_to_keep,

@@ -14,7 +14,7 @@ from optimum.pipelines import pipeline
 from transformers import AutoTokenizer, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
-from optimum_lfm2 import ORTLfm2ForCausalLM
+from optimum_lfm2 import ORTLfm2ForCausalLM, compat
 from optimum_lfm2.errors import Lfm2Error
 from optimum_lfm2.runtime import rows
 from optimum_lfm2.runtime.cache import Lfm2Cache
@@ -65,7 +65,7 @@ def decode(model: ORTLfm2ForCausalLM, out, mask: torch.Tensor, tokens: torch.Ten
     taken = [tokens]
     while len(taken) < count:
         mask = torch.cat([mask, torch.ones(len(mask), 1, dtype=torch.int64)], dim=1)
-        out = model(input_ids=taken[-1][:, None], attention_mask=mask, past_key_values=out.past_key_values)
+        out = model(input_ids=taken[-1][:, None], attention_mask=mask, **{compat.CACHE: out[compat.CACHE]})
         taken.append(out.logits[:, -1].argmax(-1))
     return torch.stack(taken, dim=1).tolist()
 
@@ -129,7 +129,7 @@ def test_chat_goes_on_from_the_returned_cache(either, gold, gold_model):
     assert again[0, len(chat) :].tolist() == expected
     assert out.sequences[0, len(turn) :].tolist() == reply
     # once more from the same point: the copy left the first cache alone
-    assert either.generate(chat[None], past_key_values=out.past_key_values, **GREEDY)[0].tolist() == again[0].tolist()
+    assert either.generate(chat[None], cache=out.past_key_values, **GREEDY)[0].tolist() == again[0].tolist()
 
 
 def test_chats_of_several_rows_with_padding_in_every_turn(either, gold_model):

@@ -24,6 +24,7 @@ class Lfm2Cache:
     """
 
     is_compileable = False
+    is_linear = (False,)  # not all layers: so `generate` asks how many columns were seen
 
     def __init__(self, layout: GraphLayout, batch_size: int, device: torch.device, capacity: int = 0) -> None:
         self.layout = layout
