@@ -6,7 +6,8 @@ Both models read the same chunks; the second half of each is scored, where the m
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,12 +21,16 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from optimum_lfm2 import compat
 from optimum_lfm2.caches import LOGITS_TO_KEEP
 from optimum_lfm2.errors import Lfm2Error
+from optimum_lfm2.export.loading import Lfm2TasksManager, materialize_buffers
+from optimum_lfm2.export.streamed import StandIns, streamed
 
 
-# ids (1, length) and a count → logits of the last `count` tokens, float (count, vocabulary)
-Model = Callable[[torch.Tensor, int], torch.Tensor]
+# chunks, ids (1, length) each → of each in turn the logits to score, float (scored(ids), vocabulary)
+Model = Callable[[Sequence[torch.Tensor]], Iterator[torch.Tensor]]
 
+MOE = "lfm2_moe"
 TOKENS_AT_ONCE = 64  # in double precision: bounds the memory of the comparison
+TOKENS_A_PASS = 8192  # through a model that is read layer by layer: bounds the memory of what a layer computes
 DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
@@ -85,7 +90,13 @@ def evaluate(
 def measure(own: Model, gold: Model, pieces: Sequence[torch.Tensor]) -> Quality:
     """Compare two models on chunks, each int64 (1, length)."""
     progress = tqdm(pieces, desc="Comparing", unit="chunk", disable=None, leave=False)
-    return summarise(compare(own(ids, scored), gold(ids, scored), ids[0]) for ids, scored in _scored(progress))
+    compared = zip(progress, own(pieces), gold(pieces), strict=True)
+    return summarise(compare(logits, reference, ids[0]) for ids, logits, reference in compared)
+
+
+def scored(ids: torch.Tensor) -> int:
+    """How many logits the second half of a chunk takes: those before each of its tokens, and after the last."""
+    return ids.shape[1] - ids.shape[1] // 2 + 1
 
 
 @dataclass(frozen=True)
@@ -175,12 +186,13 @@ class _OnnxModel:
         if "logits" not in (output.name for output in self._session.get_outputs()):
             raise Lfm2Error(f"{path} has no output named logits. Export it for text-generation.")
 
-    def __call__(self, ids: torch.Tensor, count: int) -> torch.Tensor:
-        feeds = {name: self._feed(value, ids, count) for name, value in self._inputs.items()}
-        (logits,) = self._session.run(["logits"], feeds)
-        return torch.from_numpy(logits[0, -count:])
+    def __call__(self, chunks: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
+        for ids in chunks:
+            feeds = {name: self._feed(value, ids) for name, value in self._inputs.items()}
+            (logits,) = self._session.run(["logits"], feeds)
+            yield torch.from_numpy(logits[0, -scored(ids) :])
 
-    def _feed(self, value: Any, ids: torch.Tensor, count: int) -> np.ndarray:
+    def _feed(self, value: Any, ids: torch.Tensor) -> np.ndarray:
         if value.name == "input_ids":
             return ids.numpy()
         if value.name == "attention_mask":
@@ -188,7 +200,7 @@ class _OnnxModel:
         if value.name == "position_ids":
             return np.arange(ids.shape[1], dtype=np.int64)[None]
         if value.name == LOGITS_TO_KEEP:
-            return np.array(count, dtype=np.int64)
+            return np.array(scored(ids), dtype=np.int64)
         if value.name.startswith("past") and value.type in DTYPES:
             shape = [axis if isinstance(axis, int) else int(axis == value.shape[0]) for axis in value.shape]
             return np.zeros(shape, dtype=DTYPES[value.type])
@@ -199,23 +211,71 @@ def _transformers_model(folder: Path) -> Model:
     try:
         config = AutoConfig.from_pretrained(folder)
         compat.check_model_type(config.model_type)
+        if config.model_type == MOE:
+            task = "text-generation"
+            return reference_model(Lfm2TasksManager.get_model_from_task(task, str(folder), torch_dtype=torch.float32))
         compat.spell_rope_for_both(config)
         model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32).eval()
     except Lfm2Error:
         raise
     except (OSError, ValueError) as error:
         raise Lfm2Error(f"{folder} holds neither an ONNX file nor a checkpoint ({_first_line(error)}).") from None
-    return torch_model(model)
+    return _WholeModel(model)
 
 
-def torch_model(model: PreTrainedModel) -> Model:
+def reference_model(model: Any) -> Model:
+    """A model of `Lfm2TasksManager`, in float32: read as a whole, but for experts, which may be larger than memory."""
+    weights = getattr(model, "checkpoint", None)
+    if model.config.model_type == MOE and weights is not None:
+        return _StreamedModel(model, weights)
+    return _WholeModel(model.to("cpu"))
+
+
+class _WholeModel:
     """A model of transformers, as it is."""
 
-    @torch.no_grad()
-    def run(ids: torch.Tensor, count: int) -> torch.Tensor:
-        return model(input_ids=ids, use_cache=False, logits_to_keep=count).logits[0]
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model = model
 
-    return run
+    def __call__(self, chunks: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
+        for ids in chunks:
+            yield self._logits(ids)
+
+    @torch.no_grad()
+    def _logits(self, ids: torch.Tensor) -> torch.Tensor:
+        return self._model(input_ids=ids, use_cache=False, logits_to_keep=scored(ids)).logits[0]
+
+
+class _StreamedModel:
+    """A model of transformers on the meta device: many chunks go through each layer while its weights are there."""
+
+    def __init__(self, model: Any, weights: Mapping[str, Any]) -> None:
+        materialize_buffers(model)
+        self._model = model
+        self._weights = StandIns(model, weights, scheme=None)
+
+    def __call__(self, chunks: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
+        groups = torch.cat(list(chunks)).split(max(1, TOKENS_A_PASS // chunks[0].shape[1]))
+        layers = self._model.model.layers
+        with tqdm(total=len(groups) * len(layers), desc="Reference", unit="layer", disable=None, leave=False) as bar:
+            for group in groups:
+                for ids, hidden in zip(group, self._hidden_states(group, bar), strict=True):
+                    yield self._logits(hidden[-scored(ids[None]) :])
+
+    @torch.no_grad()
+    def _hidden_states(self, ids: torch.Tensor, bar: tqdm) -> torch.Tensor:
+        def count(*_: Any) -> None:
+            bar.update()
+
+        with streamed(self._model, self._weights), ExitStack() as stack:
+            for layer in self._model.model.layers:
+                stack.callback(layer.register_forward_hook(count).remove)
+            return self._model.model(input_ids=ids, use_cache=False).last_hidden_state
+
+    @torch.no_grad()
+    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        with streamed(self._model, self._weights):
+            return self._model.lm_head(hidden)
 
 
 def _tokenizer(*folders: Path) -> Any:
@@ -254,12 +314,6 @@ def read_chunks(text: str | Path, tokenizer: Any, chunks: int, length: int) -> l
             f"{text} has {len(ids)} tokens, and two chunks of {length} are the least. Give more text or shorter chunks."
         )
     return pieces
-
-
-def _scored(chunks: Iterable[torch.Tensor]) -> Iterator[tuple[torch.Tensor, int]]:
-    """Each chunk with the number of logits that its second half takes: those before each token, and after the last."""
-    for ids in chunks:
-        yield ids, ids.shape[1] - ids.shape[1] // 2 + 1
 
 
 def _first_line(error: Exception) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -78,4 +79,18 @@ def hub_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patched.setattr(_Materialize, "__call__", lambda self, *args: loads.append(1) or load(self, *args))
         assert run("--model", TRAINED, folder, "--base-model", "me/trained", "--license", "apache-2.0", *TEXT) == 0
     assert len(loads) == 3, "the weights are loaded for each dtype, and for the text"
+    return folder
+
+
+@pytest.fixture(scope="session")
+def experts_folder(checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same of a tiny model with experts, which takes transformers 5."""
+    from publishing import run
+
+    from benchmarks.checkpoint import add_tokenizer
+
+    source = tmp_path_factory.mktemp("experts") / "checkpoint"
+    add_tokenizer(shutil.copytree(checkpoint("moe"), source))
+    folder = source.with_name("lfm2-moe")
+    assert run("--model", source, folder) == 0
     return folder

@@ -17,7 +17,8 @@ from test_modeling import GREEDY, NEW, decode, pad
 from benchmarks.checkpoint import add_tokenizer
 from optimum_lfm2 import ORTLfm2ForCausalLM, compat
 from optimum_lfm2.errors import Lfm2Error
-from optimum_lfm2.evaluate import evaluate
+from optimum_lfm2.evaluate import evaluate, load, scored
+from optimum_lfm2.export.experts import MoeCheckpoint
 
 
 LENGTHS = (9, 1, 30)
@@ -90,13 +91,36 @@ def test_evaluate(checkpoint, tmp_path):
     assert quality.top1_agreement == 1
 
 
-def test_onnxruntime_genai(checkpoint, golds, tmp_path):
+@pytest.mark.skipif(not compat.TRANSFORMERS_5, reason="transformers 4 has no lfm2_moe")
+def test_a_reference_is_read_by_layers_and_experts(checkpoint, gold_model, monkeypatch):
+    """Of any size: three passes through the weights here, and no weight in memory after one."""
+    monkeypatch.setattr("optimum_lfm2.evaluate.TOKENS_A_PASS", 70)
+    reads, read = [], MoeCheckpoint._expert
+    monkeypatch.setattr(MoeCheckpoint, "_expert", lambda self, *args: reads.append(args) or read(self, *args))
+    chunks = [row[None] for row in prompts([32] * 5)]
+    reference = load(checkpoint("moe"))
+    for ids, logits in zip(chunks, reference(chunks), strict=True):
+        gold = gold_model("moe")(input_ids=ids, logits_to_keep=scored(ids)).logits[0]
+        assert logits.shape == gold.shape == (17, 256)
+        torch.testing.assert_close(logits, gold, rtol=0, atol=1e-5)
+    assert all(parameter.is_meta for parameter in reference._model.parameters())
+    layers = gold_model("moe").config.num_hidden_layers - gold_model("moe").config.num_dense_layers
+    assert max(reads.count(one) for one in reads) == 3
+    assert len(set(reads)) <= layers * 2 * gold_model("moe").config.num_experts
+
+
+@pytest.mark.parametrize("variant", ["default", "q8", "q4"])
+def test_onnxruntime_genai(variant, checkpoint, golds, tmp_path):
     og = pytest.importorskip("onnxruntime_genai", reason="onnxruntime-genai is not installed")
     source = add_tokenizer(shutil.copytree(checkpoint("moe"), tmp_path / "source"))
-    main_export(str(source), tmp_path / "out", do_validation=False)
+    main_export(str(source), tmp_path / "out", do_validation=False, _variant=variant)
     assert json.loads((tmp_path / "out" / "genai_config.json").read_text())["model"]["type"] == "lfm2_moe"
+    rows = prompts(list(LENGTHS))
+    if variant != "default":
+        own = ORTModelForCausalLM.from_pretrained(tmp_path / "out")
+        golds = [own.generate(row[None], **GREEDY)[0, len(row) :].tolist() for row in rows]
     model = og.Model(str(tmp_path / "out"))
-    for row, gold in zip(prompts(list(LENGTHS)), golds, strict=True):
+    for row, gold in zip(rows, golds, strict=True):
         parameters = og.GeneratorParams(model)
         parameters.set_search_options(do_sample=False, max_length=len(row) + NEW, min_length=len(row) + NEW)
         generator = og.Generator(model, parameters)

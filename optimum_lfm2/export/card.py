@@ -91,7 +91,7 @@ while not generator.is_done():
     generator.generate_next_token()
     print(stream.decode(generator.get_next_tokens()[0]), end="", flush=True)
 ```
-{% if javascript %}
+{% if dtype %}
 With [Transformers.js](https://huggingface.co/docs/transformers.js) 4, in the browser or in node:
 
 ```js
@@ -107,7 +107,9 @@ const [{ generated_text }] = await generator("Once upon a time", { max_new_token
 console.log(generated_text);
 {%- endif %}
 ```
-{% endif %}
+{% if unread %}
+It cannot read {{ unread }}, whose experts take onnxruntime 1.31.
+{% endif %}{% endif %}
 With `onnxruntime` alone. The caches start out empty, and each present is the next past; `num_logits_to_keep` says
 of how many of the last tokens to compute the logits (0: of all):
 
@@ -170,11 +172,16 @@ def write_card(folder: Path, files: list[Published], old: Path, model: str, opti
     if license_ := _checkpoint_file(model, LICENSE, hub):
         shutil.copyfile(license_, folder / LICENSE)
     data = _data(model, before, _load(_checkpoint_file(model, CARD, hub)), options)
-    if all(file.cache_names == "hub" for file in files):  # which Transformers.js reads alone
+    if any(map(_javascript_reads, files)):
         data.library_name = JAVASCRIPT  # the Hub then shows how to load it: it knows this layout by that name
         data.tags = [*data.tags, JAVASCRIPT]
     name = options.repo_id or _repo_id(before) or old.resolve().name
     ModelCard.from_template(data, template_str=TEMPLATE, **_values(folder, files, name, data)).save(folder / CARD)
+
+
+def _javascript_reads(file: Published) -> bool:
+    """Whether Transformers.js 4 does: it knows the Hub's names for caches alone, and its onnxruntime is 1.30."""
+    return file.cache_names == "hub" and not file.rounds_in_experts
 
 
 def _load(path: Path | None) -> ModelCard | None:
@@ -217,12 +224,14 @@ def _values(folder: Path, files: list[Published], name: str, data: ModelCardData
     tokenizer = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
     chosen = preferred(files)
     online = "/" in name  # an id of the Hub
+    read = [file for file in files if _javascript_reads(file)]
     return {
         "name": name,
         "base_model": data.base_model,
         "file": chosen.path.name,
-        "dtype": chosen.precision,
-        "javascript": data.library_name == JAVASCRIPT,
+        # Its examples take the same file, or else the one that is read soonest.
+        "dtype": (chosen if chosen in read else min(read, key=lambda file: file.size)).precision if read else None,
+        "unread": " or ".join(file.precision for file in files if file not in read),
         "chat": "chat_template" in tokenizer,
         "folder": f'snapshot_download("{name}")' if online else f'"{name}"',
         "download": "\nfrom huggingface_hub import snapshot_download" if online else "",

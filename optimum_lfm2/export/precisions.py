@@ -55,6 +55,7 @@ class Published:
         quality: as `optimum_lfm2.evaluate` measured it, None where no text was given.
         text: the name of that text's file.
         checkpoint: the fingerprint of the checkpoint that it was made of.
+        rounds_in_experts: whether activations are rounded to 8 bits in experts, for which onnxruntime has to be 1.31.
     """
 
     precision: str
@@ -65,6 +66,7 @@ class Published:
     quality: Quality | None
     text: str
     checkpoint: str
+    rounds_in_experts: bool
 
     @classmethod
     def read(cls, precision: str, path: Path) -> Published:
@@ -80,6 +82,7 @@ class Published:
             Quality(**json.loads(notes[QUALITY])) if QUALITY in notes else None,
             notes.get(TEXT, ""),
             notes.get(CHECKPOINT, ""),
+            any(node.op_type == "QMoE" and "accuracy_level" in node.attributes for node in model.graph),
         )
 
     @property

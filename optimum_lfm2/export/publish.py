@@ -20,7 +20,7 @@ from optimum_lfm2 import compat
 from optimum_lfm2.caches import CACHE_NAMES
 from optimum_lfm2.configs import DTYPES
 from optimum_lfm2.errors import Lfm2Error
-from optimum_lfm2.evaluate import load, measure, read_chunks, torch_model
+from optimum_lfm2.evaluate import load, measure, read_chunks, reference_model
 from optimum_lfm2.export.card import CardOptions, write_card
 from optimum_lfm2.export.checkpoint import find_tensors, fingerprint
 from optimum_lfm2.export.loading import Lfm2TasksManager, is_causal
@@ -236,7 +236,7 @@ def _write_file(job: Job, model: Any, precision: Precision, path: Path) -> dict[
 def _measure(job: Job, files: list[Published], text: list[torch.Tensor]) -> list[str]:
     """Add to each file how far it is from the checkpoint in float. Returns a line for each failure."""
     failed = []
-    gold = torch_model(_load(job, "fp32").to("cpu")) if files else None
+    gold = reference_model(_load(job, "fp32")) if files else None
     for file in files:
         try:
             quality = measure(load(file.path), gold, text)

@@ -11,6 +11,7 @@ export async function makeClient(library, name, device) {
   const tokenizer = await AutoTokenizer.from_pretrained(name);
   const models = {};
   const load = async (dtype) => (models[dtype] ??= await AutoModelForCausalLM.from_pretrained(name, { dtype, device }));
+  const matrix = (rows) => new Tensor("int64", BigInt64Array.from(rows.flat(), BigInt), [rows.length, rows[0].length]);
   const numbers = (tensor) => tensor.tolist().map((row) => row.map(Number));
   const render = (chat, options) => tokenizer.apply_chat_template(chat, { add_generation_prompt: true, ...options });
 
@@ -30,6 +31,16 @@ export async function makeClient(library, name, device) {
       const columns = inputs.input_ids.dims[1];
       const output = numbers(await model.generate({ ...inputs, max_new_tokens }));
       return { columns, rows: output.map((row) => row.slice(columns)) };
+    },
+
+    /** The new tokens of each row of ids, as one batch with padding on the left. */
+    async continue({ dtype, rows, max_new_tokens }) {
+      const model = await load(dtype);
+      const columns = Math.max(...rows.map((row) => row.length));
+      const padded = (fill) => rows.map((row) => [...Array(columns - row.length).fill(0), ...row.map(fill)]);
+      const inputs = { input_ids: matrix(padded((id) => id)), attention_mask: matrix(padded(() => 1)) };
+      const output = numbers(await model.generate({ ...inputs, max_new_tokens }));
+      return output.map((row) => row.slice(columns));
     },
 
     /** The answer to each message of one chat; every turn goes on from the cache of the turn before. */
@@ -60,10 +71,7 @@ export async function makeClient(library, name, device) {
     /** Logits of every token, one row, no padding. */
     async logits({ dtype, ids }) {
       const model = await load(dtype);
-      const dims = [1, ids.length];
-      const input_ids = new Tensor("int64", BigInt64Array.from(ids, BigInt), dims);
-      const attention_mask = new Tensor("int64", new BigInt64Array(ids.length).fill(1n), dims);
-      const { logits } = await model({ input_ids, attention_mask });
+      const { logits } = await model({ input_ids: matrix([ids]), attention_mask: matrix([ids.map(() => 1)]) });
       return logits.to("float32").tolist()[0];
     },
   };
