@@ -79,43 +79,55 @@ METHODS: dict[str, Method] = {
 def quality() -> None:
     print("| codes | bits | block | table | perplexity | mean KL divergence | same top token |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
-    for label, bits, size, method, table in _candidates():
+    for label, method, scheme in _candidates():
         with tempfile.TemporaryDirectory() as folder:
-            _round_checkpoint(Path(folder), lambda w, b, m=method, s=size: _by_blocks(w, b, s, m), bits, table)
+            _round_checkpoint(Path(folder), method, scheme)
             found = evaluate(folder, DEMO / "checkpoint", DEMO / "heldout.txt")
         divergence = f"{found.kl_divergence:.6f} ± {found.kl_divergence_error:.6f}"
-        print(
-            f"| {label} | {bits} | {size} | {table} bits | {found.perplexity:.4f} | {divergence} "
-            f"| {found.top1_agreement:.2%} |",
-            flush=True,
-        )
+        cells = f"{_cells(scheme)} | {found.perplexity:.4f} | {divergence} | {found.top1_agreement:.2%}"
+        print(f"| {label} | {cells} |", flush=True)
 
 
-def _candidates() -> Iterator[tuple[str, int, int, Method, int]]:
+def _candidates() -> Iterator[tuple[str, Method, Scheme]]:
     for size in SIZES:
         for label, method in METHODS.items():
-            yield label, 4, size, method, 4
-    for bits in (4, 8):
+            yield label, method, Scheme(Blocks(4, size), Blocks(4, size))
+    for scheme in _schemes():
+        if scheme.linear.bits == 8 or scheme.table != scheme.linear:
+            yield "ours", ours, scheme
+
+
+def _schemes() -> Iterator[Scheme]:
+    """What `--variant` might be: ours are among them."""
+    for bits, table in ((4, 4), (4, 8), (8, 8)):
         for size in SIZES:
-            yield "ours", bits, size, ours, 8
+            yield Scheme(Blocks(bits, size), Blocks(table, size))
+        if (bits, table) == (4, 4):
+            yield VARIANTS["q4s"]
 
 
-def _by_blocks(weight: torch.Tensor, bits: int, size: int, method: Method) -> torch.Tensor:
-    blocks = F.pad(weight.float(), (0, -weight.shape[1] % size)).reshape(-1, size)
-    return method(blocks, bits, size).reshape(len(weight), -1)[:, : weight.shape[1]]
+def _cells(scheme: Scheme) -> str:
+    """Bits, block and table, as cells of a row."""
+    linear, table = scheme.linear, scheme.table
+    own = "" if table.block_size == linear.block_size else f", blocks of {table.block_size}"
+    return f"{linear.bits} | {linear.block_size} | {table.bits} bits{own}"
 
 
 @torch.no_grad()
-def _round_checkpoint(
-    folder: Path, rounded: Callable[[torch.Tensor, int], torch.Tensor], bits: int, table: int
-) -> None:
+def _round_checkpoint(folder: Path, method: Method, scheme: Scheme) -> None:
     model = Lfm2ForCausalLM.from_pretrained(DEMO / "checkpoint", dtype=torch.float32)
     embedding = model.get_input_embeddings().weight  # the head is tied to it
-    embedding.copy_(rounded(embedding, table))
+    embedding.copy_(_by_blocks(embedding, scheme.table, method))
     for module in model.modules():
         if isinstance(module, torch.nn.Linear) and module.weight is not embedding:
-            module.weight.copy_(rounded(module.weight, bits))
+            module.weight.copy_(_by_blocks(module.weight, scheme.linear, method))
     model.save_pretrained(folder)
+
+
+def _by_blocks(weight: torch.Tensor, blocks: Blocks, method: Method) -> torch.Tensor:
+    size = blocks.block_size
+    values = F.pad(weight.float(), (0, -weight.shape[1] % size)).reshape(-1, size)
+    return method(values, blocks.bits, size).reshape(len(weight), -1)[:, : weight.shape[1]]
 
 
 def speed(work: Path, rounds: int, threads: int) -> None:
@@ -123,30 +135,23 @@ def speed(work: Path, rounds: int, threads: int) -> None:
     checkpoint = work / "lfm2-350m"
     if not (checkpoint / "config.json").is_file():
         make_350m(checkpoint)
-    schemes = {(bits, size, table): Scheme(Blocks(bits, size), Blocks(table, size)) for bits, size, table in _layouts()}
-    systems, sizes = {}, {}
-    for layout, scheme in schemes.items():
-        folder = work / "-".join(map(str, ("quantized", *layout)))
+    systems, sizes, timings = {}, {}, {}
+    for scheme in _schemes():
+        cells = _cells(scheme)
+        folder = work / f"quantized-{''.join(filter(str.isalnum, cells))}"
         _export(checkpoint, folder, scheme)
-        systems[layout] = loop.System(folder, threads, 1024, "q4")
-        sizes[layout] = (folder / "model.onnx_data").stat().st_size / 1e6
+        systems[cells] = loop.System(folder, threads, 1024, "q4")
+        sizes[cells] = (folder / "model.onnx_data").stat().st_size / 1e6
+        timings[cells] = []
     prompt = [8 + i * 79 % 240 for i in range(512)]
-    timings = {layout: [] for layout in systems}
     for _ in range(rounds):
-        for layout, system in systems.items():
-            timings[layout].append(system.run(prompt, 32))
+        for cells, system in systems.items():
+            timings[cells].append(system.run(prompt, 32))
     print("| bits | block | table | prefill tok/s | decode tok/s | MB |\n| --- | --- | --- | --- | --- | --- |")
-    for (bits, size, table), runs in timings.items():
+    for cells, runs in timings.items():
         prefill = 512 / statistics.median(run.prefill for run in runs)
         decode = 1 / statistics.median(run.typical_step for run in runs)
-        megabytes = sizes[bits, size, table]
-        print(f"| {bits} | {size} | {table} bits | {prefill:.0f} | {decode:.0f} | {megabytes:.0f} |")
-
-
-def _layouts() -> Iterator[tuple[int, int, int]]:
-    for bits, table in ((4, 4), (4, 8), (8, 8)):
-        for size in SIZES:
-            yield bits, size, table
+        print(f"| {cells} | {prefill:.0f} | {decode:.0f} | {sizes[cells]:.0f} |")
 
 
 def _export(checkpoint: Path, folder: Path, scheme: Scheme) -> None:

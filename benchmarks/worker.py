@@ -1,7 +1,7 @@
 """One system in one process: `python -m benchmarks.worker JOB`, where JOB is JSON; the last line printed is JSON, too.
 
 Jobs: `prepare` makes a system's files; `chat` measures load, prefill, decode, memory; `context` decodes after prompts
-of several lengths; `memory` says what a long prompt adds.
+of several lengths; `memory` says what a long prompt adds, read in other chunks if the job says so.
 """
 
 from __future__ import annotations
@@ -69,6 +69,9 @@ def context(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def memory(job: dict[str, Any]) -> dict[str, Any]:
+    if "chunk" in job:
+        rows = importlib.import_module("optimum_lfm2.runtime.rows")
+        rows.PREFILL_CHUNK = job["chunk"]
     system = _load(job, job["prompt"] + job["new"])
     system.run(prompt_ids(64, job["vocabulary"]), 4)
     before = resident("VmRSS")

@@ -189,7 +189,10 @@ class _OnnxModel:
     def __call__(self, chunks: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
         for ids in chunks:
             feeds = {name: self._feed(value, ids) for name, value in self._inputs.items()}
-            (logits,) = self._session.run(["logits"], feeds)
+            try:
+                (logits,) = self._session.run(["logits"], feeds)
+            except Exception as error:  # as above
+                raise Lfm2Error(f"{self._path} fails on a text with empty caches ({_first_line(error)}).") from None
             yield torch.from_numpy(logits[0, -scored(ids) :])
 
     def _feed(self, value: Any, ids: torch.Tensor) -> np.ndarray:

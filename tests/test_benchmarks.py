@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import experts, quantization, report, run
+from benchmarks import chunks, experts, quantization, report, run
 from benchmarks.systems import SYSTEMS
+from optimum_lfm2.export.quantize import Blocks
 
 
 ROOT = Path(__file__).parent.parent
@@ -138,7 +139,7 @@ def test_speed_of_experts(monkeypatch, capsys):
 def test_ways_to_quantise():
     weight = torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
     for method in quantization.METHODS.values():
-        back = quantization._by_blocks(weight, 4, 32, method)
+        back = quantization._by_blocks(weight, Blocks(4, 32), method)
         assert 0.001 < (back - weight).pow(2).mean() / weight.pow(2).mean() < 0.015
 
 
@@ -149,7 +150,16 @@ def test_speed_of_block_sizes(checkpoint, tmp_path, monkeypatch, capsys):
     rows = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines()[2:]]
     assert [[cell.strip() for cell in row[:3]] for row in rows] == [
         ["4", "32", "4 bits"],
+        ["4", "128", "4 bits, blocks of 32"],
         ["4", "32", "8 bits"],
         ["8", "32", "8 bits"],
     ]
     assert all(float(cell) > 0 for row in rows for cell in row[3:5])
+
+
+def test_sizes_of_chunks(checkpoint, tmp_path, capsys):
+    options = ["--sizes", "8", "32", "--prompts", "20", "40", "--rounds", "1", "--threads", "1"]
+    chunks.main(["--checkpoint", str(checkpoint("hybrid")), "--work", str(tmp_path), *options])
+    rows = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines()[2:]]
+    assert [[int(cell) for cell in row[:2]] for row in rows] == [[8, 20], [8, 40], [32, 40]]
+    assert all(float(row[2].split()[0]) > 0 for row in rows)

@@ -62,7 +62,7 @@ def _each(
     }
 
 
-VARIANTS = (("fp32", "fp32", 32), ("q8", "q8", 8), ("q4", "q4", 4))
+VARIANTS = (("fp32", "fp32", 32), ("q8", "q8", 8), ("q4", "q4", 4), ("q4s", "q4s", 4))
 OPTIMUM = ("optimum_lfm2", "optimum.onnxruntime")
 TORCH = ("torch", "transformers.models.lfm2.modeling_lfm2", "transformers.generation")
 

@@ -71,6 +71,7 @@ EMBEDDINGS = ("fused", "portable", "float")
 # Decided by measurement: docs/quantization.md.
 VARIANTS = {
     "q4": Scheme(linear=Blocks(4, 128), table=Blocks(8, 128)),
+    "q4s": Scheme(linear=Blocks(4, 128), table=Blocks(4, 32)),
     "q8": Scheme(linear=Blocks(8, 128), table=Blocks(8, 128)),
 }
 
@@ -218,15 +219,26 @@ class Quantizer:
         return self._added(node, "GatherBlockQuantized", [flat, ids, scales], attributes, CONTRIB_DOMAIN)
 
     def _portable_rows(self, node: ir.Node) -> ir.Value:
-        """The same of codes of 8 bits, which need no unpacking."""
+        """The same by operators of ONNX alone."""
         table, ids = node.inputs
         packed, scales = self._initializers(table)
-        zero_point = self._constant(f"{packed.name}.zero_point", self.scheme.table.zero_point, table.dtype)
-        last_axis = self._constant(f"{packed.name}.last_axis", -1)
+        name, blocks, last_axis = packed.name, self.scheme.table, self._constant("last_axis", -1)
         codes = self._added(node, "Cast", [self._added(node, "Gather", [packed, ids])], {"to": int(table.dtype)})
+        if blocks.bits == 4:
+            codes = self._unpacked(node, codes, last_axis)
+        zero_point = self._constant(f"{name}.zero_point", blocks.zero_point, table.dtype)
         centred = self._added(node, "Sub", [codes, zero_point])
         scale = self._added(node, "Unsqueeze", [self._added(node, "Gather", [scales, ids]), last_axis])
         return self._added(node, "Flatten", [self._added(node, "Mul", [centred, scale])], {"axis": 1})
+
+    def _unpacked(self, node: ir.Node, packed: ir.Value, last_axis: ir.Value) -> ir.Value:
+        """Both codes of each byte, which is given in float: (tokens, blocks, blob_size) → (..., block_size)."""
+        sixteen = self._constant("codes_of_4_bits", 16, node.inputs[0].dtype)
+        high = self._added(node, "Floor", [self._added(node, "Div", [packed, sixteen])])
+        low = self._added(node, "Sub", [packed, self._added(node, "Mul", [high, sixteen])])
+        pair = [self._added(node, "Unsqueeze", [codes, last_axis]) for codes in (low, high)]
+        shape = add_initializer(self.graph, ir.tensor([0, 0, self.scheme.table.block_size], name="block_shape"))
+        return self._added(node, "Reshape", [self._added(node, "Concat", pair, {"axis": -1}), shape])
 
     def _initializers(self, weight: ir.Value) -> tuple[ir.Value, ir.Value]:
         """The packed codes and the scales of a weight; the same for every node that reads it."""

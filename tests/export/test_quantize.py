@@ -59,7 +59,9 @@ def test_two_codes_a_byte():
     assert pack(codes, Blocks(8, 4)) is codes
 
 
-@pytest.mark.parametrize("options", [{"_variant": "q4"}, {"_variant": "q8"}, {"_variant": "q4", "dtype": "fp16"}])
+@pytest.mark.parametrize(
+    "options", [{"_variant": "q4"}, {"_variant": "q4s"}, {"_variant": "q8"}, {"_variant": "q4", "dtype": "fp16"}]
+)
 @pytest.mark.parametrize("name", ["hybrid", "odd_head_dim", "conv_bias", "untied"])
 def test_the_graph_computes_with_the_dequantised_weights(name, options, exported, gold_model):
     """Widths that are no multiple of a block, too: what is left is the noise of int8 activations and half precision."""
@@ -108,10 +110,12 @@ def test_the_embedding_in_float(tmp_path, checkpoint):
     assert "who lived" in tokenizer.decode(out[0])
 
 
-@pytest.mark.parametrize("options", [{"_variant": "q4"}, {"_variant": "q4", "dtype": "fp16"}])
-@pytest.mark.parametrize("name", ["hybrid", "untied", "trained"])
-def test_the_portable_embedding_is_the_fused_one(name, options, exported, checkpoint, tmp_path):
+@pytest.mark.parametrize("options", [{}, {"dtype": "fp16"}], ids=["fp32", "fp16"])
+@pytest.mark.parametrize("variant", ["q4", "q4s"])
+@pytest.mark.parametrize("name", ["hybrid", "untied", "odd_head_dim", "trained"])
+def test_the_portable_embedding_is_the_fused_one(name, variant, options, exported, checkpoint, tmp_path):
     """The same numbers, by operators of ONNX alone, at no cost in bytes."""
+    options = {"_variant": variant, **options}
     main_export(str(checkpoint(name)), tmp_path, do_validation=False, model_kwargs={"embedding": "portable"}, **options)
     assert "GatherBlockQuantized" not in [node.op_type for node in ir.load(tmp_path / "model.onnx").graph]
     sizes = [(folder / "model.onnx_data").stat().st_size for folder in (tmp_path, exported(name, **options))]
@@ -123,10 +127,17 @@ def test_the_portable_embedding_is_the_fused_one(name, options, exported, checkp
     torch.testing.assert_close(portable, fused, rtol=0, atol=0)
 
 
-def test_an_untied_head_has_the_bits_of_a_table(exported):
-    graph = ir.load(exported("untied", _variant="q4") / "model.onnx").graph
-    *layers, head = _bits_of_linears(graph)
-    assert (set(layers), head) == ({4}, 8)
+@pytest.mark.parametrize(("variant", "blocks"), [("q4", (8, 128)), ("q4s", (4, 32))])
+@pytest.mark.parametrize("name", ["hybrid", "untied"])
+def test_the_head_has_the_blocks_of_a_table(name, variant, blocks, exported):
+    nodes = ir.load(exported(name, _variant=variant) / "model.onnx").graph
+    *layers, head = (
+        tuple(node.attributes.get_int(key) for key in ("bits", "block_size"))
+        for node in nodes
+        if node.op_type == "MatMulNBits"
+    )
+    assert set(layers) == {(4, 128)}
+    assert head == blocks
 
 
 def _bits_of_linears(graph):
@@ -138,7 +149,9 @@ def test_unknown_model_kwargs(tmp_path, checkpoint):
         main_export(str(checkpoint("hybrid")), tmp_path, do_validation=False, model_kwargs={"embeding": "float"})
 
 
-@pytest.mark.parametrize(("variant", "agreement", "divergence"), [("q8", 0.99, 1e-4), ("q4", 0.96, 4e-3)])
+@pytest.mark.parametrize(
+    ("variant", "agreement", "divergence"), [("q8", 0.99, 1e-4), ("q4", 0.96, 4e-3), ("q4s", 0.96, 6e-3)]
+)
 def test_quality_on_held_out_text(variant, agreement, divergence, exported):
     quality = evaluate(exported("trained", _variant=variant), DEMO / "checkpoint", DEMO / "heldout.txt", chunks=16)
     assert quality.top1_agreement >= agreement
