@@ -100,7 +100,7 @@ def test_a_chat_goes_on_with_append_tokens(model, tokenizer, assert_right):
         assert generator.get_sequence(0).tolist() == history
 
 
-def test_what_the_readme_says_it_cannot_do(exported, prompt_ids):
+def test_what_the_readme_says_it_cannot_do(exported, prompt_ids, gold_continuation):
     model = og.Model(str(exported("trained")))
     generator = make_generator(model)
     generator.append_tokens(prompt_ids[0])
@@ -115,3 +115,11 @@ def test_what_the_readme_says_it_cannot_do(exported, prompt_ids):
     run(batch)
     with pytest.raises(Exception, match="can only be called once for batch_size > 1"):
         batch.append_tokens(np.array([prompt_ids[0]] * 2, np.int32))
+
+    columns = max(map(len, prompt_ids))
+    left = make_generator(model, len(prompt_ids))
+    left.append_tokens(np.array([[PAD] * (columns - len(ids)) + ids for ids in prompt_ids], np.int32))
+    run(left)
+    assert new_tokens(left, 0, columns) != up_to_end(
+        gold_continuation(prompt_ids[0], NEW)
+    )  # a sum, and not the right one
