@@ -117,6 +117,7 @@ def test_through_optimum_cli(exported):
     done = subprocess.run([*command, *arguments(exported("trained"))], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "same top token" in done.stdout
+    assert "transformers" not in done.stderr  # nor what it warns of
     done = subprocess.run([*command, *arguments(Path("nowhere"))], capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith("optimum-cli: error: nowhere does not exist")

@@ -26,8 +26,8 @@ QUIET = (
     "huggingface_hub.repocard",
     "transformers.configuration_utils",
     "transformers.generation.configuration_utils",
-    "transformers.integrations.hub_kernels",  # says that a package for GPUs is missing
-    "transformers.integrations.tensor_parallel",  # speaks up when modeling_utils is silent
+    "transformers.distributed",  # speaks up when modeling_utils is silent
+    "transformers.integrations",  # says that a package for GPUs is missing
     "transformers.modeling_utils",
 )
 VALIDATION = "optimum.exporters.onnx.convert"  # logs every difference; ours says the largest
