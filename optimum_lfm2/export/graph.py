@@ -35,6 +35,7 @@ class Rows:
         last, total: int32 (batch_size) and int32 scalar, for attention.
         bias: (batch_size, 1, sequence_length, total), 0 on visible columns and -1e4 on masked ones.
         end: int64 (batch_size, 1), how many new columns the row has up to its last unmasked token.
+        windows: int64 (sequence_length, conv_L_cache), which columns, of state and new tokens, each new token mixes.
     """
 
     shape: torch.Tensor
@@ -46,6 +47,7 @@ class Rows:
     total: torch.Tensor | None
     bias: torch.Tensor
     end: torch.Tensor
+    windows: torch.Tensor
 
 
 def read_mask(
@@ -55,6 +57,7 @@ def read_mask(
     scaling: float,
     dtype: torch.dtype,
     attends: bool,
+    taps: int,
 ) -> Rows:
     batch, sequence = input_ids.shape
     total = attention_mask.shape[1]
@@ -76,13 +79,14 @@ def read_mask(
         total=length,
         bias=masked[:, None, None, :].expand(-1, 1, sequence, -1),
         end=(new * (columns + 1)).amax(1, keepdim=True),
+        windows=columns[:, None] + torch.arange(1, taps + 1),
     )
 
 
 def short_conv(
     hidden: torch.Tensor, state: torch.Tensor | None, rows: Rows, weight: Weight, name: str, config: PretrainedConfig
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The gated short convolution, channel last: slices, multiplies and adds.
+    """The gated short convolution, channel last: windows of columns, multiplied and summed.
 
     Args:
         hidden: (tokens, hidden_size).
@@ -102,11 +106,7 @@ def short_conv(
     empty = state is None
     columns = shapes.pad(gated, axis=1, before=taps) if empty else torch.cat([state.transpose(1, 2), gated], dim=1)
 
-    mixed = None
-    for tap in range(taps):
-        window = columns[:, tap + 1 : tap + 1 - taps or None]
-        term = window * weight(f"{name}.conv.weight", tap=tap)
-        mixed = term if mixed is None else mixed + term
+    mixed = (shapes.windows(columns, rows.windows) * weight(f"{name}.conv.weight", kernel=True)).sum(2)
     if config.conv_bias:
         mixed = mixed + bias("conv")
 
@@ -189,7 +189,8 @@ def decoder(
         Logits (batch_size, num_logits, vocab_size) or hidden states (batch_size, sequence_length, hidden_size), and the
         present caches, one tuple a layer.
     """
-    rows = read_mask(input_ids, attention_mask, *rotary, dtype, ATTENTION in config.layer_types)
+    attends, taps = ATTENTION in config.layer_types, config.conv_L_cache
+    rows = read_mask(input_ids, attention_mask, *rotary, dtype, attends, taps)
     width, epsilon, last_layer = config.hidden_size, config.norm_eps, config.num_hidden_layers - 1
     present: list[tuple[torch.Tensor, ...]] = []
 

@@ -21,19 +21,19 @@ MASKED = -1e4  # finfo.min overflows to -inf in fp16, and a row without any key 
 
 class _Parameter(Node):
     @staticmethod
-    def forward(ctx, name, tap, shape, dtype):
+    def forward(ctx, name, kernel, shape, dtype):
         # A stride-0 view: the trace needs a shape, never the values.
         return torch.zeros((), dtype=dtype).expand(shape)
 
     @staticmethod
-    def symbolic(g, name, tap, shape, dtype):
-        node = g.op(f"{PLACEHOLDER_DOMAIN}::Parameter", name_s=name, tap_i=tap)
+    def symbolic(g, name, kernel, shape, dtype):
+        node = g.op(f"{PLACEHOLDER_DOMAIN}::Parameter", name_s=name, kernel_i=kernel)
         return node.setType(torch._C.TensorType.create_from_tensor(torch.zeros((), dtype=dtype).expand(shape)))
 
 
-def parameter(name: str, shape: tuple[int, ...], dtype: torch.dtype, tap: int = -1) -> torch.Tensor:
-    """A weight by its name in the checkpoint. `tap` ≥ 0 names one column of a depthwise kernel (width, 1, taps)."""
-    return _Parameter.apply(name, tap, shape, dtype)
+def parameter(name: str, shape: tuple[int, ...], dtype: torch.dtype, kernel: bool = False) -> torch.Tensor:
+    """A weight by its name in the checkpoint. A depthwise `kernel`, there (width, 1, taps), becomes (taps, width)."""
+    return _Parameter.apply(name, kernel, shape, dtype)
 
 
 class _Embedding(Node):

@@ -98,13 +98,14 @@ class Lfm2ModelPatcher:
             dtype=model.dtype,
         )
 
-    def _weight(self, name: str, tap: int = -1) -> torch.Tensor:
+    def _weight(self, name: str, kernel: bool = False) -> torch.Tensor:
         parameter = operator.attrgetter(name)(self._model)
-        return parameter if tap < 0 else parameter[:, 0, tap]
+        return parameter[:, 0].T if kernel else parameter
 
-    def _placeholder(self, name: str, tap: int = -1) -> torch.Tensor:
+    def _placeholder(self, name: str, kernel: bool = False) -> torch.Tensor:
         shape = self._shapes[name]
-        return ops.parameter(self._tied[name], shape if tap < 0 else shape[:1], self._parameters[name].dtype, tap)
+        shape = (shape[2], shape[0]) if kernel else shape
+        return ops.parameter(self._tied[name], shape, self._parameters[name].dtype, kernel)
 
 
 class Lfm2MoeModelPatcher(Lfm2ModelPatcher):

@@ -65,19 +65,18 @@ def _replace_placeholders(graph: ir.Graph, weights: Mapping[str, torch.Tensor]) 
     for node in list(graph):
         if node.domain != PLACEHOLDER_DOMAIN:
             continue
-        name, tap = node.attributes.get_string("name"), node.attributes.get_int("tap")
-        key = name if tap < 0 else f"{name}.{tap}"
+        name, kernel = node.attributes.get_string("name"), bool(node.attributes.get_int("kernel"))
         placeholder = node.outputs[0]
         if placeholder.uses():  # the quantiser leaves some without
-            read = partial(_read, weights, name, tap)
-            tensor = ir.LazyTensor(read, dtype=placeholder.dtype, shape=placeholder.shape, name=key)
+            read = partial(_read, weights, name, kernel)
+            tensor = ir.LazyTensor(read, dtype=placeholder.dtype, shape=placeholder.shape, name=name)
             placeholder.replace_all_uses_with(add_initializer(graph, tensor))
         graph.remove(node, safe=True)
 
 
-def _read(weights: Mapping[str, torch.Tensor], name: str, tap: int) -> ir.TensorProtocol:
+def _read(weights: Mapping[str, torch.Tensor], name: str, kernel: bool) -> ir.TensorProtocol:
     weight = weights[name].detach()
-    return TorchTensor(weight if tap < 0 else weight[:, 0, tap].contiguous())
+    return TorchTensor(weight[:, 0].T.contiguous() if kernel else weight)
 
 
 def _declare_shapes(graph: ir.Graph, shapes: Mapping[str, Sequence[int | str] | None]) -> None:
