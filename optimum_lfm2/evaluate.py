@@ -250,20 +250,31 @@ class _WholeModel:
 
 
 class _StreamedModel:
-    """A model of transformers on the meta device: many chunks go through each layer while its weights are there."""
+    """A model of transformers on the meta device: many chunks go through each layer while its weights are there.
+
+    They are read once, however many models are compared on the same chunks: the hidden states that are scored stay.
+    """
 
     def __init__(self, model: Any, weights: Mapping[str, Any]) -> None:
         materialize_buffers(model)
         self._model = model
         self._weights = StandIns(model, weights, scheme=None)
+        self._chunks: Sequence[torch.Tensor] | None = None
+        self._hidden: list[torch.Tensor] = []
 
     def __call__(self, chunks: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
+        if self._chunks is not chunks:
+            self._chunks, self._hidden = chunks, self._read(chunks)
+        for hidden in self._hidden:
+            yield self._logits(hidden)
+
+    def _read(self, chunks: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Of each chunk the hidden states whose logits are scored."""
         groups = torch.cat(list(chunks)).split(max(1, TOKENS_A_PASS // chunks[0].shape[1]))
-        layers = self._model.model.layers
-        with tqdm(total=len(groups) * len(layers), desc="Reference", unit="layer", disable=None, leave=False) as bar:
-            for group in groups:
-                for ids, hidden in zip(group, self._hidden_states(group, bar), strict=True):
-                    yield self._logits(hidden[-scored(ids[None]) :])
+        total, count = len(groups) * len(self._model.model.layers), scored(chunks[0])
+        with tqdm(total=total, desc="Reference", unit="layer", disable=None, leave=False) as bar:
+            states = (hidden for group in groups for hidden in self._hidden_states(group, bar))
+            return [hidden[-count:].clone() for hidden in states]
 
     @torch.no_grad()
     def _hidden_states(self, ids: torch.Tensor, bar: tqdm) -> torch.Tensor:

@@ -93,13 +93,13 @@ def test_evaluate(checkpoint, tmp_path):
 
 @pytest.mark.skipif(not compat.TRANSFORMERS_5, reason="transformers 4 has no lfm2_moe")
 def test_a_reference_is_read_by_layers_and_experts(checkpoint, gold_model, monkeypatch):
-    """Of any size: three passes through the weights here, and no weight in memory after one."""
+    """Of any size: three passes through the weights here, and no weight in memory after one. Asked again, none."""
     monkeypatch.setattr("optimum_lfm2.evaluate.TOKENS_A_PASS", 70)
     reads, read = [], MoeCheckpoint._expert
     monkeypatch.setattr(MoeCheckpoint, "_expert", lambda self, *args: reads.append(args) or read(self, *args))
     chunks = [row[None] for row in prompts([32] * 5)]
     reference = load(checkpoint("moe"))
-    for ids, logits in zip(chunks, reference(chunks), strict=True):
+    for ids, logits in zip(chunks * 2, [*reference(chunks), *reference(chunks)], strict=True):
         gold = gold_model("moe")(input_ids=ids, logits_to_keep=scored(ids)).logits[0]
         assert logits.shape == gold.shape == (17, 256)
         torch.testing.assert_close(logits, gold, rtol=0, atol=1e-5)
