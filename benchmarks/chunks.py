@@ -11,7 +11,7 @@ import statistics
 from pathlib import Path
 
 from benchmarks.bench import Bench
-from benchmarks.checkpoint import SHAPES, random_checkpoint
+from benchmarks.checkpoint import random_checkpoint
 
 
 SYSTEM = "ours-q4"
@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> None:
     if min(*args.sizes, *args.prompts, args.rounds, args.threads) < 1:
         parser.error("--sizes, --prompts, --rounds and --threads must be 1 at least")
 
-    bench = Bench(args.work, args.checkpoint or random_checkpoint(args.work, SHAPES[0], None), args.threads, {})
+    bench = Bench(args.work, args.checkpoint or random_checkpoint(args.work), args.threads, {})
     bench.prepare(SYSTEM)
     found = {(size, prompt): [] for size in args.sizes for prompt in args.prompts if size <= prompt}
     for _ in range(args.rounds):

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from transformers import Lfm2ForCausalLM
 
-from benchmarks.checkpoint import make_350m
+from benchmarks.checkpoint import random_checkpoint
 from benchmarks.systems import loop
 from optimum_lfm2.evaluate import evaluate
 from optimum_lfm2.export.quantize import VARIANTS, Blocks, Scheme, dequantize_tensor, quantize_tensor
@@ -131,10 +131,7 @@ def _by_blocks(weight: torch.Tensor, blocks: Blocks, method: Method) -> torch.Te
 
 
 def speed(work: Path, rounds: int, threads: int) -> None:
-    work.mkdir(parents=True, exist_ok=True)
-    checkpoint = work / "lfm2-350m"
-    if not (checkpoint / "config.json").is_file():
-        make_350m(checkpoint)
+    checkpoint = random_checkpoint(work)
     systems, sizes, timings = {}, {}, {}
     for scheme in _schemes():
         cells = _cells(scheme)

@@ -29,7 +29,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--out", type=Path, default=Path("results"), help="folder for results.json, table.md and the PNG")
-    add("--work", type=Path, default=Path(".benchmarks"), help="folder for the models, kept between runs (13 GB)")
+    add("--work", type=Path, default=Path(".benchmarks"), help="folder for the models, kept between runs (14 GB)")
     add("--checkpoint", type=Path, help="an LFM2 checkpoint instead of the random one")
     add("--shape", choices=SHAPES, default="lfm2-350m", help="of the random checkpoint")
     add("--layers", type=int, help="of the random lfm2-8b-a1b, which has 24 and needs transformers 5; fewer need less")

@@ -110,7 +110,7 @@ class ORTLfm2ForCausalLM(compat.GenerationWithoutExperts, ORTModelForCausalLM):
         cache = past_key_values if cache is None else cache
         if cache is not None and not isinstance(cache, Lfm2Cache):
             raise Lfm2Error(
-                f"past_key_values is a {type(cache).__name__}; this model continues only the cache that it "
+                f"The cache is a {type(cache).__name__}; this model continues only the cache that it "
                 "returned itself, which holds convolution states too."
             )
         use_cache = self.config.use_cache if use_cache is None else use_cache

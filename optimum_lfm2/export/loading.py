@@ -120,7 +120,7 @@ def _lfm2_config(model_name_or_path: str | Path, **kwargs: Any) -> PretrainedCon
         method = config.quantization_config.get("quant_method", "unknown")
         raise Lfm2Error(
             f"{model_name_or_path} is quantised already ({method}). "
-            "Export the original checkpoint, with --variant q4 or q8."
+            "Export the original checkpoint, with --variant q4, q4s or q8."
         )
     return config
 

@@ -20,7 +20,7 @@ from optimum_lfm2 import compat
 from optimum_lfm2.caches import CACHE_NAMES
 from optimum_lfm2.configs import DTYPES
 from optimum_lfm2.errors import Lfm2Error
-from optimum_lfm2.evaluate import load, measure, read_chunks, reference_model
+from optimum_lfm2.evaluate import measure, read_chunks
 from optimum_lfm2.export.card import CardOptions, write_card
 from optimum_lfm2.export.checkpoint import find_tensors, fingerprint
 from optimum_lfm2.export.loading import Lfm2TasksManager, is_causal
@@ -42,6 +42,7 @@ from optimum_lfm2.export.precisions import (
 from optimum_lfm2.export.staging import staged
 from optimum_lfm2.export.validation import check_file
 from optimum_lfm2.genai import write_genai_config
+from optimum_lfm2.scoring import load, reference_model
 
 
 TASK = "text-generation"

@@ -68,6 +68,7 @@ def streamed(model: Any, weights: Mapping[str, Any]) -> Iterator[None]:
             loan = _Loan(unit, names[unit], weights)
             stack.callback(unit.register_forward_pre_hook(loan.take).remove)
             stack.callback(unit.register_forward_hook(loan.give_back).remove)
+            stack.callback(loan.give_back)  # after a failure
         try:
             yield
         finally:
@@ -85,8 +86,9 @@ class _Loan:
         for path, module in self._unit.named_modules(prefix=self._name):
             for own in (module._parameters, module._buffers):
                 for key in [key for key in own if f"{path}.{key}" in self._weights]:
+                    weight = self._weights[f"{path}.{key}"]  # may fail: then the module is as it was
                     self._taken.append((own, module, key, own.pop(key)))
-                    setattr(module, key, self._weights[f"{path}.{key}"])
+                    setattr(module, key, weight)
 
     def give_back(self, *_: Any) -> None:
         for own, module, key, before in self._taken:

@@ -15,7 +15,7 @@ MIN_CAPACITY = 64
 
 
 class Lfm2Cache:
-    """One object for both kinds of cache, as `past_key_values` of `forward` and `generate`.
+    """One object for both kinds of cache, which `forward` and `generate` take and give.
 
     Keys and values lie in buffers (batch_size, kv_heads, capacity, head_dim) of which the first `get_seq_length()`
     columns count; capacity doubles when it is used up. Conv states are (batch_size, hidden_size, width), two of each,
