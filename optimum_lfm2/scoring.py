@@ -126,13 +126,10 @@ class _WholeModel:
     def __init__(self, model: PreTrainedModel) -> None:
         self._model = model
 
+    @torch.no_grad()
     def __call__(self, chunks: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
         for ids in chunks:
-            yield self._logits(ids)
-
-    @torch.no_grad()
-    def _logits(self, ids: torch.Tensor) -> torch.Tensor:
-        return self._model(input_ids=ids, use_cache=False, logits_to_keep=scored(ids)).logits[0]
+            yield self._model(input_ids=ids, use_cache=False, logits_to_keep=scored(ids)).logits[0]
 
 
 class _StreamedModel:
@@ -164,7 +161,6 @@ class _StreamedModel:
             states = (hidden for group in groups for hidden in self._hidden_states(group, bar))
             return [hidden[-count:].clone() for hidden in states]
 
-    @torch.no_grad()
     def _hidden_states(self, ids: torch.Tensor, bar: tqdm) -> torch.Tensor:
         def count(*_: Any) -> None:
             bar.update()

@@ -11,10 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import chunks, experts, quantization, report, run
+from benchmarks import chunks, experts, quantization, report, run, worker
+from benchmarks.bench import Bench
 from benchmarks.checkpoint import add_tokenizer
 from benchmarks.systems import SYSTEMS
 from optimum_lfm2.export.quantize import Blocks
+from optimum_lfm2.runtime import rows
+from optimum_lfm2.runtime.session import GraphSession
 
 
 ROOT = Path(__file__).parent.parent
@@ -159,9 +162,29 @@ def test_speed_of_block_sizes(checkpoint, tmp_path, monkeypatch, capsys):
     assert all(float(cell) > 0 for row in rows for cell in row[3:5])
 
 
-def test_sizes_of_chunks(checkpoint, tmp_path, capsys):
-    options = ["--sizes", "8", "32", "--prompts", "20", "40", "--rounds", "1", "--threads", "1"]
+def test_a_job_may_say_how_long_chunks_are(exported, monkeypatch):
+    lengths, run_ = [], GraphSession.run
+    monkeypatch.setattr(
+        GraphSession, "run", lambda self, ids, *rest: lengths.append(ids.shape[1]) or run_(self, ids, *rest)
+    )
+    monkeypatch.setattr(rows, "PREFILL_CHUNK", 512)  # to be put back: the job sets it
+    folder = str(exported("hybrid", _variant="q4"))
+    job = {"system": "ours-q4", "folder": folder, "threads": 1, "vocabulary": 256, "prompt": 20, "new": 1}
+    for chunk, calls in ((8, [8, 8, 4, 1]), (32, [20, 1])):
+        lengths.clear()
+        assert worker.memory(job | {"chunk": chunk})["prefill"] > 0
+        assert lengths[-len(calls) :] == calls
+
+
+def test_the_table_of_chunks_has_medians(checkpoint, tmp_path, monkeypatch, capsys):
+    speeds = {(8, 20): [3, 1, 2], (8, 40): [4, 4, 4], (32, 40): [9, 5, 8]}
+    answers = {key: [{"prefill": speed, "added": 1e6 * speed} for speed in values] for key, values in speeds.items()}
+    monkeypatch.setattr(Bench, "prepare", lambda self, name: None)
+    monkeypatch.setattr(Bench, "job", lambda self, name, job, chunk, prompt, **_: answers[chunk, prompt].pop(0))
+    options = ["--sizes", "8", "32", "--prompts", "20", "40", "--rounds", "3"]
     chunks.main(["--checkpoint", str(checkpoint("hybrid")), "--work", str(tmp_path), *options])
-    rows = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines()[2:]]
-    assert [[int(cell) for cell in row[:2]] for row in rows] == [[8, 20], [8, 40], [32, 40]]
-    assert all(float(row[2].split()[0]) > 0 for row in rows)
+    assert capsys.readouterr().out.splitlines()[2:] == [
+        "| 8 | 20 | 2 [1 to 3] | 2 |",
+        "| 8 | 40 | 4 [4 to 4] | 4 |",
+        "| 32 | 40 | 8 [5 to 9] | 8 |",
+    ]
