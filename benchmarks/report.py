@@ -64,9 +64,10 @@ def markdown(results: dict[str, Any]) -> str:
         *targets(systems),
         *_context(results.get("context", {})),
     ]
-    if long := results.get("long_prompt"):
-        added, speed = f"{long['added'] / MB:,.0f} MB", f"{long['prefill']:.0f} tok/s"
-        lines += [f"A prompt of {long['tokens']:,} tokens adds {added} to the process (q4), at {speed}.", ""]
+    long = results.get("long_prompt", {})
+    for name, run in long.get("systems", {}).items():
+        added, speed = f"{run['added'] / MB:,.0f} MB", f"{run['prefill']:.0f} tok/s"
+        lines += [f"A prompt of {long['tokens']:,} tokens adds {added} to the process ({name}), at {speed}.", ""]
     return "\n".join(lines)
 
 

@@ -20,9 +20,9 @@ from benchmarks.checkpoint import SHAPES, random_checkpoint
 from benchmarks.systems import SYSTEMS
 
 
-CONTEXT_SYSTEMS = "ours-q4,loop-q4,genai-int4,llama-q4_0"
+CONTEXT_SYSTEMS = "ours-q4,ours-q4-kv8,loop-q4,genai-int4,llama-q4_0"
 CONTEXT_NEW = 32  # tokens whose speed is taken at each point of the curve
-LONG_PROMPT_SYSTEM = "ours-q4"
+LONG_PROMPT_SYSTEMS = ("ours-q4", "ours-q4-kv8")
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -42,7 +42,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     lengths = [128, 256, 512, 1024, 2048, 4096]
     add("--context", type=_numbers, default=lengths, help="prompt lengths of the curve; '' for none")
     add("--context-systems", type=_names, default=_names(CONTEXT_SYSTEMS), help="of the curve")
-    long_prompt = f"tokens whose memory is measured on {LONG_PROMPT_SYSTEM}; 0 for none"
+    long_prompt = f"tokens whose memory is measured on {' and '.join(LONG_PROMPT_SYSTEMS)}; 0 for none"
     add("--long-prompt", type=int, default=16384, help=long_prompt)
     python = "the Python that has a package, where it cannot be installed beside the others; may be repeated"
     add("--python", type=_interpreter, action="append", default=[], metavar="PACKAGE=PATH", help=python)
@@ -91,9 +91,10 @@ def measure(bench: Bench, args: argparse.Namespace) -> dict[str, Any]:
         "systems": chats(bench, names, args),
         "context": curve(bench, [name for name in args.context_systems if name in names], args),
     }
-    if args.long_prompt and LONG_PROMPT_SYSTEM in names:
-        for _, result in bench.each([LONG_PROMPT_SYSTEM], "memory", prompt=args.long_prompt, new=2):
-            results["long_prompt"] = {"tokens": args.long_prompt, **result}
+    if args.long_prompt:
+        measured = [name for name in LONG_PROMPT_SYSTEMS if name in names]
+        runs = dict(bench.each(measured, "memory", prompt=args.long_prompt, new=2))
+        results["long_prompt"] = {"tokens": args.long_prompt, "systems": runs}
     results["errors"] = bench.errors
     return results
 

@@ -72,7 +72,7 @@ def evaluate(
         Lfm2Error: for a model or text that cannot be used.
     """
     model, reference = Path(model), Path(reference)
-    pieces = read_chunks(text, _tokenizer(reference, model), chunks, length)
+    pieces = read_chunks(text, find_tokenizer(reference, model), chunks, length)
     return measure(load(model), load(reference), pieces)
 
 
@@ -132,8 +132,8 @@ def summarise(parts: Iterable[Sums]) -> Quality:
     )
 
 
-def _tokenizer(*folders: Path) -> Any:
-    """The first tokenizer that lies with a model."""
+def find_tokenizer(*folders: Path) -> Any:
+    """The first tokenizer that lies with a model. Raises `Lfm2Error` where there is none."""
     for path in folders:
         candidates = (path, path.parent) if path.is_dir() else (path.parent, path.parent.parent)
         for folder in candidates:

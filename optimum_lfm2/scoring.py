@@ -26,7 +26,7 @@ Model = Callable[[Sequence[torch.Tensor]], Iterator[torch.Tensor]]
 
 MOE = "lfm2_moe"
 TOKENS_A_PASS = 8192  # through a model that is read layer by layer: bounds the memory of what a layer computes
-DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int8)": np.int8}
 
 
 def scored(ids: torch.Tensor) -> int:
@@ -43,11 +43,9 @@ def load(path: Path) -> Model:
     if not path.exists():
         raise Lfm2Error(f"{path} does not exist. Give an exported folder, an .onnx file or a checkpoint's folder.")
     if path.is_file():
-        return _OnnxModel(path)
-    files = onnx_files(path)
-    if len(files) > 1:
-        raise Lfm2Error(f"{path} holds several models. Give one of them: {', '.join(map(str, files))}.")
-    return _OnnxModel(files[0]) if files else _transformers_model(path)
+        return OnnxModel(path)
+    file = onnx_file(path, onnx_files(path))
+    return OnnxModel(file) if file else _transformers_model(path)
 
 
 def onnx_files(folder: Path) -> list[Path]:
@@ -55,7 +53,14 @@ def onnx_files(folder: Path) -> list[Path]:
     return sorted([*folder.glob("*.onnx"), *folder.glob("onnx/*.onnx")])
 
 
-class _OnnxModel:
+def onnx_file(folder: Path, files: Sequence[Path]) -> Path | None:
+    """The only one of `files`; None for none. Raises `Lfm2Error` for several."""
+    if len(files) > 1:
+        raise Lfm2Error(f"{folder} holds several models. Give one of them: {', '.join(map(str, files))}.")
+    return files[0] if files else None
+
+
+class OnnxModel:
     """A decoder with or without caches, of this package or others': the caches start out empty."""
 
     def __init__(self, path: Path) -> None:
@@ -74,12 +79,16 @@ class _OnnxModel:
 
     def __call__(self, chunks: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
         for ids in chunks:
-            feeds = {name: self._feed(value, ids) for name, value in self._inputs.items()}
-            try:
-                (logits,) = self._session.run(["logits"], feeds)
-            except Exception as error:  # as above
-                raise Lfm2Error(f"{self._path} fails on a text with empty caches ({first_line(error)}).") from None
+            (logits,) = self.run(["logits"], ids)
             yield torch.from_numpy(logits[0, -scored(ids) :])
+
+    def run(self, outputs: Sequence[str], ids: torch.Tensor) -> list[np.ndarray]:
+        """The outputs of these names for ids (1, length) on empty caches; of logits, those to score."""
+        feeds = {name: self._feed(value, ids) for name, value in self._inputs.items()}
+        try:
+            return self._session.run(outputs, feeds)
+        except Exception as error:  # as above
+            raise Lfm2Error(f"{self._path} fails on a text with empty caches ({first_line(error)}).") from None
 
     def _feed(self, value: Any, ids: torch.Tensor) -> np.ndarray:
         if value.name == "input_ids":

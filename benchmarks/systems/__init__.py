@@ -62,7 +62,9 @@ def _each(
     }
 
 
-VARIANTS = (("fp32", "fp32", 32), ("q8", "q8", 8), ("q4", "q4", 4), ("q4s", "q4s", 4))
+VARIANTS = (
+    ("fp32", "fp32", 32), ("q8", "q8", 8), ("q4", "q4", 4), ("q4s", "q4s", 4), ("q4-kv8", "q4, cache of 8 bits", 4),
+)  # fmt: skip
 OPTIMUM = ("optimum_lfm2", "optimum.onnxruntime")
 TORCH = ("torch", "transformers.models.lfm2.modeling_lfm2", "transformers.generation")
 

@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.systems import base
-from benchmarks.systems.ours import prepare
+from benchmarks.systems.ours import file_name, prepare
 
 
 __all__ = ["System", "prepare"]
 
-DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int8)": np.int8}
 
 
 class System(base.System):
@@ -22,7 +22,8 @@ class System(base.System):
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 3
-        self.session = onnxruntime.InferenceSession(folder / "model.onnx", options, providers=["CPUExecutionProvider"])
+        path = folder / file_name(variant)
+        self.session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         pasts = [value for value in self.session.get_inputs() if value.name.startswith("past")]
         presents = [value.name for value in self.session.get_outputs() if value.name.startswith("present")]
         vocabulary = self.session.get_outputs()[0].shape[-1]

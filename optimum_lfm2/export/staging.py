@@ -30,7 +30,7 @@ def staged(output: Path) -> Iterator[Path]:
     if output.exists() and not output.is_dir():
         raise Lfm2Error(f"{output} is a file. Give another folder to write to.")
     created = [folder for folder in output.parents if not folder.exists()]
-    with _terminable():
+    with terminable():
         try:
             output.parent.mkdir(parents=True, exist_ok=True)
             # Named before it is made: a signal between the two must not leave it behind.
@@ -74,7 +74,7 @@ def _rename(source: Path, target: Path, undo: list[tuple[Path, Path]]) -> None:
 
 
 @contextmanager
-def _terminable() -> Iterator[None]:
+def terminable() -> Iterator[None]:
     """Let SIGTERM unwind the stack, as Ctrl-C does."""
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -121,4 +121,4 @@ class GraphSession:
         return outputs["logits"]
 
 
-_NUMPY = {torch.float32: np.float32, torch.float16: np.float16, torch.int64: np.int64}
+_NUMPY = {torch.float32: np.float32, torch.float16: np.float16, torch.int8: np.int8, torch.int64: np.int64}

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from pathlib import Path
+
 import numpy as np
 import pytest
 from clients import END, MESSAGES, NEW, PRECISIONS, up_to_end
+
+from optimum_lfm2.quantize_cache import quantize_cache
 
 
 og = pytest.importorskip(
     "onnxruntime_genai", reason="onnxruntime-genai is not installed: pip install onnxruntime-genai"
 )
 
+HELD_OUT = Path(__file__).parents[2] / "demo" / "heldout.txt"
 PAD = 0
 MAX_LENGTH = 512
 
@@ -98,6 +105,20 @@ def test_a_chat_goes_on_with_append_tokens(model, tokenizer, assert_right):
         assert_right(history, answer)
         history += answer[:-1]
         assert generator.get_sequence(0).tolist() == history
+
+
+def test_a_cache_of_8_bits(exported, tmp_path, prompt_ids, gold_continuation):
+    folder = shutil.copytree(exported("trained"), tmp_path / "export")
+    _, target, _ = quantize_cache(folder, HELD_OUT, chunks=8, length=128)
+    config = json.loads((folder / "genai_config.json").read_text())
+    config["model"]["decoder"]["filename"] = target.name
+    (folder / "genai_config.json").write_text(json.dumps(config))
+    model = og.Model(str(folder))
+    for ids in prompt_ids:
+        generator = make_generator(model)
+        generator.append_tokens(ids)
+        run(generator)
+        assert new_tokens(generator, 0, len(ids)) == up_to_end(gold_continuation(ids, NEW))
 
 
 def test_what_the_readme_says_it_cannot_do(exported, prompt_ids, gold_continuation):

@@ -45,14 +45,3 @@ class EvaluateCommand(BaseOptimumCLICommand):
     def _fail(line: str) -> None:
         print(f"optimum-cli: error: {' '.join(line.split())}", file=sys.stderr)
         raise SystemExit(1)
-
-
-class Lfm2Command(BaseOptimumCLICommand):
-    """The commands of this package that are not about exporting."""
-
-    COMMAND = CommandInfo(name="lfm2", help="Tools for exported LFM2 models.")
-    SUBCOMMANDS = (CommandInfo(name="evaluate", help=EvaluateCommand.COMMAND.help, subcommand_class=EvaluateCommand),)
-
-
-def register() -> list[tuple[type, type | None]]:
-    return [(Lfm2Command, None)]

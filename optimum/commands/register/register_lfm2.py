@@ -6,7 +6,7 @@ import logging
 
 # Light modules of `optimum.commands.lfm2`. Each has a function `register()`, which returns the commands that it adds as
 # (class, parent class) pairs, the parent None for a command of `optimum-cli` itself.
-MODULES = ("export_onnx", "export_lfm2", "evaluate")
+MODULES = ("export_onnx", "export_lfm2", "tools")
 
 _commands = []
 

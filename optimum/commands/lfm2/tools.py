@@ -1,0 +1,22 @@
+"""`optimum-cli lfm2`: the commands of this package that are not about exporting."""
+
+from __future__ import annotations
+
+from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
+
+from optimum.commands.lfm2.evaluate import EvaluateCommand
+from optimum.commands.lfm2.quantize_cache import QuantizeCacheCommand
+
+
+class Lfm2Command(BaseOptimumCLICommand):
+    """What one does with an export."""
+
+    COMMAND = CommandInfo(name="lfm2", help="Tools for exported LFM2 models.")
+    SUBCOMMANDS = tuple(
+        CommandInfo(name=command.COMMAND.name, help=command.COMMAND.help, subcommand_class=command)
+        for command in (EvaluateCommand, QuantizeCacheCommand)
+    )
+
+
+def register() -> list[tuple[type, type | None]]:
+    return [(Lfm2Command, None)]

@@ -1,0 +1,161 @@
+"""Keys and values in 8 bits: a second graph beside an exported one, over the same weights.
+
+A quarter of the cache's memory, and decoding that reads a quarter of it. Each channel of a layer's keys and values has
+one scale, which a text decides: integers times scale are the values, as `GroupQueryAttention` does it
+(onnxruntime's docs/ContribOperators.md, `PER_CHANNEL`).
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from tqdm import tqdm
+
+from optimum_lfm2.caches import CacheTensor, read_cache_tensors
+from optimum_lfm2.errors import Lfm2Error
+from optimum_lfm2.evaluate import Quality, find_tokenizer, measure, read_chunks
+from optimum_lfm2.export.editing import add_initializer
+from optimum_lfm2.export.precisions import COMPARED, DIFFERENCE, QUALITY, TEXT
+from optimum_lfm2.export.staging import terminable
+from optimum_lfm2.scoring import OnnxModel, onnx_file, onnx_files
+
+
+SUFFIX = "_kv8"
+HEADROOM = 1.25  # room for what the text did not show: what does not fit is clipped (docs/quantization.md)
+LARGEST = 127
+LEAST_CHUNKS = 4
+NEEDED = "1.32"
+
+ATTENTION = "GroupQueryAttention"
+PAST_INPUTS, PRESENT_OUTPUTS, SCALE_INPUTS = slice(3, 5), slice(1, 3), (12, 13)
+
+
+def quantize_cache(
+    model: str | Path, text: str | Path, chunks: int = 32, length: int = 512
+) -> tuple[Path, Path, Quality]:
+    """Write `{name}_kv8.onnx` beside `{name}.onnx`: the same model, its keys and values int8.
+
+    Args:
+        model: an ONNX file whose keys and values are float, or a folder with one.
+        text: a file in UTF-8, like what the model will read. Every other chunk decides the scales; the rest tells what
+            they cost.
+        chunks: how many to read at most; four at least.
+        length: tokens of a chunk.
+
+    Returns:
+        The file it was made of, the new file, and how far the second is from the first.
+
+    Raises:
+        Lfm2Error: for a model or text that cannot be used; then nothing is written.
+    """
+    source = _source(Path(model))
+    graph = ir.load(source)
+    nodes = _attention_nodes(graph.graph, source)
+    pieces = read_chunks(text, find_tokenizer(source), chunks, length)
+    if len(pieces) < LEAST_CHUNKS:
+        raise Lfm2Error(
+            f"{text} has {len(pieces)} chunks of {length} tokens, and {LEAST_CHUNKS} are the least: every other one "
+            "decides the scales, the rest is compared. Give more text, more --chunks, or a shorter --length."
+        )
+    gold = OnnxModel(source)
+    limits = _calibrate(gold, [tensor for pair in nodes.values() for tensor in pair], pieces[::2])
+    for node, pair in nodes.items():
+        _quantize(node, [_scales(limits[tensor.present]) for tensor in pair], graph.graph)
+    for note in (DIFFERENCE, COMPARED, QUALITY, TEXT):  # of the file that this one is made of
+        graph.metadata_props.pop(note, None)
+
+    target = source.with_name(f"{source.stem}{SUFFIX}.onnx")
+    written = source.with_name(f".{target.stem}.{secrets.token_hex(4)}.onnx")  # its weights are found from here only
+    with terminable():
+        try:
+            ir.save(graph, written)
+            quality = measure(OnnxModel(written), gold, pieces[1::2])
+            written.replace(target)
+        except Lfm2Error as error:
+            raise Lfm2Error(f"{target.name} was not kept, it takes onnxruntime {NEEDED}: {error}") from None
+        finally:
+            written.unlink(missing_ok=True)
+    return source, target, quality
+
+
+def _source(path: Path) -> Path:
+    """The file to start from: not one that was made here."""
+    files = [file for file in onnx_files(path) if not file.stem.endswith(SUFFIX)]
+    file = path if path.is_file() else onnx_file(path, files)
+    if file is None:
+        what = "holds no ONNX file" if path.exists() else "does not exist"
+        raise Lfm2Error(f"{path} {what}. Give an exported folder, or an .onnx file of it.")
+    return file
+
+
+def _attention_nodes(graph: ir.Graph, path: Path) -> dict[ir.Node, tuple[CacheTensor, CacheTensor]]:
+    """The attention of each layer, with its cache tensors of keys and of values.
+
+    Raises:
+        Lfm2Error: where keys and values are not float tensors that an attention node alone reads and writes.
+    """
+    caches = read_cache_tensors(*([v.name for v in values] for values in (graph.inputs, graph.outputs)))
+    growing = {tensor.past: tensor for tensor in caches if tensor.grows}
+    if not growing:
+        raise Lfm2Error(f"{path} has no keys and values among its inputs: there is no cache to quantise.")
+    if quantized := [v.name for v in graph.inputs if v.name in growing and v.dtype == ir.DataType.INT8]:
+        raise Lfm2Error(f"{path} has its keys and values in 8 bits already ({quantized[0]}).")
+    nodes: dict[ir.Node, tuple[CacheTensor, CacheTensor]] = {}
+    for node in graph:
+        if node.op_type == ATTENTION:
+            pasts, presents = node.inputs[PAST_INPUTS], node.outputs[PRESENT_OUTPUTS]
+            pair = [growing.get(past.name) if past is not None else None for past in pasts]
+            if all(
+                tensor is not None and tensor.present == present.name
+                for tensor, present in zip(pair, presents, strict=True)
+            ):
+                key, value = pair
+                nodes[node] = (key, value)
+    served = {tensor.past for pair in nodes.values() for tensor in pair}
+    if left := sorted(growing.keys() - served):
+        raise Lfm2Error(
+            f"{path} does not hand {left[0]} to {ATTENTION} as it is, as this package's exports do where heads have a "
+            "width that is a multiple of 8. Its cache cannot be quantised."
+        )
+    return nodes
+
+
+def _calibrate(
+    model: OnnxModel, tensors: Sequence[CacheTensor], pieces: Sequence[torch.Tensor]
+) -> dict[str, np.ndarray]:
+    """The largest magnitude of each channel, float32 (kv_heads, head_dim), by the output's name."""
+    names = [tensor.present for tensor in tensors]
+    limits: dict[str, np.ndarray] = {}
+    for ids in tqdm(pieces, desc="Calibrating", unit="chunk", disable=None, leave=False):
+        for tensor, (values,) in zip(tensors, model.run(names, ids), strict=True):
+            values = np.abs(values.astype(np.float32))
+            if tensor.kind == "key":
+                # The positions turn channels i and i + head_dim / 2 into one another: their radius is the bound.
+                values = np.tile(np.hypot(*np.split(values, 2, axis=-1)), 2)
+            limits[tensor.present] = np.maximum(values.max(1), limits.get(tensor.present, 0.0))
+    if wrong := [name for name, limit in limits.items() if not np.isfinite(limit).all()]:
+        raise Lfm2Error(f"{wrong[0]} holds values that are not finite numbers on this text. Export in fp32.")
+    return limits
+
+
+def _scales(limits: np.ndarray) -> np.ndarray:
+    """A scale for each channel, float32 (kv_heads * head_dim); for one that the text never used, a small one."""
+    least = float(limits.max()) / 1000 or 1.0
+    return (np.maximum(limits, least) * HEADROOM / LARGEST).astype(np.float32).ravel()
+
+
+def _quantize(node: ir.Node, scales: Sequence[np.ndarray], graph: ir.Graph) -> None:
+    """Let an attention node read and write int8, by its scales of keys and of values."""
+    for value in (*node.inputs[PAST_INPUTS], *node.outputs[PRESENT_OUTPUTS]):
+        value.type = ir.TensorType(ir.DataType.INT8)  # type: ignore[union-attr]
+    node.resize_inputs(max(SCALE_INPUTS) + 1)
+    for position, values, present in zip(SCALE_INPUTS, scales, node.outputs[PRESENT_OUTPUTS], strict=True):
+        node.replace_input_with(position, add_initializer(graph, ir.tensor(values, name=f"{present.name}.scale")))
+    node.attributes.add(ir.AttrString("k_quant_type", "PER_CHANNEL"))
+    node.attributes.add(ir.AttrString("v_quant_type", "PER_CHANNEL"))
+    node.attributes.add(ir.AttrInt64("kv_cache_bit_width", 8))

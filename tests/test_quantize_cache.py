@@ -1,0 +1,254 @@
+"""`optimum-cli lfm2 quantize-cache`: what the graph computes, that rows stay alone, that failures leave the folder."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+import torch
+from checkpoints import gold_tokens
+from optimum.exporters.onnx import main_export
+from optimum.onnxruntime import ORTModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from benchmarks.systems import loop, ours
+from optimum_lfm2 import compat, quantize_cache
+from optimum_lfm2.errors import Lfm2Error
+from optimum_lfm2.evaluate import evaluate, read_chunks
+from optimum_lfm2.scoring import OnnxModel
+
+
+DEMO = Path(__file__).parent.parent / "demo"
+TEXT = DEMO / "heldout.txt"
+SHORT = {"chunks": 8, "length": 128}
+NEW = 24
+GREEDY = {"do_sample": False, "max_new_tokens": NEW, "eos_token_id": None, "pad_token_id": 0}
+EXPORTS = {
+    "fp16": {"dtype": "fp16"},
+    "q4": {"_variant": "q4"},
+    "genai_names": {"model_kwargs": {"cache_names": "genai"}},
+}
+
+
+@pytest.fixture(scope="module")
+def folder(exported, tmp_path_factory) -> Path:
+    """A copy of an export, with its cache quantised."""
+    folder = shutil.copytree(exported("trained"), tmp_path_factory.mktemp("kv8") / "export")
+    quantize_cache.quantize_cache(folder, TEXT, **SHORT)
+    return folder
+
+
+@pytest.fixture
+def model(folder):
+    return ORTModelForCausalLM.from_pretrained(folder, file_name="model_kv8.onnx")
+
+
+@pytest.fixture(scope="module")
+def gold():
+    return AutoModelForCausalLM.from_pretrained(DEMO / "checkpoint", dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[torch.Tensor]:
+    """Beginnings of the text, of unequal length."""
+    tokenizer = AutoTokenizer.from_pretrained(DEMO / "checkpoint")
+    ids = torch.tensor(tokenizer(TEXT.read_text(encoding="utf-8")[:4000], add_special_tokens=False).input_ids)
+    return [ids[:60], ids[300:309], ids[500:533]]
+
+
+def pad(rows: list[torch.Tensor], side: str) -> dict[str, torch.Tensor]:
+    width = max(map(len, rows))
+    ids, mask = torch.full((len(rows), width), 9), torch.zeros((len(rows), width), dtype=torch.int64)
+    for i, row in enumerate(rows):
+        columns = slice(width - len(row), width) if side == "left" else slice(0, len(row))
+        ids[i, columns], mask[i, columns] = row, 1
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def scales(folder: Path) -> dict[str, torch.Tensor]:
+    graph = ir.load(folder / "model_kv8.onnx").graph
+    found = {name: value.const_value for name, value in graph.initializers.items() if name.endswith(".scale")}
+    return {name: torch.from_numpy(np.array(tensor.numpy())) for name, tensor in found.items()}
+
+
+@torch.no_grad()
+def test_it_computes_attention_over_rounded_keys_and_values(folder, model, gold, rows, monkeypatch):
+    """Transformers with its keys and values rounded as the file's scales say, each channel its own."""
+    ids = rows[0][None]
+    plain = gold(input_ids=ids, use_cache=True)
+    cache, table = type(plain[compat.CACHE]), scales(folder)
+    original = cache.update
+
+    def rounded(x: torch.Tensor, name: str) -> torch.Tensor:
+        step = table[name].reshape(1, x.shape[1], 1, x.shape[3])
+        return (x / step).round().clamp(-128, 127) * step
+
+    def update(self, key, value, layer_idx, *args, **kwargs):
+        key, value = rounded(key, f"present.{layer_idx}.key.scale"), rounded(value, f"present.{layer_idx}.value.scale")
+        return original(self, key, value, layer_idx, *args, **kwargs)
+
+    monkeypatch.setattr(cache, "update", update)
+    expected = gold(input_ids=ids, use_cache=True).logits
+    own = model(input_ids=ids).logits
+    far, near = (expected - plain.logits).abs().mean(), (expected - own).abs().mean()
+    assert near < far / 10, "rounding is all that differs"
+
+
+def test_tokens_are_those_of_transformers_alone_and_weights_are_shared(folder, model, gold, rows):
+    for row in rows:
+        tokens = model.generate(row[None], **GREEDY)[0, len(row) :].tolist()
+        assert tokens == gold_tokens(gold, row, NEW)
+    assert {dtype for name, dtype in model.layout.dtypes.items() if "key" in name or "value" in name} == {torch.int8}
+    assert model.layout.in_place
+    assert {path.name for path in folder.glob("*.onnx*")} == {"model.onnx", "model.onnx_data", "model_kv8.onnx"}
+    assert (folder / "model_kv8.onnx").stat().st_size < (folder / "model.onnx_data").stat().st_size / 10
+
+
+@pytest.mark.parametrize("io_binding", [True, False])
+def test_a_row_gets_what_it_gets_alone(io_binding, model, rows, monkeypatch):
+    model.use_io_binding = io_binding
+    alone = [model.generate(row[None], **GREEDY)[0, len(row) :].tolist() for row in rows]
+    assert model.generate(**pad(rows, "left"), **GREEDY)[:, 60:].tolist() == alone
+    assert model.generate(**pad(rows, "left"), prefill_chunk_size=7, **GREEDY)[:, 60:].tolist() == alone
+    monkeypatch.setattr("optimum_lfm2.runtime.rows.PREFILL_CHUNK", 11)
+    assert model.generate(**pad(rows, "left"), **GREEDY)[:, 60:].tolist() == alone
+
+    batch = pad(rows, "right")  # and on from its cache
+    out = model(**batch)
+    tokens = out.logits[torch.arange(3), batch["attention_mask"].sum(1) - 1].argmax(-1)
+    taken, mask = [tokens], batch["attention_mask"]
+    while len(taken) < NEW:
+        mask = torch.cat([mask, torch.ones(3, 1, dtype=torch.int64)], dim=1)
+        out = model(input_ids=taken[-1][:, None], attention_mask=mask, **{compat.CACHE: out[compat.CACHE]})
+        taken.append(out.logits[:, -1].argmax(-1))
+    assert torch.stack(taken, 1).tolist() == alone
+
+
+def test_chats_and_beams(model, rows):
+    first = model.generate(rows[1][None], return_dict_in_generate=True, **GREEDY)
+    chat = torch.cat([first.sequences[0], rows[2]])
+    went_on = model.generate(chat[None], **{compat.CACHE: copy.deepcopy(first[compat.CACHE])}, **GREEDY)
+    assert went_on.tolist() == model.generate(chat[None], **GREEDY).tolist()
+    beams = {**GREEDY, "num_beams": 3}
+    alone = [model.generate(row[None], **beams)[0, len(row) :].tolist() for row in rows]
+    assert model.generate(**pad(rows, "left"), **beams)[:, 60:].tolist() == alone
+
+
+@pytest.mark.parametrize("name", EXPORTS)
+def test_every_kind_of_export(name, tmp_path, rows):
+    main_export(str(DEMO / "checkpoint"), tmp_path, do_validation=False, **EXPORTS[name])
+    quantize_cache.quantize_cache(tmp_path, TEXT, **SHORT)
+    quality = evaluate(tmp_path / "model_kv8.onnx", tmp_path / "model.onnx", TEXT, **SHORT)
+    assert 0 < quality.kl_divergence < 1e-3
+    assert quality.top1_agreement > 0.99
+    model = ORTModelForCausalLM.from_pretrained(tmp_path, file_name="model_kv8.onnx")
+    assert len(model.generate(rows[0][None], **GREEDY)[0]) == 60 + NEW
+
+
+def test_experts(experts_folder, tmp_path):
+    shutil.copytree(experts_folder, tmp_path / "experts")
+    text = tmp_path / "text"
+    text.write_text("qjxzvkqzxj" * 20)  # letters that make no longer token: the model knows 256
+    source = tmp_path / "experts" / "onnx" / "model_q4.onnx"
+    _, _, quality = quantize_cache.quantize_cache(source, text, chunks=6, length=32)
+    assert 0 < quality.kl_divergence < 1e-2
+
+
+def test_notes_about_the_other_file_are_not_copied(hub_folder, tmp_path):
+    shutil.copytree(hub_folder, tmp_path / "hub")
+    source = tmp_path / "hub" / "onnx" / "model_q4.onnx"
+    _, target, _ = quantize_cache.quantize_cache(source, TEXT, **SHORT)
+    assert target.name == "model_q4_kv8.onnx"
+    before, after = (ir.load(path).metadata_props for path in (source, target))
+    assert {"optimum_lfm2.difference", "optimum_lfm2.quality"} <= before.keys()
+    assert before.keys() - after.keys() == {
+        f"optimum_lfm2.{x}" for x in ("difference", "compared", "quality", "quality_text")
+    }
+
+
+def test_a_failure_leaves_the_folder(folder, tmp_path, monkeypatch):
+    other = shutil.copytree(folder, tmp_path / "export")
+    before = {path: path.read_bytes() for path in other.iterdir()}
+
+    def fail(*_):
+        raise Lfm2Error("no kernel")
+
+    monkeypatch.setattr(quantize_cache, "measure", fail)
+    with pytest.raises(Lfm2Error, match=r"model_kv8.onnx was not kept, .* 1\.32: no kernel"):
+        quantize_cache.quantize_cache(other, TEXT, **SHORT)
+    assert {path: path.read_bytes() for path in other.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("odd_head_dim", {}, "does not hand past_key_values.2.key to GroupQueryAttention"),
+        ("all_conv", {}, "no keys and values"),
+        ("hybrid", {"task": "text-generation"}, "no keys and values"),
+    ],
+)
+def test_exports_without_such_a_cache(name, options, message, exported):
+    with pytest.raises(Lfm2Error, match=message):
+        quantize_cache.quantize_cache(exported(name, **options), TEXT)
+
+
+def test_bad_input(folder, tmp_path):
+    for model, options, message in [
+        (tmp_path / "nowhere", {}, "nowhere does not exist"),
+        (tmp_path, {}, "holds no ONNX file"),
+        (folder / "model_kv8.onnx", {}, "in 8 bits already"),
+        (folder, {"chunks": 3}, "3 chunks of 512 tokens, and 4 are the least"),
+    ]:
+        with pytest.raises(Lfm2Error, match=message):
+            quantize_cache.quantize_cache(model, TEXT, **options)
+
+
+def test_values_that_are_not_finite_are_refused():
+    class Model:
+        def run(self, names, ids):
+            return [np.full((1, 1, 4, 8), np.inf, np.float32)]
+
+    tensor = quantize_cache.CacheTensor(0, "value", "past", "present")
+    with pytest.raises(Lfm2Error, match="present holds values that are not finite"):
+        quantize_cache._calibrate(Model(), [tensor], [torch.zeros(1, 4)])
+
+
+def test_scales_bound_what_the_text_showed(folder, model):
+    heads, half = model.config.num_key_value_heads, model.config.hidden_size // model.config.num_attention_heads // 2
+    table, source = scales(folder), OnnxModel(folder / "model.onnx")
+    shown = read_chunks(TEXT, AutoTokenizer.from_pretrained(folder), **SHORT)[::2]
+    names = [name.removesuffix(".scale") for name in table]
+    for ids in shown:
+        for name, (values,) in zip(names, source.run(names, ids), strict=True):
+            largest = np.abs(values).max(1).ravel() * quantize_cache.HEADROOM
+            assert (largest <= 127.01 * table[f"{name}.scale"].numpy()).all()
+    for name in names:
+        first, second = table[f"{name}.scale"].reshape(heads, 2, half).unbind(1)
+        assert torch.equal(first, second) == name.endswith("key"), "positions turn a key's halves into one another"
+
+
+def test_through_optimum_cli(exported, tmp_path):
+    shutil.copytree(exported("trained"), tmp_path / "export")
+    command = [sys.executable, "-m", "optimum.commands.optimum_cli", "lfm2", "quantize-cache", str(tmp_path / "export")]
+    command += ["--text", str(TEXT), "--chunks", "4", "--length", "64"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "model_kv8.onnx: KL divergence from model.onnx" in done.stdout
+    done = subprocess.run([*command, "--length", "100000"], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith(f"optimum-cli: error: {TEXT} has")
+
+
+def test_the_benchmarks_systems(tmp_path):
+    ours.prepare(DEMO / "checkpoint", tmp_path, "q4-kv8")
+    tokens = [
+        system(tmp_path, 1, 64, "q4-kv8").run(list(range(20, 40)), 8).tokens for system in (ours.System, loop.System)
+    ]
+    assert tokens[0] == tokens[1]
+    assert len(tokens[0]) == 9
