@@ -1,7 +1,8 @@
-"""What decided the defaults of --variant: `python -m benchmarks.quantization quality`, and `speed`.
+"""What decided how weights and caches are quantised: `python -m benchmarks.quantization quality`, `speed` and `cache`.
 
 `quality` rounds the trained checkpoint's weights in several ways and compares each with the checkpoint; activations
-stay in float. `speed` exports the shape of LFM2-350M with several block sizes and runs the graphs in turn.
+stay in float. `speed` exports the shape of LFM2-350M with several block sizes and runs the graphs in turn. `cache`
+gives the scales of a cache in 8 bits more and less headroom, and compares each with the export that it is made of.
 """
 
 from __future__ import annotations
@@ -20,12 +21,14 @@ from transformers import Lfm2ForCausalLM
 
 from benchmarks.checkpoint import random_checkpoint
 from benchmarks.systems import loop
+from optimum_lfm2 import quantize_cache
 from optimum_lfm2.evaluate import evaluate
 from optimum_lfm2.export.quantize import VARIANTS, Blocks, Scheme, dequantize_tensor, quantize_tensor
 
 
 DEMO = Path(__file__).parent.parent / "demo"
 SIZES = (32, 64, 128)
+HEADROOMS = (0.8, 1.0, 1.25, 1.5)
 
 Method = Callable[
     [torch.Tensor, int, int], torch.Tensor
@@ -151,6 +154,20 @@ def speed(work: Path, rounds: int, threads: int) -> None:
         print(f"| {cells} | {prefill:.0f} | {decode:.0f} | {sizes[cells]:.0f} |")
 
 
+def cache(chunks: int = 64) -> None:
+    from optimum.exporters.onnx import main_export
+
+    print("| weights | headroom | mean KL divergence | same top token |\n| --- | --- | --- | --- |")
+    for variant in ("default", "q8", "q4"):
+        with tempfile.TemporaryDirectory() as folder:
+            main_export(str(DEMO / "checkpoint"), folder, _variant=variant, do_validation=False)
+            for headroom in HEADROOMS:
+                with patch.object(quantize_cache, "HEADROOM", headroom):
+                    _, _, found = quantize_cache.quantize_cache(folder, DEMO / "heldout.txt", chunks)
+                divergence = f"{found.kl_divergence:.6f} ± {found.kl_divergence_error:.6f}"
+                print(f"| {variant} | {headroom} | {divergence} | {found.top1_agreement:.2%} |", flush=True)
+
+
 def _export(checkpoint: Path, folder: Path, scheme: Scheme) -> None:
     from optimum.exporters.onnx import main_export
 
@@ -161,7 +178,7 @@ def _export(checkpoint: Path, folder: Path, scheme: Scheme) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("quality", "speed"))
+    parser.add_argument("what", choices=("quality", "speed", "cache"))
     parser.add_argument(
         "--work", type=Path, default=Path(".benchmarks"), help="folder for the models of `speed` (3 GB)"
     )
@@ -170,6 +187,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.what == "quality":
         quality()
+    elif args.what == "cache":
+        cache()
     else:
         speed(args.work, args.rounds, args.threads)
 

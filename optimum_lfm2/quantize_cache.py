@@ -29,7 +29,7 @@ SUFFIX = "_kv8"
 HEADROOM = 1.25  # room for what the text did not show: what does not fit is clipped (docs/quantization.md)
 LARGEST = 127
 LEAST_CHUNKS = 4
-NEEDED = "1.32"
+NEEDED = "1.27"
 
 ATTENTION = "GroupQueryAttention"
 PAST_INPUTS, PRESENT_OUTPUTS, SCALE_INPUTS = slice(3, 5), slice(1, 3), (12, 13)

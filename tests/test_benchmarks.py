@@ -162,6 +162,16 @@ def test_speed_of_block_sizes(checkpoint, tmp_path, monkeypatch, capsys):
     assert all(float(cell) > 0 for row in rows for cell in row[3:5])
 
 
+def test_headroom_of_a_cache(monkeypatch, capsys):
+    monkeypatch.setattr(quantization, "HEADROOMS", (0.5, 1.25))
+    quantization.cache(chunks=4)
+    rows = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines()[2:]]
+    divergences = [float(row[2].split("±")[0]) for row in rows]
+    assert [row[0].strip() for row in rows] == ["default", "default", "q8", "q8", "q4", "q4"]
+    for clipped, with_room in zip(divergences[::2], divergences[1::2], strict=True):
+        assert clipped > 3 * with_room > 0
+
+
 def test_a_job_may_say_how_long_chunks_are(exported, monkeypatch):
     lengths, run_ = [], GraphSession.run
     monkeypatch.setattr(
