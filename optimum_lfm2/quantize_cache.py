@@ -54,26 +54,26 @@ def quantize_cache(
         Lfm2Error: for a model or text that cannot be used; then nothing is written.
     """
     source = _source(Path(model))
-    graph = ir.load(source)
-    nodes = _attention_nodes(graph.graph, source)
+    gold = OnnxModel(source)
+    quantized = ir.load(source)
+    nodes = _attention_nodes(quantized.graph, source)
     pieces = read_chunks(text, find_tokenizer(source), chunks, length)
     if len(pieces) < LEAST_CHUNKS:
         raise Lfm2Error(
             f"{text} has {len(pieces)} chunks of {length} tokens, and {LEAST_CHUNKS} are the least: every other one "
             "decides the scales, the rest is compared. Give more text, more --chunks, or a shorter --length."
         )
-    gold = OnnxModel(source)
     limits = _calibrate(gold, [tensor for pair in nodes.values() for tensor in pair], pieces[::2])
     for node, pair in nodes.items():
-        _quantize(node, [_scales(limits[tensor.present]) for tensor in pair], graph.graph)
+        _quantize(node, [_scales(limits[tensor.present]) for tensor in pair], quantized.graph)
     for note in (DIFFERENCE, COMPARED, QUALITY, TEXT):  # of the file that this one is made of
-        graph.metadata_props.pop(note, None)
+        quantized.metadata_props.pop(note, None)
 
     target = source.with_name(f"{source.stem}{SUFFIX}.onnx")
     written = source.with_name(f".{target.stem}.{secrets.token_hex(4)}.onnx")  # its weights are found from here only
     with terminable():
         try:
-            ir.save(graph, written)
+            ir.save(quantized, written)
             quality = measure(OnnxModel(written), gold, pieces[1::2])
             written.replace(target)
         except Lfm2Error as error:
@@ -100,26 +100,24 @@ def _attention_nodes(graph: ir.Graph, path: Path) -> dict[ir.Node, tuple[CacheTe
         Lfm2Error: where keys and values are not float tensors that an attention node alone reads and writes.
     """
     caches = read_cache_tensors(*([v.name for v in values] for values in (graph.inputs, graph.outputs)))
-    growing = {tensor.past: tensor for tensor in caches if tensor.grows}
+    growing = sorted((tensor for tensor in caches if tensor.grows), key=lambda tensor: (tensor.layer, tensor.kind))
     if not growing:
         raise Lfm2Error(f"{path} has no keys and values among its inputs: there is no cache to quantise.")
-    if quantized := [v.name for v in graph.inputs if v.name in growing and v.dtype == ir.DataType.INT8]:
-        raise Lfm2Error(f"{path} has its keys and values in 8 bits already ({quantized[0]}).")
-    nodes: dict[ir.Node, tuple[CacheTensor, CacheTensor]] = {}
+    types = {value.name: value.dtype for value in graph.inputs}
+    if types[growing[0].past] == ir.DataType.INT8:
+        raise Lfm2Error(f"{path} has its keys and values in 8 bits already ({growing[0].past}).")
+    pairs = zip(growing[::2], growing[1::2], strict=True)
+    layers = {(key.past, value.past, key.present, value.present): (key, value) for key, value in pairs}
+    nodes = {}
     for node in graph:
         if node.op_type == ATTENTION:
-            pasts, presents = node.inputs[PAST_INPUTS], node.outputs[PRESENT_OUTPUTS]
-            pair = [growing.get(past.name) if past is not None else None for past in pasts]
-            if all(
-                tensor is not None and tensor.present == present.name
-                for tensor, present in zip(pair, presents, strict=True)
-            ):
-                key, value = pair
-                nodes[node] = (key, value)
-    served = {tensor.past for pair in nodes.values() for tensor in pair}
-    if left := sorted(growing.keys() - served):
+            names = tuple(value and value.name for value in (*node.inputs[PAST_INPUTS], *node.outputs[PRESENT_OUTPUTS]))
+            if names in layers:
+                nodes[node] = layers.pop(names)
+    if layers:
+        past, *_ = min(layers)
         raise Lfm2Error(
-            f"{path} does not hand {left[0]} to {ATTENTION} as it is, as this package's exports do where heads have a "
+            f"{path} does not hand {past} to {ATTENTION} as it is, as this package's exports do where heads have a "
             "width that is a multiple of 8. Its cache cannot be quantised."
         )
     return nodes
