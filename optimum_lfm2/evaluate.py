@@ -142,7 +142,7 @@ def find_tokenizer(*folders: Path) -> Any:
                     return AutoTokenizer.from_pretrained(folder)
                 except (OSError, ValueError) as error:
                     raise Lfm2Error(f"The tokenizer in {folder} cannot be loaded ({first_line(error)}).") from None
-    raise Lfm2Error(f"Neither {' nor '.join(map(str, folders))} has a tokenizer. Copy the checkpoint's beside it.")
+    raise Lfm2Error(f"No tokenizer lies beside {' or '.join(map(str, folders))}. Copy the checkpoint's there.")
 
 
 def read_chunks(text: str | Path, tokenizer: Any, chunks: int, length: int) -> list[torch.Tensor]:

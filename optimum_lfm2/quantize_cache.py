@@ -63,6 +63,7 @@ def quantize_cache(
             f"{text} has {len(pieces)} chunks of {length} tokens, and {LEAST_CHUNKS} are the least: every other one "
             "decides the scales, the rest is compared. Give more text, more --chunks, or a shorter --length."
         )
+    next(gold(pieces[:1]))  # so that a graph which cannot be compared is refused now
     limits = _calibrate(gold, [tensor for pair in nodes.values() for tensor in pair], pieces[::2])
     for node, pair in nodes.items():
         _quantize(node, [_scales(limits[tensor.present]) for tensor in pair], quantized.graph)

@@ -13,12 +13,14 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import CONFIG_NAME
 
 from optimum_lfm2 import compat
-from optimum_lfm2.caches import LOGITS_TO_KEEP
+from optimum_lfm2.caches import LOGITS_TO_KEEP, head_dim
 from optimum_lfm2.errors import Lfm2Error, first_line
 from optimum_lfm2.export.loading import Lfm2TasksManager, materialize_buffers
 from optimum_lfm2.export.streamed import StandIns, streamed
+from optimum_lfm2.genai import GENAI_CONFIG, read_genai_config
 
 
 # chunks, ids (1, length) each → of each in turn the logits to score, float (scored(ids), vocabulary)
@@ -80,6 +82,11 @@ class OnnxModel:
     def __call__(self, chunks: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
         for ids in chunks:
             (logits,) = self.run(["logits"], ids)
+            if logits.shape[1] < scored(ids):
+                raise Lfm2Error(
+                    f"{self._path} gives {logits.shape[1]} logits where {scored(ids)} are scored. Export it without "
+                    "pruning the head."
+                )
             yield torch.from_numpy(logits[0, -scored(ids) :])
 
     def run(self, outputs: Sequence[str], ids: torch.Tensor) -> list[np.ndarray]:
@@ -101,8 +108,19 @@ class OnnxModel:
             return np.array(scored(ids), dtype=np.int64)
         if value.name.startswith("past") and value.type in DTYPES:
             shape = [axis if isinstance(axis, int) else int(axis == value.shape[0]) for axis in value.shape]
+            if len(shape) == 4 and not isinstance(value.shape[3], int):
+                shape[3] = self._head_dim()
             return np.zeros(shape, dtype=DTYPES[value.type])
         raise Lfm2Error(f"{self._path} has an input {value.name}, which no language model's export that we know has.")
+
+    def _head_dim(self) -> int:
+        """For a graph that has a symbol there, as onnxruntime-genai's builder writes it."""
+        for folder in (self._path.parent, self._path.parent.parent):
+            if (folder / CONFIG_NAME).is_file():
+                return head_dim(AutoConfig.from_pretrained(folder))
+            if (folder / GENAI_CONFIG).is_file():
+                return head_dim(read_genai_config(folder))
+        raise Lfm2Error(f"{self._path} does not say how wide its heads are. Copy the checkpoint's {CONFIG_NAME} there.")
 
 
 def _transformers_model(folder: Path) -> Model:

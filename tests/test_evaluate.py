@@ -17,6 +17,7 @@ import torch
 from optimum.commands.lfm2.evaluate import EvaluateCommand
 from optimum_lfm2.errors import Lfm2Error
 from optimum_lfm2.evaluate import compare, evaluate, summarise
+from optimum_lfm2.quantize_cache import quantize_cache
 
 
 DEMO = Path(__file__).parent.parent / "demo"
@@ -110,6 +111,35 @@ def test_other_bad_models(exported, tmp_path):
         evaluate(tmp_path, reference, text)
     with pytest.raises(Lfm2Error, match="no output named logits"):
         evaluate(exported("trained", task="feature-extraction"), reference, text)
+
+
+def test_a_graph_with_a_symbol_for_the_width_of_heads(exported, tmp_path):
+    """As onnxruntime-genai's builder writes it, without config.json."""
+    folder = shutil.copytree(exported("trained"), tmp_path / "model")
+    model = ir.load(folder / "model.onnx")
+    for value in (*model.graph.inputs, *model.graph.outputs):
+        if "key" in value.name or "value" in value.name:
+            value.shape = ir.Shape([*value.shape[:3], "kv_cache_dim"])
+    ir.save(model, folder / "model.onnx")
+    (folder / "config.json").unlink()
+    quality = evaluate(folder, exported("trained"), DEMO / "heldout.txt", chunks=3, length=128)
+    assert quality.kl_divergence == 0
+    (folder / "genai_config.json").unlink()
+    with pytest.raises(Lfm2Error, match="does not say how wide its heads are"):
+        evaluate(folder, exported("trained"), DEMO / "heldout.txt", chunks=3, length=128)
+
+
+def test_a_graph_of_one_logit(exported, tmp_path):
+    folder = shutil.copytree(exported("trained"), tmp_path / "model")
+    model = ir.load(folder / "model.onnx")
+    model.graph.initializers["num_logits_to_keep"].const_value = ir.tensor(1, name="num_logits_to_keep")
+    ir.save(model, folder / "model.onnx")
+    for run_ in (
+        lambda: evaluate(folder, exported("trained"), DEMO / "heldout.txt", chunks=4, length=128),
+        lambda: quantize_cache(folder, DEMO / "heldout.txt", chunks=4, length=128),
+    ):
+        with pytest.raises(Lfm2Error, match=r"gives 1 logits where 65 are scored\. Export it without pruning"):
+            run_()
 
 
 def test_through_optimum_cli(exported):
