@@ -28,6 +28,9 @@ LOGITS_TO_KEEP = "num_logits_to_keep"
 ANY_PADDING = "optimum_lfm2.any_padding"
 IN_PLACE = "optimum_lfm2.kv_cache_in_place"
 
+# What the name of a graph ends in whose keys and values are int8, beside the one in float that it was made of.
+QUANTIZED_CACHE = "_kv8"
+
 CONV = "conv"
 ATTENTION = "full_attention"
 

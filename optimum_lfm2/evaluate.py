@@ -122,8 +122,8 @@ def summarise(parts: Iterable[Sums]) -> Quality:
     tokens = sum(chunk.tokens for chunk in chunks)
     divergences = np.array([chunk.divergence / chunk.tokens for chunk in chunks])
     return Quality(
-        perplexity=math.exp(sum(chunk.loss for chunk in chunks) / tokens),
-        reference_perplexity=math.exp(sum(chunk.reference_loss for chunk in chunks) / tokens),
+        perplexity=_exp(sum(chunk.loss for chunk in chunks) / tokens),
+        reference_perplexity=_exp(sum(chunk.reference_loss for chunk in chunks) / tokens),
         kl_divergence=float(divergences.mean()),
         kl_divergence_error=float(divergences.std(ddof=1) / len(chunks) ** 0.5),
         top1_agreement=sum(chunk.agreements for chunk in chunks) / tokens,
@@ -132,9 +132,14 @@ def summarise(parts: Iterable[Sums]) -> Quality:
     )
 
 
+def _exp(x: float) -> float:
+    """Infinite where `math.exp` fails: a broken file may lose any number of nats a token."""
+    return float(torch.tensor(x, dtype=torch.float64).exp())
+
+
 def find_tokenizer(*folders: Path) -> Any:
     """The first tokenizer that lies with a model. Raises `Lfm2Error` where there is none."""
-    for path in folders:
+    for path in map(Path.absolute, folders):
         candidates = (path, path.parent) if path.is_dir() else (path.parent, path.parent.parent)
         for folder in candidates:
             if (folder / "tokenizer_config.json").is_file():

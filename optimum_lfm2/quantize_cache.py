@@ -1,7 +1,7 @@
 """Keys and values in 8 bits: a second graph beside an exported one, over the same weights.
 
-A quarter of the cache's memory, and decoding that reads a quarter of it. Each channel of a layer's keys and values has
-one scale, which a text decides: integers times scale are the values, as `GroupQueryAttention` does it
+A quarter of the memory of a cache in float32, and of what decoding reads of it. Each channel of a layer's keys and
+values has one scale, which a text decides: integers times scale are the values, as `GroupQueryAttention` does it
 (onnxruntime's docs/ContribOperators.md, `PER_CHANNEL`).
 """
 
@@ -13,11 +13,13 @@ from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
+import onnxruntime
 import torch
+from packaging import version
 from tqdm import tqdm
 
-from optimum_lfm2.caches import CacheTensor, read_cache_tensors
-from optimum_lfm2.errors import Lfm2Error
+from optimum_lfm2.caches import QUANTIZED_CACHE, CacheTensor, read_cache_tensors
+from optimum_lfm2.errors import Lfm2Error, first_line
 from optimum_lfm2.evaluate import Quality, find_tokenizer, measure, read_chunks
 from optimum_lfm2.export.editing import add_initializer
 from optimum_lfm2.export.precisions import COMPARED, DIFFERENCE, QUALITY, TEXT
@@ -25,11 +27,10 @@ from optimum_lfm2.export.staging import terminable
 from optimum_lfm2.scoring import OnnxModel, onnx_file, onnx_files
 
 
-SUFFIX = "_kv8"
 HEADROOM = 1.25  # room for what the text did not show: what does not fit is clipped (docs/quantization.md)
 LARGEST = 127
 LEAST_CHUNKS = 4
-NEEDED = "1.27"
+NEEDED = version.parse("1.27")  # older releases have no such kernel
 
 ATTENTION = "GroupQueryAttention"
 PAST_INPUTS, PRESENT_OUTPUTS, SCALE_INPUTS = slice(3, 5), slice(1, 3), (12, 13)
@@ -53,32 +54,30 @@ def quantize_cache(
     Raises:
         Lfm2Error: for a model or text that cannot be used; then nothing is written.
     """
+    if version.parse(installed := onnxruntime.__version__) < NEEDED:
+        raise Lfm2Error(f"onnxruntime {installed} cannot run a cache in 8 bits. Install {NEEDED} or later.")
     source = _source(Path(model))
-    gold = OnnxModel(source)
-    quantized = ir.load(source)
+    quantized = _load(source)
     nodes = _attention_nodes(quantized.graph, source)
-    pieces = read_chunks(text, find_tokenizer(source), chunks, length)
-    if len(pieces) < LEAST_CHUNKS:
-        raise Lfm2Error(
-            f"{text} has {len(pieces)} chunks of {length} tokens, and {LEAST_CHUNKS} are the least: every other one "
-            "decides the scales, the rest is compared. Give more text, more --chunks, or a shorter --length."
-        )
-    next(gold(pieces[:1]))  # so that a graph which cannot be compared is refused now
-    limits = _calibrate(gold, [tensor for pair in nodes.values() for tensor in pair], pieces[::2])
-    for node, pair in nodes.items():
-        _quantize(node, [_scales(limits[tensor.present]) for tensor in pair], quantized.graph)
-    for note in (DIFFERENCE, COMPARED, QUALITY, TEXT):  # of the file that this one is made of
-        quantized.metadata_props.pop(note, None)
-
-    target = source.with_name(f"{source.stem}{SUFFIX}.onnx")
+    _check_weights(quantized.graph)
+    pieces = _read_text(text, source, chunks, length)
+    gold = OnnxModel(source)
+    target = source.with_name(f"{source.stem}{QUANTIZED_CACHE}.onnx")
     written = source.with_name(f".{target.stem}.{secrets.token_hex(4)}.onnx")  # its weights are found from here only
     with terminable():
         try:
+            written.touch()  # what cannot be written is told of before the work
+            next(gold(pieces[:1]))  # so that a graph which cannot be compared is refused now
+            limits = _calibrate(gold, [tensor for pair in nodes.values() for tensor in pair], pieces[::2])
+            for node, pair in nodes.items():
+                _quantize(node, [_scales(limits[tensor.present]) for tensor in pair], quantized.graph)
+            for note in (DIFFERENCE, COMPARED, QUALITY, TEXT):  # of the file that this one is made of
+                quantized.metadata_props.pop(note, None)
             ir.save(quantized, written)
             quality = measure(OnnxModel(written), gold, pieces[1::2])
             written.replace(target)
-        except Lfm2Error as error:
-            raise Lfm2Error(f"{target.name} was not kept, it takes onnxruntime {NEEDED}: {error}") from None
+        except OSError as error:
+            raise Lfm2Error(f"{target} cannot be written ({error}). Copy the export to a folder of your own.") from None
         finally:
             written.unlink(missing_ok=True)
     return source, target, quality
@@ -86,12 +85,42 @@ def quantize_cache(
 
 def _source(path: Path) -> Path:
     """The file to start from: not one that was made here."""
-    files = [file for file in onnx_files(path) if not file.stem.endswith(SUFFIX)]
+    files = [file for file in onnx_files(path) if not file.stem.endswith(QUANTIZED_CACHE)]
     file = path if path.is_file() else onnx_file(path, files)
     if file is None:
-        what = "holds no ONNX file" if path.exists() else "does not exist"
+        what = "holds no ONNX file with a cache in float" if path.exists() else "does not exist"
         raise Lfm2Error(f"{path} {what}. Give an exported folder, or an .onnx file of it.")
     return file
+
+
+def _load(path: Path) -> ir.Model:
+    try:
+        return ir.load(path)
+    except Exception as error:  # of protobuf, of onnx-ir: they have no common class
+        raise Lfm2Error(f"{path} cannot be loaded ({first_line(error)}). Export it again.") from None
+
+
+def _read_text(text: str | Path, source: Path, chunks: int, length: int) -> list[torch.Tensor]:
+    why = f"{LEAST_CHUNKS} are the least: every other one decides the scales, the rest is compared"
+    if chunks < LEAST_CHUNKS:
+        raise Lfm2Error(f"{chunks} chunks are too few, {why}.")
+    pieces = read_chunks(text, find_tokenizer(source), chunks, length)
+    if len(pieces) < LEAST_CHUNKS:
+        raise Lfm2Error(
+            f"{text} has {len(pieces)} chunks of {length} tokens, and {why}. Give more text or shorter chunks."
+        )
+    return pieces
+
+
+def _check_weights(graph: ir.Graph) -> None:
+    """Raise `Lfm2Error` for weights that a second graph beside the first could not read: links."""
+    for value in graph.initializers.values():
+        tensor = value.const_value
+        if isinstance(tensor, ir.ExternalTensor) and Path(tensor.path).is_symlink():
+            raise Lfm2Error(
+                f"{tensor.path} is a link, as in the Hub's cache, and onnxruntime follows none. "
+                "Download the model with hf download --local-dir, and give that folder."
+            )
 
 
 def _attention_nodes(graph: ir.Graph, path: Path) -> dict[ir.Node, tuple[CacheTensor, CacheTensor]]:
@@ -106,7 +135,7 @@ def _attention_nodes(graph: ir.Graph, path: Path) -> dict[ir.Node, tuple[CacheTe
         raise Lfm2Error(f"{path} has no keys and values among its inputs: there is no cache to quantise.")
     types = {value.name: value.dtype for value in graph.inputs}
     if types[growing[0].past] == ir.DataType.INT8:
-        raise Lfm2Error(f"{path} has its keys and values in 8 bits already ({growing[0].past}).")
+        raise Lfm2Error(f"{path} has its keys and values in 8 bits already. Give the file that it was made of.")
     pairs = zip(growing[::2], growing[1::2], strict=True)
     layers = {(key.past, value.past, key.present, value.present): (key, value) for key, value in pairs}
     nodes = {}
@@ -152,7 +181,7 @@ def _quantize(node: ir.Node, scales: Sequence[np.ndarray], graph: ir.Graph) -> N
     """Let an attention node read and write int8, by its scales of keys and of values."""
     for value in (*node.inputs[PAST_INPUTS], *node.outputs[PRESENT_OUTPUTS]):
         value.type = ir.TensorType(ir.DataType.INT8)  # type: ignore[union-attr]
-    node.resize_inputs(max(SCALE_INPUTS) + 1)
+    node.resize_inputs(max(len(node.inputs), max(SCALE_INPUTS) + 1))
     for position, values, present in zip(SCALE_INPUTS, scales, node.outputs[PRESENT_OUTPUTS], strict=True):
         node.replace_input_with(position, add_initializer(graph, ir.tensor(values, name=f"{present.name}.scale")))
     node.attributes.add(ir.AttrString("k_quant_type", "PER_CHANNEL"))

@@ -115,7 +115,7 @@ class OnnxModel:
 
     def _head_dim(self) -> int:
         """For a graph that has a symbol there, as onnxruntime-genai's builder writes it."""
-        for folder in (self._path.parent, self._path.parent.parent):
+        for folder in list(self._path.absolute().parents)[:2]:
             if (folder / CONFIG_NAME).is_file():
                 return head_dim(AutoConfig.from_pretrained(folder))
             if (folder / GENAI_CONFIG).is_file():

@@ -45,6 +45,8 @@ def test_every_system_is_measured(results):
         assert chat["peak"] > chat["libraries"] > 0
     assert set(measured["context"]["ours-q4"][0]) == {"8", "40"}
     assert measured["long_prompt"]["tokens"] == 48
+    assert list(measured["long_prompt"]["systems"]) == ["ours-q4"]
+    assert "A prompt of 48 tokens adds" in results.with_name("table.md").read_text()
 
 
 def test_float_systems_agree(results):

@@ -21,6 +21,7 @@ from benchmarks.systems import loop, ours
 from optimum_lfm2 import compat, quantize_cache
 from optimum_lfm2.errors import Lfm2Error
 from optimum_lfm2.evaluate import evaluate, read_chunks
+from optimum_lfm2.export.staging import staged
 from optimum_lfm2.scoring import OnnxModel
 
 
@@ -180,9 +181,42 @@ def test_a_failure_leaves_the_folder(folder, tmp_path, monkeypatch):
         raise Lfm2Error("no kernel")
 
     monkeypatch.setattr(quantize_cache, "measure", fail)
-    with pytest.raises(Lfm2Error, match=r"model_kv8.onnx was not kept, .* 1\.27: no kernel"):
+    with pytest.raises(Lfm2Error, match="no kernel"):
+        quantize_cache.quantize_cache(other, TEXT, **SHORT)
+    monkeypatch.setattr(Path, "touch", lambda self: self.with_name("nowhere").joinpath("file").write_text(""))
+    with pytest.raises(Lfm2Error, match=r"model_kv8.onnx cannot be written \(.*Copy the export"):
+        quantize_cache.quantize_cache(other, TEXT, **SHORT)
+    monkeypatch.setattr("onnxruntime.__version__", "1.26.0")
+    with pytest.raises(Lfm2Error, match=r"1\.26\.0 cannot run a cache in 8 bits\. Install 1\.27"):
         quantize_cache.quantize_cache(other, TEXT, **SHORT)
     assert {path: path.read_bytes() for path in other.iterdir()} == before
+
+
+def test_weights_that_are_links_are_refused(folder, tmp_path):
+    """As in the Hub's cache: onnxruntime follows a model that is a link, and then no link from a new file beside it."""
+    snapshot = tmp_path / "snapshot"
+    snapshot.mkdir()
+    for path in folder.iterdir():
+        (snapshot / path.name).symlink_to(path)
+    (snapshot / "model_kv8.onnx").unlink()
+    with pytest.raises(Lfm2Error, match=r"model.onnx_data is a link.*--local-dir"):
+        quantize_cache.quantize_cache(snapshot, TEXT, **SHORT)
+    assert not list(snapshot.glob("*kv8*"))
+
+
+def test_it_goes_with_the_file_that_it_was_made_of(folder, tmp_path):
+    other = shutil.copytree(folder, tmp_path / "export")
+    before = {path.name: path.read_bytes() for path in other.iterdir()}
+    with pytest.raises(RuntimeError), staged(other) as new:
+        (new / "model.onnx").write_bytes(b"other")
+        raise RuntimeError
+    assert {path.name: path.read_bytes() for path in other.iterdir()} == before
+    with staged(other) as new:
+        (new / "model_q4.onnx").write_bytes(b"other")
+    assert (other / "model_kv8.onnx").exists()
+    with staged(other) as new:
+        (new / "model.onnx").write_bytes(b"other")
+    assert {path.name for path in other.iterdir()} == before.keys() - {"model_kv8.onnx"} | {"model_q4.onnx"}
 
 
 @pytest.mark.parametrize(
@@ -202,8 +236,10 @@ def test_bad_input(folder, tmp_path):
     for model, options, message in [
         (tmp_path / "nowhere", {}, "nowhere does not exist"),
         (tmp_path, {}, "holds no ONNX file"),
-        (folder / "model_kv8.onnx", {}, "in 8 bits already"),
-        (folder, {"chunks": 3}, "3 chunks of 512 tokens, and 4 are the least"),
+        (TEXT, {}, "cannot be loaded"),
+        (folder / "model_kv8.onnx", {}, r"in 8 bits already\. Give the file"),
+        (folder, {"chunks": 3}, "3 chunks are too few, 4 are the least"),
+        (folder, {"length": 10_000}, "3 chunks of 10000 tokens, and 4 are the least"),
     ]:
         with pytest.raises(Lfm2Error, match=message):
             quantize_cache.quantize_cache(model, TEXT, **options)
@@ -247,8 +283,9 @@ def test_through_optimum_cli(exported, tmp_path):
 
 def test_the_benchmarks_systems(tmp_path):
     ours.prepare(DEMO / "checkpoint", tmp_path, "q4-kv8")
-    tokens = [
-        system(tmp_path, 1, 64, "q4-kv8").run(list(range(20, 40)), 8).tokens for system in (ours.System, loop.System)
-    ]
-    assert tokens[0] == tokens[1]
-    assert len(tokens[0]) == 9
+    one, other = (module.System(tmp_path, 1, 64, "q4-kv8") for module in (ours, loop))
+    assert torch.int8 in one.model.layout.dtypes.values()
+    assert "tensor(int8)" in {value.type for value in other.session.get_inputs()}
+    tokens = one.run(list(range(20, 40)), 8).tokens
+    assert tokens == other.run(list(range(20, 40)), 8).tokens
+    assert len(tokens) == 9

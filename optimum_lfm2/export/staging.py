@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
+from optimum_lfm2.caches import QUANTIZED_CACHE
 from optimum_lfm2.errors import Lfm2Error
 
 
@@ -19,8 +20,9 @@ from optimum_lfm2.errors import Lfm2Error
 def staged(output: Path) -> Iterator[Path]:
     """An empty folder beside `output`, whose files move into `output` when the block ends well.
 
-    Files of the same name are replaced, others in `output` stay. When the block fails or is interrupted (SIGTERM too),
-    `output` is as it was, and nothing half-written is left behind.
+    Files of the same name are replaced, others in `output` stay, but for the graph with a quantised cache that was made
+    of a replaced one. When the block fails or is interrupted (SIGTERM too), `output` is as it was, and nothing
+    half-written is left behind.
 
     Raises:
         Lfm2Error: where `output` is a file.
@@ -58,6 +60,9 @@ def _move(new: Path, old: Path, output: Path) -> None:
             name = source.relative_to(new)
             if (output / name).exists() or (output / name).is_symlink():
                 _rename(output / name, old / name, undo)
+                stale = name.with_name(f"{name.stem}{QUANTIZED_CACHE}.onnx")  # over weights that go, too
+                if name.suffix == ".onnx" and (output / stale).exists():
+                    _rename(output / stale, old / stale, undo)
             _rename(source, output / name, undo)
     except BaseException:
         for source, target in reversed(undo):

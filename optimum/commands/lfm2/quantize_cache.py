@@ -11,8 +11,8 @@ DESCRIPTION = """\
 Write a second graph beside an exported one, NAME_kv8.onnx beside NAME.onnx, over the same weights. Its cache of keys
 and values holds 8 bits a value where the other holds 16 or 32: less memory, and faster decoding after thousands of
 tokens; long prompts are read slower. The scales are measured on a text, of which a half tells what they cost.
-Load it with file_name="NAME_kv8.onnx". It takes onnxruntime 1.27 or later; Transformers.js, whose caches are floats
-alone, cannot run it.
+Load it from that folder with file_name="NAME_kv8.onnx". It takes onnxruntime 1.27 or later; Transformers.js, whose
+caches are floats alone, cannot run it.
 """
 
 
