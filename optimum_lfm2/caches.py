@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from transformers import PretrainedConfig
@@ -122,3 +123,9 @@ def unflatten(tensors: Sequence[Any], layer_types: Sequence[str]) -> list[tuple[
     return [
         (next(remaining),) if layer_type == CONV else (next(remaining), next(remaining)) for layer_type in layer_types
     ]
+
+
+def with_float_caches(files: Iterable[Path]) -> list[Path]:
+    """The files that stand for a folder: not those beside the one that they were made of, which are taken by name."""
+    files = sorted(files)
+    return [file for file in files if not file.stem.endswith(QUANTIZED_CACHE)] or files

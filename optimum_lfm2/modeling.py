@@ -19,6 +19,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import CONFIG_NAME
 
 from optimum_lfm2 import compat
+from optimum_lfm2.caches import with_float_caches
 from optimum_lfm2.errors import Lfm2Error
 from optimum_lfm2.genai import GENAI_CONFIG, read_genai_config
 from optimum_lfm2.runtime.cache import Lfm2Cache
@@ -256,7 +257,7 @@ def _file_name(folder: Path) -> str | None:
     Raises:
         Lfm2Error: for several models of which none has that name; Optimum would take any.
     """
-    names = sorted(path.name for path in folder.rglob("*.onnx"))
+    names = [path.name for path in with_float_caches(folder.rglob("*.onnx"))]
     if not names or ONNX_WEIGHTS_NAME in names:
         return None
     if len(names) > 1:

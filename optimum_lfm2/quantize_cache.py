@@ -24,7 +24,7 @@ from optimum_lfm2.evaluate import Quality, find_tokenizer, measure, read_chunks
 from optimum_lfm2.export.editing import add_initializer
 from optimum_lfm2.export.precisions import COMPARED, DIFFERENCE, QUALITY, TEXT
 from optimum_lfm2.export.staging import terminable
-from optimum_lfm2.scoring import OnnxModel, onnx_file, onnx_files
+from optimum_lfm2.scoring import OnnxModel, onnx_file
 
 
 HEADROOM = 1.25  # room for what the text did not show: what does not fit is clipped (docs/quantization.md)
@@ -84,11 +84,9 @@ def quantize_cache(
 
 
 def _source(path: Path) -> Path:
-    """The file to start from: not one that was made here."""
-    files = [file for file in onnx_files(path) if not file.stem.endswith(QUANTIZED_CACHE)]
-    file = path if path.is_file() else onnx_file(path, files)
+    file = path if path.is_file() else onnx_file(path)
     if file is None:
-        what = "holds no ONNX file with a cache in float" if path.exists() else "does not exist"
+        what = "holds no ONNX file" if path.exists() else "does not exist"
         raise Lfm2Error(f"{path} {what}. Give an exported folder, or an .onnx file of it.")
     return file
 

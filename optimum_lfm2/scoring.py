@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import CONFIG_NAME
 
 from optimum_lfm2 import compat
-from optimum_lfm2.caches import LOGITS_TO_KEEP, head_dim
+from optimum_lfm2.caches import LOGITS_TO_KEEP, head_dim, with_float_caches
 from optimum_lfm2.errors import Lfm2Error, first_line
 from optimum_lfm2.export.loading import Lfm2TasksManager, materialize_buffers
 from optimum_lfm2.export.streamed import StandIns, streamed
@@ -46,17 +46,13 @@ def load(path: Path) -> Model:
         raise Lfm2Error(f"{path} does not exist. Give an exported folder, an .onnx file or a checkpoint's folder.")
     if path.is_file():
         return OnnxModel(path)
-    file = onnx_file(path, onnx_files(path))
+    file = onnx_file(path)
     return OnnxModel(file) if file else _transformers_model(path)
 
 
-def onnx_files(folder: Path) -> list[Path]:
-    """The ONNX files of a folder, and of its `onnx` folder."""
-    return sorted([*folder.glob("*.onnx"), *folder.glob("onnx/*.onnx")])
-
-
-def onnx_file(folder: Path, files: Sequence[Path]) -> Path | None:
-    """The only one of `files`; None for none. Raises `Lfm2Error` for several."""
+def onnx_file(folder: Path) -> Path | None:
+    """The only ONNX file of a folder and its `onnx` folder; None for none. Raises `Lfm2Error` for several."""
+    files = with_float_caches([*folder.glob("*.onnx"), *folder.glob("onnx/*.onnx")])
     if len(files) > 1:
         raise Lfm2Error(f"{folder} holds several models. Give one of them: {', '.join(map(str, files))}.")
     return files[0] if files else None

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import chunks, experts, quantization, report, run, worker
+from benchmarks import caches, chunks, experts, quantization, report, run, worker
 from benchmarks.bench import Bench
 from benchmarks.checkpoint import add_tokenizer
 from benchmarks.systems import SYSTEMS
@@ -172,6 +172,15 @@ def test_headroom_of_a_cache(monkeypatch, capsys):
     assert [row[0].strip() for row in rows] == ["default", "default", "q8", "q8", "q4", "q4"]
     for clipped, with_room in zip(divergences[::2], divergences[1::2], strict=True):
         assert clipped > 3 * with_room > 0
+
+
+def test_both_caches_in_turn(tmp_path, capsys):
+    options = ["--lengths", "8", "40", "--rounds", "2", "--new", "2", "--threads", "1"]
+    caches.main(["--checkpoint", str(ROOT / "demo" / "checkpoint"), "--work", str(tmp_path), *options])
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()[-4:]]
+    assert [row[:2] for row in rows] == [["float", "8"], ["8 bits", "8"], ["float", "40"], ["8 bits", "40"]]
+    assert all(float(row[2].split()[0]) > 0 for row in rows)
+    assert [row[3] for row in rows[:2]] == [row[4] for row in rows[::2]] == ["1.00", "1.00"]
 
 
 def test_a_job_may_say_how_long_chunks_are(exported, monkeypatch):

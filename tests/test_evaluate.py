@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from argparse import ArgumentParser
+from dataclasses import replace
 from pathlib import Path
 
 import onnx_ir as ir
@@ -16,7 +17,7 @@ import torch
 
 from optimum.commands.lfm2.evaluate import EvaluateCommand
 from optimum_lfm2.errors import Lfm2Error
-from optimum_lfm2.evaluate import compare, evaluate, summarise
+from optimum_lfm2.evaluate import compare, evaluate, find_tokenizer, summarise
 from optimum_lfm2.quantize_cache import quantize_cache
 
 
@@ -52,6 +53,12 @@ def test_against_sums_by_hand():
     assert twice.kl_divergence == pytest.approx(expected / 2)
     assert twice.kl_divergence_error == 0
     assert twice.top1_agreement == 0.5
+    assert summarise([replace(sums, loss=1e6)] * 2).perplexity == math.inf
+
+
+def test_the_tokenizer_of_a_relative_path(hub_folder, monkeypatch):
+    monkeypatch.chdir(hub_folder / "onnx")
+    assert find_tokenizer(Path("model_q4.onnx")).bos_token == "<|startoftext|>"
 
 
 def test_an_export_is_its_checkpoint(exported, capsys):

@@ -131,11 +131,12 @@ def test_a_row_gets_what_it_gets_alone(io_binding, model, rows, monkeypatch):
     assert torch.stack(taken, 1).tolist() == alone
 
 
-def test_chats_and_beams(model, rows):
+def test_chats_and_beams(model, gold, rows):
     first = model.generate(rows[1][None], return_dict_in_generate=True, **GREEDY)
     chat = torch.cat([first.sequences[0], rows[2]])
     went_on = model.generate(chat[None], **{compat.CACHE: copy.deepcopy(first[compat.CACHE])}, **GREEDY)
     assert went_on.tolist() == model.generate(chat[None], **GREEDY).tolist()
+    assert went_on[0, len(chat) :].tolist() == gold_tokens(gold, chat, NEW)
     beams = {**GREEDY, "num_beams": 3}
     alone = [model.generate(row[None], **beams)[0, len(row) :].tolist() for row in rows]
     assert model.generate(**pad(rows, "left"), **beams)[:, 60:].tolist() == alone
@@ -149,7 +150,9 @@ def test_every_kind_of_export(name, tmp_path, rows):
     assert 0 < quality.kl_divergence < 1e-3
     assert quality.top1_agreement > 0.99
     model = ORTModelForCausalLM.from_pretrained(tmp_path, file_name="model_kv8.onnx")
-    assert len(model.generate(rows[0][None], **GREEDY)[0]) == 60 + NEW
+    out = model.generate(rows[0][None], **GREEDY)  # token by token, as at once:
+    assert model(input_ids=out[:, :-1]).logits[:, -NEW:].argmax(-1).tolist() == out[:, -NEW:].tolist()
+    assert len(out[0, -NEW:].unique()) > NEW // 3
 
 
 def test_experts(experts_folder, tmp_path):
@@ -177,12 +180,14 @@ def test_a_failure_leaves_the_folder(folder, tmp_path, monkeypatch):
     other = shutil.copytree(folder, tmp_path / "export")
     before = {path: path.read_bytes() for path in other.iterdir()}
 
-    def fail(*_):
-        raise Lfm2Error("no kernel")
+    for error in (Lfm2Error, KeyboardInterrupt):
 
-    monkeypatch.setattr(quantize_cache, "measure", fail)
-    with pytest.raises(Lfm2Error, match="no kernel"):
-        quantize_cache.quantize_cache(other, TEXT, **SHORT)
+        def fail(*_, error=error):
+            raise error
+
+        monkeypatch.setattr(quantize_cache, "measure", fail)
+        with pytest.raises(error):
+            quantize_cache.quantize_cache(other, TEXT, **SHORT)
     monkeypatch.setattr(Path, "touch", lambda self: self.with_name("nowhere").joinpath("file").write_text(""))
     with pytest.raises(Lfm2Error, match=r"model_kv8.onnx cannot be written \(.*Copy the export"):
         quantize_cache.quantize_cache(other, TEXT, **SHORT)
@@ -267,6 +272,22 @@ def test_scales_bound_what_the_text_showed(folder, model):
     for name in names:
         first, second = table[f"{name}.scale"].reshape(heads, 2, half).unbind(1)
         assert torch.equal(first, second) == name.endswith("key"), "positions turn a key's halves into one another"
+
+
+def test_channels_that_the_text_never_used_have_a_scale():
+    scales = quantize_cache._scales(np.array([[0, 2.0]], np.float32))
+    np.testing.assert_allclose(scales, np.array([0.002, 2]) * quantize_cache.HEADROOM / 127, rtol=1e-6)
+    assert quantize_cache._scales(np.zeros((1, 2), np.float32)).min() > 0
+
+
+def test_a_folder_stands_for_the_float_cache(folder, tmp_path):
+    evaluate(folder, folder, TEXT, chunks=2, length=32)
+    other = shutil.copytree(folder, tmp_path / "export")
+    (other / "model.onnx").rename(other / "model_q4.onnx")
+    (other / "model_kv8.onnx").rename(other / "model_q4_kv8.onnx")
+    assert torch.int8 not in ORTModelForCausalLM.from_pretrained(other).layout.dtypes.values()
+    (other / "model_q4.onnx").unlink()
+    assert torch.int8 in ORTModelForCausalLM.from_pretrained(other).layout.dtypes.values()
 
 
 def test_through_optimum_cli(exported, tmp_path):

@@ -4,11 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from benchmarks.bench import ROOT
 from benchmarks.systems import base
-
-
-TEXT = ROOT / "demo" / "heldout.txt"
 
 
 def prepare(checkpoint: Path, folder: Path, variant: str) -> None:
@@ -18,12 +14,13 @@ def prepare(checkpoint: Path, folder: Path, variant: str) -> None:
     # isort: split
     from optimum.exporters.onnx import main_export
 
+    from benchmarks.bench import ROOT
     from optimum_lfm2.quantize_cache import quantize_cache
 
     weights, _, cache = variant.partition("-")
     main_export(str(checkpoint), folder, do_validation=False, _variant="default" if weights == "fp32" else weights)
     if cache:
-        quantize_cache(folder, TEXT, chunks=4)
+        quantize_cache(folder, ROOT / "demo" / "heldout.txt", chunks=4)
 
 
 def file_name(variant: str) -> str:
