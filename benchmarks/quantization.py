@@ -21,9 +21,9 @@ from transformers import Lfm2ForCausalLM
 
 from benchmarks.checkpoint import random_checkpoint
 from benchmarks.systems import loop
-from optimum_lfm2 import quantize_cache
-from optimum_lfm2.evaluate import evaluate
-from optimum_lfm2.export.quantize import VARIANTS, Blocks, Scheme, dequantize_tensor, quantize_tensor
+from optimum_lfm2.quality import quantize_cache
+from optimum_lfm2.quality.evaluate import evaluate
+from optimum_lfm2.weights.blocks import VARIANTS, Blocks, Scheme, dequantize_tensor, quantize_tensor
 
 
 DEMO = Path(__file__).parent.parent / "demo"

@@ -25,10 +25,6 @@ TOTAL = "past_sequence_length + sequence_length"
 
 LOGITS_TO_KEEP = "num_logits_to_keep"
 
-# Metadata of the model file. Our exporter writes them; a graph without is taken to be right for unpadded rows only.
-ANY_PADDING = "optimum_lfm2.any_padding"
-IN_PLACE = "optimum_lfm2.kv_cache_in_place"
-
 # What the name of a graph ends in whose keys and values are int8, beside the one in float that it was made of.
 QUANTIZED_CACHE = "_kv8"
 

@@ -15,10 +15,8 @@ from packaging import version
 
 from optimum_lfm2 import compat
 from optimum_lfm2.caches import (
-    ANY_PADDING,
     BATCH,
     CACHE_NAMES,
-    IN_PLACE,
     LOGITS_TO_KEEP,
     PAST,
     SEQUENCE,
@@ -30,12 +28,14 @@ from optimum_lfm2.caches import (
     unflatten,
 )
 from optimum_lfm2.errors import Lfm2Error
-from optimum_lfm2.export import layerwise, ops
-from optimum_lfm2.export.moe import expert_blocks
+from optimum_lfm2.export import layerwise
+from optimum_lfm2.export.finish import bind
 from optimum_lfm2.export.patcher import Lfm2ModelPatcher, Lfm2MoeModelPatcher
-from optimum_lfm2.export.quantize import EMBEDDINGS, VARIANTS, Scheme
-from optimum_lfm2.export.weights import bind
-from optimum_lfm2.genai import write_genai_config
+from optimum_lfm2.genai_config import write_genai_config
+from optimum_lfm2.graph import ops
+from optimum_lfm2.graph.experts import expert_blocks
+from optimum_lfm2.metadata import ANY_PADDING, IN_PLACE
+from optimum_lfm2.weights.blocks import EMBEDDINGS, VARIANTS, Scheme
 
 
 Shapes = dict[str, tuple[int | str, ...] | None]

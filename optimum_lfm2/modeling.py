@@ -21,7 +21,7 @@ from transformers.utils import CONFIG_NAME
 from optimum_lfm2 import compat
 from optimum_lfm2.caches import with_float_caches
 from optimum_lfm2.errors import Lfm2Error
-from optimum_lfm2.genai import GENAI_CONFIG, read_genai_config
+from optimum_lfm2.genai_config import GENAI_CONFIG, read_genai_config
 from optimum_lfm2.runtime.cache import Lfm2Cache
 from optimum_lfm2.runtime.layout import GraphLayout
 from optimum_lfm2.runtime.rows import RowRunner

@@ -11,7 +11,7 @@ from optimum.onnxruntime import ORTModelForCausalLM
 from transformers import AutoTokenizer
 
 from optimum.commands.lfm2.export_lfm2 import ExportLfm2Command
-from optimum_lfm2.export.precisions import PRECISIONS
+from optimum_lfm2.publish.precisions import PRECISIONS
 
 
 DEMO = Path(__file__).parents[1] / "demo"

@@ -15,9 +15,9 @@ from benchmarks import caches, chunks, experts, quantization, report, run, worke
 from benchmarks.bench import Bench
 from benchmarks.checkpoint import add_tokenizer
 from benchmarks.systems import SYSTEMS
-from optimum_lfm2.export.quantize import Blocks
 from optimum_lfm2.runtime import rows
 from optimum_lfm2.runtime.session import GraphSession
+from optimum_lfm2.weights.blocks import Blocks
 
 
 ROOT = Path(__file__).parent.parent

@@ -15,7 +15,7 @@ def prepare(checkpoint: Path, folder: Path, variant: str) -> None:
     from optimum.exporters.onnx import main_export
 
     from benchmarks.bench import ROOT
-    from optimum_lfm2.quantize_cache import quantize_cache
+    from optimum_lfm2.quality.quantize_cache import quantize_cache
 
     weights, _, cache = variant.partition("-")
     main_export(str(checkpoint), folder, do_validation=False, _variant="default" if weights == "fp32" else weights)

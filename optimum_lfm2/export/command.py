@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import sys
 import warnings
-from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -13,10 +12,8 @@ from unittest.mock import patch
 
 import onnxruntime
 
-import optimum_lfm2  # noqa: F401  registers LFM2 with Optimum
 from optimum_lfm2.errors import Lfm2Error
 from optimum_lfm2.export import options
-from optimum_lfm2.export.publish import Job, publish
 from optimum_lfm2.export.staging import staged
 from optimum_lfm2.export.validation import strict_validation
 
@@ -53,26 +50,6 @@ def run_export(command: Any, original: Callable[[Any], None], config: Mapping[st
             strict_validation(command.args.atol),
         ):
             original(command)
-
-
-def run_publish(args: Namespace, config: Mapping[str, Any]) -> None:
-    """Write the folder that `optimum-cli export lfm2` asks for.
-
-    Args:
-        args: what it parsed.
-        config: the checkpoint's `config.json`.
-
-    Raises:
-        SystemExit: 1 after one line on stderr for bad input and for each precision that failed, 130 when interrupted.
-    """
-    with reported():
-        job = Job.read(args, config)
-        with quiet():
-            failed = publish(job)
-    for line in failed:
-        print(f"optimum-cli: error: {line}", file=sys.stderr)
-    if failed:
-        raise SystemExit(1)
 
 
 @contextmanager

@@ -18,9 +18,9 @@ from transformers import (
 
 from optimum_lfm2 import compat
 from optimum_lfm2.errors import Lfm2Error
-from optimum_lfm2.export.checkpoint import Checkpoint, find_tensors, tied_names
-from optimum_lfm2.export.experts import MoeCheckpoint, whole
 from optimum_lfm2.export.supported import check_architecture
+from optimum_lfm2.weights.checkpoint import Checkpoint, find_tensors, tied_names
+from optimum_lfm2.weights.experts import MoeCheckpoint, whole
 
 
 CHECKPOINTS = {"lfm2": Checkpoint, "lfm2_moe": MoeCheckpoint}

@@ -11,12 +11,12 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from optimum_lfm2.caches import flatten
-from optimum_lfm2.export import ops
-from optimum_lfm2.export.checkpoint import stored_tensors, tied_names
-from optimum_lfm2.export.graph import FeedForward, decoder, feed_forward
-from optimum_lfm2.export.moe import sparse_feed_forward
-from optimum_lfm2.export.quantize import dequantized
 from optimum_lfm2.export.reference import fill_visible
+from optimum_lfm2.graph import ops
+from optimum_lfm2.graph.decoder import FeedForward, decoder, feed_forward
+from optimum_lfm2.graph.experts import sparse_feed_forward
+from optimum_lfm2.weights.blocks import dequantized
+from optimum_lfm2.weights.checkpoint import stored_tensors, tied_names
 
 
 Caches = Sequence[tuple[torch.Tensor, ...]]

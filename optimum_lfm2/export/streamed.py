@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from optimum_lfm2.export.checkpoint import stored_tensors, tied_names
-from optimum_lfm2.export.experts import ExpertWeights, is_packed
-from optimum_lfm2.export.moe import expert_blocks
-from optimum_lfm2.export.quantize import Scheme, module_blocks, rounded
+from optimum_lfm2.graph.experts import expert_blocks
+from optimum_lfm2.weights.blocks import Scheme, module_blocks, rounded
+from optimum_lfm2.weights.checkpoint import stored_tensors, tied_names
+from optimum_lfm2.weights.experts import ExpertWeights, is_packed
 
 
 class StandIns(Mapping[str, Any]):

@@ -10,9 +10,7 @@ from optimum.onnxruntime.utils import TypeHelper
 from transformers import PretrainedConfig
 
 from optimum_lfm2.caches import (
-    ANY_PADDING,
     CONV,
-    IN_PLACE,
     LOGITS_TO_KEEP,
     CacheTensor,
     cache_tensors,
@@ -20,6 +18,7 @@ from optimum_lfm2.caches import (
     read_cache_tensors,
 )
 from optimum_lfm2.errors import Lfm2Error
+from optimum_lfm2.metadata import ANY_PADDING, IN_PLACE
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,10 @@ from optimum.onnxruntime import ORTModelForCausalLM
 from transformers import AutoTokenizer
 
 from optimum_lfm2.errors import Lfm2Error
-from optimum_lfm2.evaluate import evaluate
 from optimum_lfm2.export import quantize
-from optimum_lfm2.export.quantize import VARIANTS, Blocks, dequantize_tensor, dequantized, pack, quantize_tensor
 from optimum_lfm2.export.validation import strict_validation
+from optimum_lfm2.quality.evaluate import evaluate
+from optimum_lfm2.weights.blocks import VARIANTS, Blocks, dequantize_tensor, dequantized, pack, quantize_tensor
 
 
 DEMO = Path(__file__).parents[2] / "demo"

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from clients import END, MESSAGES, NEW, PRECISIONS, up_to_end
 
-from optimum_lfm2.quantize_cache import quantize_cache
+from optimum_lfm2.quality.quantize_cache import quantize_cache
 
 
 og = pytest.importorskip(

@@ -18,7 +18,7 @@ from optimum.onnxruntime import ORTModelForCausalLM
 from optimum_lfm2 import ORTLfm2ForCausalLM
 from optimum_lfm2.caches import cache_tensors, head_dim
 from optimum_lfm2.errors import Lfm2Error
-from optimum_lfm2.genai import GENAI_CONFIG, genai_config
+from optimum_lfm2.genai_config import GENAI_CONFIG, genai_config
 
 
 builder = pytest.mark.skipif(

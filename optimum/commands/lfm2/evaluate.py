@@ -28,8 +28,8 @@ class EvaluateCommand(BaseOptimumCLICommand):
 
     def run(self) -> None:
         from optimum_lfm2.errors import Lfm2Error
-        from optimum_lfm2.evaluate import evaluate
         from optimum_lfm2.export.command import quiet
+        from optimum_lfm2.quality.evaluate import evaluate
 
         args = self.args
         try:

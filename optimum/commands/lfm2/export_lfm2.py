@@ -85,7 +85,7 @@ class ExportLfm2Command(BaseOptimumCLICommand):
             config = read_config(self.args)
         except ValueError as error:
             fail(error)
-        from optimum_lfm2.export.command import run_publish
+        from optimum_lfm2.publish.command import run_publish
 
         run_publish(self.args, config)
 

@@ -31,7 +31,7 @@ class QuantizeCacheCommand(BaseOptimumCLICommand):
 
     def run(self) -> None:
         from optimum_lfm2.export.command import quiet, reported
-        from optimum_lfm2.quantize_cache import quantize_cache
+        from optimum_lfm2.quality.quantize_cache import quantize_cache
 
         args = self.args
         with reported(), quiet():

@@ -17,9 +17,9 @@ from test_modeling import GREEDY, NEW, decode, pad
 from benchmarks.checkpoint import add_tokenizer
 from optimum_lfm2 import ORTLfm2ForCausalLM, compat
 from optimum_lfm2.errors import Lfm2Error
-from optimum_lfm2.evaluate import evaluate
-from optimum_lfm2.export.experts import MoeCheckpoint
-from optimum_lfm2.scoring import load, scored
+from optimum_lfm2.quality.evaluate import evaluate
+from optimum_lfm2.quality.scoring import load, scored
+from optimum_lfm2.weights.experts import MoeCheckpoint
 
 
 LENGTHS = (9, 1, 30)
@@ -95,7 +95,7 @@ def test_evaluate(checkpoint, tmp_path):
 @pytest.mark.skipif(not compat.TRANSFORMERS_5, reason="transformers 4 has no lfm2_moe")
 def test_a_reference_is_read_by_layers_and_experts(checkpoint, gold_model, monkeypatch):
     """Of any size: three passes through the weights here, and no weight in memory after one. Asked again, none."""
-    monkeypatch.setattr("optimum_lfm2.scoring.TOKENS_A_PASS", 70)
+    monkeypatch.setattr("optimum_lfm2.quality.scoring.TOKENS_A_PASS", 70)
     reads, read = [], MoeCheckpoint._expert
     monkeypatch.setattr(MoeCheckpoint, "_expert", lambda self, *args: reads.append(args) or read(self, *args))
     chunks = [row[None] for row in prompts([32] * 5)]

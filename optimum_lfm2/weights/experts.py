@@ -10,8 +10,8 @@ import torch
 from onnx_ir.tensor_adapters import TorchTensor
 
 from optimum_lfm2.errors import Lfm2Error
-from optimum_lfm2.export.checkpoint import Checkpoint
-from optimum_lfm2.export.quantize import Blocks, pack, quantize_tensor
+from optimum_lfm2.weights.blocks import Blocks, pack, quantize_tensor
+from optimum_lfm2.weights.checkpoint import Checkpoint
 
 
 # What transformers packs into one parameter of all experts, by the names that each expert's own tensors have on disk.

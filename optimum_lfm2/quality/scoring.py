@@ -20,7 +20,7 @@ from optimum_lfm2.caches import LOGITS_TO_KEEP, head_dim, with_float_caches
 from optimum_lfm2.errors import Lfm2Error, first_line
 from optimum_lfm2.export.loading import Lfm2TasksManager, materialize_buffers
 from optimum_lfm2.export.streamed import StandIns, streamed
-from optimum_lfm2.genai import GENAI_CONFIG, read_genai_config
+from optimum_lfm2.genai_config import GENAI_CONFIG, read_genai_config
 
 
 # chunks, ids (1, length) each → of each in turn the logits to score, float (scored(ids), vocabulary)

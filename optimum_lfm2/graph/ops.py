@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from optimum_lfm2.export.tracing import Node, constant, none, typed
+from optimum_lfm2.graph.tracing import Node, constant, none, typed
 
 
 # The placeholder domain: `weights.py` replaces every node of it, so no exported file mentions it.

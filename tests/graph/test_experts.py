@@ -24,11 +24,12 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from benchmarks.checkpoint import write_moe
 from optimum_lfm2 import compat
 from optimum_lfm2.errors import Lfm2Error
-from optimum_lfm2.export import experts, moe
-from optimum_lfm2.export.experts import whole
-from optimum_lfm2.export.quantize import VARIANTS
 from optimum_lfm2.export.streamed import StandIns
 from optimum_lfm2.export.validation import strict_validation
+from optimum_lfm2.graph import experts as moe
+from optimum_lfm2.weights import experts
+from optimum_lfm2.weights.blocks import VARIANTS
+from optimum_lfm2.weights.experts import whole
 
 
 if compat.TRANSFORMERS_5:

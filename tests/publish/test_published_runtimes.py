@@ -16,8 +16,8 @@ from publishing import DEMO, TRAINED, answer, run, story
 from transformers import GenerationConfig
 
 from optimum_lfm2.errors import Lfm2Error
-from optimum_lfm2.evaluate import evaluate
-from optimum_lfm2.export.precisions import PRECISIONS
+from optimum_lfm2.publish.precisions import PRECISIONS
+from optimum_lfm2.quality.evaluate import evaluate
 
 
 def test_greedy_tokens_are_those_of_transformers(hub_folder, gold_model):

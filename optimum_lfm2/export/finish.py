@@ -13,10 +13,11 @@ from onnx_ir.tensor_adapters import TorchTensor
 from tqdm import tqdm
 
 from optimum_lfm2.caches import LOGITS_TO_KEEP
-from optimum_lfm2.export.editing import add_initializer
-from optimum_lfm2.export.moe import place_experts
-from optimum_lfm2.export.ops import PLACEHOLDER_DOMAIN
-from optimum_lfm2.export.quantize import CONTRIB_DOMAIN, Quantizer, Scheme
+from optimum_lfm2.export.quantize import Quantizer
+from optimum_lfm2.graph.editing import CONTRIB_DOMAIN, add_initializer
+from optimum_lfm2.graph.experts import place_experts
+from optimum_lfm2.graph.ops import PLACEHOLDER_DOMAIN
+from optimum_lfm2.weights.blocks import Scheme
 
 
 # Small tensors stay in model.onnx: onnxruntime-web reads shapes and axes from there alone.

@@ -17,12 +17,12 @@ import torch.nn.functional as F
 from transformers import PretrainedConfig
 
 from optimum_lfm2.errors import Lfm2Error
-from optimum_lfm2.export.editing import add_initializer, parameter_name, substitute
-from optimum_lfm2.export.experts import ExpertsTensor, QuantizedExperts, interleaved
-from optimum_lfm2.export.graph import Weight
-from optimum_lfm2.export.ops import ONNX_TYPE, PLACEHOLDER_DOMAIN, is_placeholder
-from optimum_lfm2.export.quantize import CONTRIB_DOMAIN, INT8_ACTIVATIONS, Blocks, Scheme
-from optimum_lfm2.export.tracing import Node, constant, typed
+from optimum_lfm2.graph.decoder import Weight
+from optimum_lfm2.graph.editing import CONTRIB_DOMAIN, add_initializer, parameter_name, substitute
+from optimum_lfm2.graph.ops import ONNX_TYPE, PLACEHOLDER_DOMAIN, is_placeholder
+from optimum_lfm2.graph.tracing import Node, constant, typed
+from optimum_lfm2.weights.blocks import INT8_ACTIVATIONS, Blocks, Scheme
+from optimum_lfm2.weights.experts import ExpertsTensor, QuantizedExperts, interleaved
 
 
 EXPERTS = "Experts"

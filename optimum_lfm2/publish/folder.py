@@ -20,29 +20,25 @@ from optimum_lfm2 import compat
 from optimum_lfm2.caches import CACHE_NAMES
 from optimum_lfm2.configs import DTYPES
 from optimum_lfm2.errors import Lfm2Error
-from optimum_lfm2.evaluate import measure, read_chunks
-from optimum_lfm2.export.card import CardOptions, write_card
-from optimum_lfm2.export.checkpoint import find_tensors, fingerprint
 from optimum_lfm2.export.loading import Lfm2TasksManager, is_causal
 from optimum_lfm2.export.options import check_atol, check_model
-from optimum_lfm2.export.precisions import (
-    CHECKPOINT,
-    COMPARED,
-    DIFFERENCE,
+from optimum_lfm2.export.staging import staged
+from optimum_lfm2.export.validation import check_file
+from optimum_lfm2.genai_config import write_genai_config
+from optimum_lfm2.metadata import CHECKPOINT, COMPARED, DIFFERENCE, QUALITY, TEXT
+from optimum_lfm2.publish.card import CardOptions, write_card
+from optimum_lfm2.publish.precisions import (
     ONNX_FOLDER,
     PRECISIONS,
-    QUALITY,
-    TEXT,
     Precision,
     Published,
     annotate,
     preferred,
     published,
 )
-from optimum_lfm2.export.staging import staged
-from optimum_lfm2.export.validation import check_file
-from optimum_lfm2.genai import write_genai_config
-from optimum_lfm2.scoring import load, reference_model
+from optimum_lfm2.quality.evaluate import measure, read_chunks
+from optimum_lfm2.quality.scoring import load, reference_model
+from optimum_lfm2.weights.checkpoint import find_tensors, fingerprint
 
 
 TASK = "text-generation"

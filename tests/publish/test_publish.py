@@ -15,7 +15,7 @@ from checkpoints import gold_tokens, prompts
 from optimum.onnxruntime import ORTModelForCausalLM
 from publishing import TEXT, TRAINED, js_config, rows, run, story, tree
 
-from optimum_lfm2.export.precisions import PRECISIONS
+from optimum_lfm2.publish.precisions import PRECISIONS
 
 
 FILES = [

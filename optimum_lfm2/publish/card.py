@@ -13,7 +13,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 from transformers.utils import cached_file
 
-from optimum_lfm2.export.precisions import PRECISIONS, Published, preferred
+from optimum_lfm2.publish.precisions import PRECISIONS, Published, preferred
 
 
 CARD = "README.md"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from optimum_lfm2.export.tracing import Node, constant, typed
+from optimum_lfm2.graph.tracing import Node, constant, typed
 
 
 class _RowShape(Node):

@@ -17,11 +17,11 @@ import torch
 
 from optimum.commands.lfm2.evaluate import EvaluateCommand
 from optimum_lfm2.errors import Lfm2Error
-from optimum_lfm2.evaluate import compare, evaluate, find_tokenizer, summarise
-from optimum_lfm2.quantize_cache import quantize_cache
+from optimum_lfm2.quality.evaluate import compare, evaluate, find_tokenizer, summarise
+from optimum_lfm2.quality.quantize_cache import quantize_cache
 
 
-DEMO = Path(__file__).parent.parent / "demo"
+DEMO = Path(__file__).parents[2] / "demo"
 SHORT = ["--chunks", "3", "--length", "128"]
 
 

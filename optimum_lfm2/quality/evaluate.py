@@ -17,7 +17,7 @@ from tqdm import tqdm
 from transformers import AutoTokenizer
 
 from optimum_lfm2.errors import Lfm2Error, first_line
-from optimum_lfm2.scoring import Model, load
+from optimum_lfm2.quality.scoring import Model, load
 
 
 TOKENS_AT_ONCE = 64  # in double precision: bounds the memory of the comparison

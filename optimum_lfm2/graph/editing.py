@@ -6,7 +6,10 @@ from typing import Any
 
 import onnx_ir as ir
 
-from optimum_lfm2.export.ops import PLACEHOLDER_DOMAIN
+from optimum_lfm2.graph.ops import PLACEHOLDER_DOMAIN
+
+
+CONTRIB_DOMAIN = "com.microsoft"
 
 
 def is_parameter(value: ir.Value | None) -> bool:

@@ -20,11 +20,11 @@ from tqdm import tqdm
 
 from optimum_lfm2.caches import QUANTIZED_CACHE, CacheTensor, read_cache_tensors
 from optimum_lfm2.errors import Lfm2Error, first_line
-from optimum_lfm2.evaluate import Quality, find_tokenizer, measure, read_chunks
-from optimum_lfm2.export.editing import add_initializer
-from optimum_lfm2.export.precisions import COMPARED, DIFFERENCE, QUALITY, TEXT
 from optimum_lfm2.export.staging import terminable
-from optimum_lfm2.scoring import OnnxModel, onnx_file
+from optimum_lfm2.graph.editing import add_initializer
+from optimum_lfm2.metadata import COMPARED, DIFFERENCE, QUALITY, TEXT
+from optimum_lfm2.quality.evaluate import Quality, find_tokenizer, measure, read_chunks
+from optimum_lfm2.quality.scoring import OnnxModel, onnx_file
 
 
 HEADROOM = 1.25  # room for what the text did not show: what does not fit is clipped (docs/quantization.md)

@@ -11,8 +11,8 @@ import pytest
 from huggingface_hub import ModelCard
 from publishing import DEMO, TRAINED, rows, run
 
-from optimum_lfm2.evaluate import evaluate
-from optimum_lfm2.export.precisions import PRECISIONS
+from optimum_lfm2.publish.precisions import PRECISIONS
+from optimum_lfm2.quality.evaluate import evaluate
 
 
 def test_the_metadata(hub_folder):

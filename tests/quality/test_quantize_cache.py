@@ -18,14 +18,15 @@ from optimum.onnxruntime import ORTModelForCausalLM
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.systems import loop, ours
-from optimum_lfm2 import compat, quantize_cache
+from optimum_lfm2 import compat
 from optimum_lfm2.errors import Lfm2Error
-from optimum_lfm2.evaluate import evaluate, read_chunks
 from optimum_lfm2.export.staging import staged
-from optimum_lfm2.scoring import OnnxModel
+from optimum_lfm2.quality import quantize_cache
+from optimum_lfm2.quality.evaluate import evaluate, read_chunks
+from optimum_lfm2.quality.scoring import OnnxModel
 
 
-DEMO = Path(__file__).parent.parent / "demo"
+DEMO = Path(__file__).parents[2] / "demo"
 TEXT = DEMO / "heldout.txt"
 SHORT = {"chunks": 8, "length": 128}
 NEW = 24

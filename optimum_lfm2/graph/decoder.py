@@ -14,7 +14,7 @@ import torch
 from transformers import PretrainedConfig
 
 from optimum_lfm2.caches import ATTENTION, CONV, head_dim
-from optimum_lfm2.export import ops, shapes
+from optimum_lfm2.graph import ops, shapes
 
 
 Weight = Callable[..., torch.Tensor]

@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, Lfm2ForCausalLM
 
 from optimum_lfm2.errors import Lfm2Error
-from optimum_lfm2.export.checkpoint import Checkpoint, find_tensors
 from optimum_lfm2.export.loading import weightless
+from optimum_lfm2.weights.checkpoint import Checkpoint, find_tensors
 
 
 def opened(path, task="text-generation", dtype=torch.float32) -> Checkpoint:

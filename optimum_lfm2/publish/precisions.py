@@ -10,17 +10,11 @@ from pathlib import Path
 import onnx_ir as ir
 
 from optimum_lfm2.caches import CACHE_NAMES, CONV, CacheTensor, read_cache_tensors
-from optimum_lfm2.evaluate import Quality
+from optimum_lfm2.metadata import CHECKPOINT, COMPARED, DIFFERENCE, QUALITY, TEXT
+from optimum_lfm2.quality.evaluate import Quality
 
 
 ONNX_FOLDER = "onnx"
-
-# Metadata of a file, so that the card of a folder is made of its files alone.
-DIFFERENCE = "optimum_lfm2.difference"
-COMPARED = "optimum_lfm2.compared"
-QUALITY = "optimum_lfm2.quality"
-TEXT = "optimum_lfm2.quality_text"
-CHECKPOINT = "optimum_lfm2.checkpoint"
 
 
 @dataclass(frozen=True)
@@ -52,7 +46,7 @@ class Published:
         caches: its cache tensors, by the names of its inputs and outputs.
         difference: from transformers, the largest when it was checked.
         compared: what that is a difference of.
-        quality: as `optimum_lfm2.evaluate` measured it, None where no text was given.
+        quality: as `optimum_lfm2.quality.evaluate` measured it, None where no text was given.
         text: the name of that text's file.
         checkpoint: the fingerprint of the checkpoint that it was made of.
         rounds_in_experts: whether activations are rounded to 8 bits in experts, for which onnxruntime has to be 1.31.

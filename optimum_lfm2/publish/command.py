@@ -1,0 +1,31 @@
+"""`optimum-cli export lfm2`."""
+
+from __future__ import annotations
+
+import sys
+from argparse import Namespace
+from collections.abc import Mapping
+from typing import Any
+
+from optimum_lfm2.export.command import quiet, reported
+from optimum_lfm2.publish.folder import Job, publish
+
+
+def run_publish(args: Namespace, config: Mapping[str, Any]) -> None:
+    """Write the folder that `optimum-cli export lfm2` asks for.
+
+    Args:
+        args: what it parsed.
+        config: the checkpoint's `config.json`.
+
+    Raises:
+        SystemExit: 1 after one line on stderr for bad input and for each precision that failed, 130 when interrupted.
+    """
+    with reported():
+        job = Job.read(args, config)
+        with quiet():
+            failed = publish(job)
+    for line in failed:
+        print(f"optimum-cli: error: {line}", file=sys.stderr)
+    if failed:
+        raise SystemExit(1)

@@ -1,0 +1,1 @@
+"""What a precision costs, and the KV cache in 8 bits, which is chosen by that."""

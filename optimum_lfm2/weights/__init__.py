@@ -1,0 +1,1 @@
+"""A checkpoint as it is stored, and its weights in few bits."""
