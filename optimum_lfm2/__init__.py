@@ -10,19 +10,20 @@ complete_transformers()  # before anything of optimum is imported
 from optimum.exporters.tasks import TasksManager
 
 import optimum.exporters.onnx.__main__  # Optimum's own configs first, so that ours replace them
-from optimum_lfm2.configs import Lfm2MoeOnnxConfig, Lfm2OnnxConfig
-from optimum_lfm2.export.loading import MODEL_TYPES, Lfm2TasksManager
+from optimum_lfm2.configs import Lfm2OnnxConfig
+from optimum_lfm2.export.loading import Lfm2TasksManager
 from optimum_lfm2.export.validation import validated_by_config
+from optimum_lfm2.families import MODEL_TYPES
 from optimum_lfm2.modeling import ORTLfm2ForCausalLM, dispatch
 
 
 TASKS = ("text-generation", "text-generation-with-past", "feature-extraction", "feature-extraction-with-past")
-for _model_type, _config in (("lfm2", Lfm2OnnxConfig), ("lfm2_moe", Lfm2MoeOnnxConfig)):
-    TasksManager.create_register("onnx", overwrite_existing=True)(_model_type, *TASKS)(_config)
+for _model_type in MODEL_TYPES:
+    TasksManager.create_register("onnx", overwrite_existing=True)(_model_type, *TASKS)(Lfm2OnnxConfig)
 optimum.exporters.onnx.__main__.TasksManager = Lfm2TasksManager
 optimum.exporters.onnx.convert.validate_model_outputs = validated_by_config(
     optimum.exporters.onnx.convert.validate_model_outputs
 )
 dispatch(MODEL_TYPES)
 
-__all__ = ["Lfm2MoeOnnxConfig", "Lfm2OnnxConfig", "ORTLfm2ForCausalLM"]
+__all__ = ["Lfm2OnnxConfig", "ORTLfm2ForCausalLM"]

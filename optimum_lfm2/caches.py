@@ -8,8 +8,9 @@ order, so that a loop which knows nothing can zip present to past by position.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -29,28 +30,47 @@ LOGITS_TO_KEEP = "num_logits_to_keep"
 QUANTIZED_CACHE = "_kv8"
 
 CONV = "conv"
-ATTENTION = "full_attention"
+GROWS = None  # in place of a size: the axis that grows with the sequence
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A tensor that a layer keeps from call to call.
+
+    Attributes:
+        kind: `conv`, `key` or `value`.
+        axes: the sizes of its axes after the batch, `GROWS` for the one that grows with the sequence.
+    """
+
+    kind: str
+    axes: tuple[int | None, ...]
 
 
 @dataclass(frozen=True)
 class CacheTensor:
-    """One cache tensor: its layer, what it holds (`conv`, `key` or `value`), its input name and its output name."""
+    """A cache tensor of a graph.
+
+    Attributes:
+        layer: the layer that keeps it.
+        kind: `conv`, `key` or `value`.
+        past, present: its names among the graph's inputs and outputs.
+        axes: the sizes of its axes after the batch; None for a size that the graph does not fix.
+    """
 
     layer: int
     kind: str
     past: str
     present: str
+    axes: tuple[int | None, ...]
 
     @property
     def grows(self) -> bool:
-        """Whether axis 2 grows with the sequence (keys and values), or is a fixed width (conv states)."""
-        return self.kind != CONV
+        """Whether axis 2 grows with the sequence, as that of keys and values; conv states have a fixed width."""
+        return self.kind != CONV and self.axes[1] is GROWS
 
-    def shape(self, config: PretrainedConfig, length: int | str) -> tuple[int | str, ...]:
-        """Its shape for a model: symbols for the axes that vary, numbers for all others."""
-        if self.grows:
-            return (BATCH, config.num_key_value_heads, length, head_dim(config))
-        return (BATCH, config.hidden_size, config.conv_L_cache)
+    def shape(self, length: int | str) -> tuple[int | str, ...]:
+        """Its shape where the axis that grows has this size or symbol."""
+        return (BATCH, *(length if size is GROWS else size for size in self.axes))
 
 
 # The conventions that people use, by the names of a conv state's input and output. Keys and values are named alike.
@@ -65,8 +85,12 @@ _NAMES = (
 )
 
 
-def read_cache_tensors(inputs: Iterable[str], outputs: Iterable[str]) -> list[CacheTensor]:
+def read_cache_tensors(inputs: Mapping[str, Sequence[Any]], outputs: Iterable[str]) -> list[CacheTensor]:
     """The cache tensors that a graph declares, in the order of its inputs, whichever convention names them.
+
+    Args:
+        inputs: the shape of each input by name; a symbol is anything but an int.
+        outputs: the names of the outputs.
 
     Raises:
         Lfm2Error: for a cache input without its output, or the reverse.
@@ -76,7 +100,10 @@ def read_cache_tensors(inputs: Iterable[str], outputs: Iterable[str]) -> list[Ca
         layer, kind = min(unmatched)
         side = "input" if (layer, kind) in present else "output"
         raise Lfm2Error(f"The graph has no {side} for the {kind} cache of layer {layer}. Export the model again.")
-    return [CacheTensor(layer, kind, name, present[layer, kind]) for (layer, kind), name in past.items()]
+    return [
+        CacheTensor(layer, kind, name, present[layer, kind], _sizes(inputs[name]))
+        for (layer, kind), name in past.items()
+    ]
 
 
 def _recognised(names: Iterable[str], time: str) -> dict[tuple[int, str], str]:
@@ -84,23 +111,26 @@ def _recognised(names: Iterable[str], time: str) -> dict[tuple[int, str], str]:
     return {(int(m["layer"]), m["kind"]): name for name, m in matches if m and m["time"] == time}
 
 
-def cache_tensors(layer_types: Sequence[str], names: str = "hub") -> list[CacheTensor]:
+def _sizes(shape: Sequence[Any]) -> tuple[int | None, ...]:
+    return tuple(size if isinstance(size, int) else None for size in shape[1:])
+
+
+def cache_tensors(layers: Sequence[Sequence[Kept]], names: str = "hub") -> list[CacheTensor]:
     """The cache tensors of a model, in the order of the graph's inputs (and of its outputs after the first).
 
     Args:
-        layer_types: `conv` or `full_attention` for each layer, as in `Lfm2Config.layer_types`.
+        layers: what each layer keeps.
         names: the convention, a key of `CACHE_NAMES`.
     """
     past_conv, present_conv = CACHE_NAMES[names]
     tensors = []
-    for layer, layer_type in enumerate(layer_types):
-        if layer_type == CONV:
-            tensors.append(CacheTensor(layer, CONV, past_conv.format(layer), present_conv.format(layer)))
-        else:
-            tensors.extend(
-                CacheTensor(layer, kind, f"past_key_values.{layer}.{kind}", f"present.{layer}.{kind}")
-                for kind in ("key", "value")
-            )
+    for layer, kept in enumerate(layers):
+        for tensor in kept:
+            if tensor.kind == CONV:
+                past, present = past_conv.format(layer), present_conv.format(layer)
+            else:
+                past, present = f"past_key_values.{layer}.{tensor.kind}", f"present.{layer}.{tensor.kind}"
+            tensors.append(CacheTensor(layer, tensor.kind, past, present, tensor.axes))
     return tensors
 
 
@@ -113,12 +143,10 @@ def flatten(layers: Iterable[Sequence[Any]]) -> list[Any]:
     return [tensor for layer in layers for tensor in layer]
 
 
-def unflatten(tensors: Sequence[Any], layer_types: Sequence[str]) -> list[tuple[Any, ...]]:
-    """The inverse of `flatten`."""
-    remaining = iter(tensors)
-    return [
-        (next(remaining),) if layer_type == CONV else (next(remaining), next(remaining)) for layer_type in layer_types
-    ]
+def unflatten(values: Sequence[Any], tensors: Sequence[CacheTensor]) -> list[tuple[Any, ...]]:
+    """The inverse of `flatten`: a value for each of the cache tensors, as one tuple a layer."""
+    pairs = zip(tensors, values, strict=True)
+    return [tuple(value for _, value in layer) for _, layer in groupby(pairs, key=lambda pair: pair[0].layer)]
 
 
 def with_float_caches(files: Iterable[Path]) -> list[Path]:

@@ -22,18 +22,17 @@ from optimum_lfm2.caches import (
     SEQUENCE,
     TOTAL,
     CacheTensor,
-    cache_tensors,
     flatten,
     head_dim,
     unflatten,
 )
 from optimum_lfm2.errors import Lfm2Error
-from optimum_lfm2.export import layerwise
 from optimum_lfm2.export.finish import bind
-from optimum_lfm2.export.patcher import Lfm2ModelPatcher, Lfm2MoeModelPatcher
+from optimum_lfm2.export.patcher import Lfm2ModelPatcher
+from optimum_lfm2.families import MEMBERS
 from optimum_lfm2.genai_config import write_genai_config
 from optimum_lfm2.graph import ops
-from optimum_lfm2.graph.experts import expert_blocks
+from optimum_lfm2.graph.member import Member
 from optimum_lfm2.metadata import ANY_PADDING, IN_PLACE
 from optimum_lfm2.weights.blocks import EMBEDDINGS, VARIANTS, Scheme
 
@@ -51,7 +50,6 @@ class Lfm2OnnxConfig(TextDecoderOnnxConfig):
     """
 
     NORMALIZED_CONFIG_CLASS = NormalizedTextConfig
-    MIN_TRANSFORMERS_VERSION = version.parse("4.54.0")
     DEFAULT_ONNX_OPSET = 18
     _MODEL_PATCHER = Lfm2ModelPatcher
 
@@ -79,6 +77,15 @@ class Lfm2OnnxConfig(TextDecoderOnnxConfig):
     embedding = "fused"
     cache_names = "hub"
     logits_default = True  # whether `num_logits_to_keep` may be left out by who runs the file
+
+    @property
+    def member(self) -> Member:
+        """The record of the model's member of the family."""
+        return MEMBERS[self._config.model_type]
+
+    @property
+    def MIN_TRANSFORMERS_VERSION(self) -> version.Version:  # noqa: N802  Optimum's name
+        return version.parse(self.member.min_transformers)
 
     @property
     def variant(self) -> str:
@@ -122,6 +129,8 @@ class Lfm2OnnxConfig(TextDecoderOnnxConfig):
         """Optimum hands over `--model-kwargs`, to which it adds `logits_to_keep`."""
         options = {name: value for name, value in (model_kwargs or {}).items() if name != "logits_to_keep"}
         self.check_model_kwargs(options)
+        if self.scheme is not None:  # called before the trace: what cannot be quantised is refused here
+            self.member.check_scheme(self.scheme, self._config)
         for name, values in self.MODEL_KWARGS.items():
             setattr(self, name, options.get(name, values[0]))
         return super().patch_model_for_export(model, model_kwargs)
@@ -139,7 +148,7 @@ class Lfm2OnnxConfig(TextDecoderOnnxConfig):
 
     @property
     def cache_tensors(self) -> list[CacheTensor]:
-        return cache_tensors(self._config.layer_types, self.cache_names)
+        return self.member.cache_tensors(self._config, self.cache_names)
 
     @property
     def inputs(self) -> dict[str, dict[int, str]]:
@@ -156,7 +165,7 @@ class Lfm2OnnxConfig(TextDecoderOnnxConfig):
             "attention_mask": (BATCH, TOTAL if self.use_past_in_inputs else SEQUENCE),
         }
         if self.use_past_in_inputs:
-            shapes |= {tensor.past: tensor.shape(self._config, PAST) for tensor in self.cache_tensors}
+            shapes |= {tensor.past: tensor.shape(PAST) for tensor in self.cache_tensors}
         if self.task == "text-generation":
             shapes[LOGITS_TO_KEEP] = None
         return shapes
@@ -167,7 +176,7 @@ class Lfm2OnnxConfig(TextDecoderOnnxConfig):
         else:
             shapes = {"last_hidden_state": (BATCH, SEQUENCE, self._config.hidden_size)}
         if self.use_past:
-            shapes |= {tensor.present: tensor.shape(self._config, TOTAL) for tensor in self.cache_tensors}
+            shapes |= {tensor.present: tensor.shape(TOTAL) for tensor in self.cache_tensors}
         return shapes
 
     def metadata(self) -> dict[str, str]:
@@ -208,10 +217,10 @@ class Lfm2OnnxConfig(TextDecoderOnnxConfig):
 
     def _dummy_caches(self, batch: int, past: int, generator: torch.Generator) -> list[tuple[torch.Tensor, ...]]:
         def values(tensor: CacheTensor) -> torch.Tensor:
-            values = torch.randn((batch, *map(int, tensor.shape(self._config, past)[1:])), generator=generator)
+            values = torch.randn((batch, *map(int, tensor.shape(past)[1:])), generator=generator)
             return (values if past else values * 0).to(DTYPES[self.float_dtype])
 
-        return unflatten([values(tensor) for tensor in self.cache_tensors], self._config.layer_types)
+        return unflatten([values(tensor) for tensor in self.cache_tensors], self.cache_tensors)
 
     def flatten_output_collection_property(self, name: str, field: Iterable[Any]) -> dict[str, Any]:
         if name not in ("past_key_values", "present"):
@@ -224,7 +233,7 @@ class Lfm2OnnxConfig(TextDecoderOnnxConfig):
     ) -> None:
         """Optimum calls this right after the trace: declare the shapes and stream the weights into the file."""
         shapes = {**self.input_shapes(), **self.output_shapes()}
-        bind(model_path, self.weights, shapes, self.metadata(), self.scheme, self.logits_default)
+        bind(model_path, self.weights, shapes, self.metadata(), self.scheme, self.logits_default, self.member.passes)
 
     def post_process_exported_models(self, path: Path, models_and_onnx_configs: dict, onnx_files_subpaths: list[str]):
         """Tied weights are one tensor already; what Optimum has saved beside the model becomes readable for all."""
@@ -234,36 +243,6 @@ class Lfm2OnnxConfig(TextDecoderOnnxConfig):
         if config.task == "text-generation" and config.use_past:
             write_genai_config(Path(path), onnx_files_subpaths[0], config._config, config.cache_tensors)
         return models_and_onnx_configs, onnx_files_subpaths
-
-
-class Lfm2MoeOnnxConfig(Lfm2OnnxConfig):
-    """LFM2 whose later layers have experts; the same inputs and outputs."""
-
-    MIN_TRANSFORMERS_VERSION = version.parse("5.0.0")
-    _MODEL_PATCHER = Lfm2MoeModelPatcher
-    COMPARED: ClassVar[str] = (
-        "run layer by layer on random tokens when it was written, and each layer compared with that of transformers on "
-        "the same input, with the values that the file's weights stand for: the largest difference for a token, as a "
-        "share of what the layer adds for it"
-    )
-
-    def patch_model_for_export(self, model: Any, model_kwargs: dict[str, Any] | None = None) -> Lfm2ModelPatcher:
-        """Called before the trace: experts that cannot be quantised are refused here."""
-        if self.scheme is not None:
-            expert_blocks(self.scheme, (self._config.hidden_size, self._config.moe_intermediate_size))
-        return super().patch_model_for_export(model, model_kwargs)
-
-    @property
-    def ATOL_FOR_VALIDATION(self) -> float:  # noqa: N802  Optimum's name
-        """Relative to what a block adds for a token: without one of four experts that is about a half."""
-        return super().ATOL_FOR_VALIDATION if self.scheme is None else 0.2
-
-    def headline(self, differences: Mapping[str, float]) -> float:
-        return max(differences.values(), default=0.0)
-
-    def validate(self, model: Any, path: Path, atol: float | None, shapes: dict[str, Any]) -> None:
-        """Layer by layer, in place of Optimum's validation, which would load the file and the checkpoint as a whole."""
-        layerwise.validate(self, model, path, atol, self.generate_dummy_inputs(**shapes))
 
 
 def _axes(shapes: Shapes) -> dict[str, dict[int, str]]:

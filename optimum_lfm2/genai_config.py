@@ -10,8 +10,10 @@ from typing import Any
 import onnx_ir as ir
 from transformers import Lfm2Config, PretrainedConfig
 
-from optimum_lfm2.caches import CONV, CacheTensor, head_dim, read_cache_tensors
+from optimum_lfm2.caches import CONV, CacheTensor, head_dim
 from optimum_lfm2.errors import Lfm2Error
+from optimum_lfm2.families import MEMBERS
+from optimum_lfm2.graph.editing import graph_cache_tensors
 
 
 GENAI_CONFIG = "genai_config.json"
@@ -23,7 +25,7 @@ NARROW_CONV = "CausalConvWithState"
 
 
 def write_genai_config(folder: Path, filename: str, config: PretrainedConfig, caches: Iterable[CacheTensor]) -> bool:
-    """Write `genai_config.json` beside the tokenizer; without one there is nothing that onnxruntime-genai could run.
+    """Write `genai_config.json` beside the tokenizer.
 
     Args:
         folder: where the tokenizer and `config.json` lie.
@@ -31,9 +33,9 @@ def write_genai_config(folder: Path, filename: str, config: PretrainedConfig, ca
         caches: the graph's cache tensors.
 
     Returns:
-        Whether the file was written.
+        Whether the file was written: not without a tokenizer, nor for a model that onnxruntime-genai does not know.
     """
-    if not (folder / TOKENIZER).is_file():
+    if MEMBERS[config.model_type].genai_type is None or not (folder / TOKENIZER).is_file():
         return False
     generation = _read(folder / "generation_config.json")
     text = json.dumps(genai_config(filename, config, caches, generation), indent=2) + "\n"
@@ -65,7 +67,7 @@ def genai_config(
     if pad is None:
         pad = eos[0] if isinstance(eos, list) else eos
     model: dict[str, Any] = {
-        "type": config.model_type,
+        "type": MEMBERS[config.model_type].genai_type,
         "bos_token_id": token("bos_token_id"),
         "eos_token_id": eos,
         "pad_token_id": pad,
@@ -122,10 +124,9 @@ def read_genai_config(folder: Path) -> Lfm2Config:
 def _conv_width(path: Path) -> int:
     """`conv_L_cache` of a graph; transformers' default where it has no convolution states."""
     graph = ir.load(path).graph
-    inputs = {value.name: value for value in graph.inputs}
-    caches = read_cache_tensors(inputs, [value.name for value in graph.outputs])
+    caches = graph_cache_tensors(graph)
     narrow = any(node.op_type == NARROW_CONV for node in graph)
-    widths = {inputs[cache.past].shape[2] for cache in caches if cache.kind == CONV}
+    widths = {cache.axes[1] for cache in caches if cache.kind == CONV}
     width = widths.pop() if widths else Lfm2Config().conv_L_cache
     return int(width) + narrow  # type: ignore[arg-type]  # a symbol is not a number, and raises
 

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from optimum_lfm2.caches import LOGITS_TO_KEEP
 from optimum_lfm2.export.quantize import Quantizer
 from optimum_lfm2.graph.editing import CONTRIB_DOMAIN, add_initializer
-from optimum_lfm2.graph.experts import place_experts
+from optimum_lfm2.graph.member import GraphPass
 from optimum_lfm2.graph.ops import PLACEHOLDER_DOMAIN
 from optimum_lfm2.weights.blocks import Scheme
 
@@ -32,6 +32,7 @@ def bind(
     metadata: Mapping[str, str],
     scheme: Scheme | None = None,
     logits_default: bool = True,
+    passes: Sequence[GraphPass] = (),
 ) -> None:
     """Turn a traced file with placeholders into a complete model beside one `{name}_data` file.
 
@@ -41,6 +42,7 @@ def bind(
         shapes: the shape of each input and output, symbols for the axes that vary; None declares no shape.
         metadata: what the file says of itself to those who load it.
         scheme: how to quantise the linear layers and the embedding; None keeps every weight as it is.
+        passes: what the member of the family needs besides (`Member.passes`).
         logits_default: whether `num_logits_to_keep` gets a default, so that it may be left out.
     """
     model = ir.load(path)
@@ -50,7 +52,8 @@ def bind(
         quantizer.run()
         views = quantizer.views
         model.opset_imports[CONTRIB_DOMAIN] = 1
-    place_experts(model.graph, weights, scheme)
+    for finish in passes:
+        finish(model.graph, weights, scheme)
     _replace_placeholders(model.graph, weights)
     _declare_shapes(model.graph, shapes)
     _declare_linear_outputs(model.graph)

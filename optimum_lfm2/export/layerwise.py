@@ -135,7 +135,7 @@ def compute_gold(config: Any, model: Any, cuts: Sequence[Cut], inputs: Mapping[s
             cache = compat.hybrid_cache(model, before if len(seen) else None)
             gold[output][row, new] = compat.call(model, ids[row, new][None], cache, len(seen))[0].float()
         if presents:
-            present = unflatten([gold[name] for name in presents], model.config.layer_types)
+            present = unflatten([gold[name] for name in presents], config.cache_tensors)
             own = compat.hybrid_cache_layers(cache)
             fill_caches(present, own, model.config.layer_types, row, past_length + new)
     return gold

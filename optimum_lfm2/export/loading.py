@@ -19,12 +19,11 @@ from transformers import (
 from optimum_lfm2 import compat
 from optimum_lfm2.errors import Lfm2Error
 from optimum_lfm2.export.supported import check_architecture
-from optimum_lfm2.weights.checkpoint import Checkpoint, find_tensors, tied_names
-from optimum_lfm2.weights.experts import MoeCheckpoint, whole
+from optimum_lfm2.families import MEMBERS, MODEL_TYPES
+from optimum_lfm2.weights.checkpoint import find_tensors, tied_names
+from optimum_lfm2.weights.experts import whole
 
 
-CHECKPOINTS = {"lfm2": Checkpoint, "lfm2_moe": MoeCheckpoint}
-MODEL_TYPES = tuple(CHECKPOINTS)
 AUTO_CLASSES = {"text-generation": AutoModelForCausalLM, "feature-extraction": AutoModel}
 
 
@@ -58,7 +57,7 @@ class Lfm2TasksManager(TasksManager):
         model: Any = weightless(config, task.removesuffix("-with-past"), torch_dtype or torch.float32)
         if model.can_generate():
             model.generation_config = _generation_config(model_name_or_path, config, hub)
-        model.checkpoint = CHECKPOINTS[config.model_type](files, model)
+        model.checkpoint = MEMBERS[config.model_type].checkpoint(files, model)
         model.to = _Materialize(model)
         return model
 

@@ -11,8 +11,8 @@ from optimum.exporters.tasks import TasksManager
 from optimum.utils import DEFAULT_DUMMY_SHAPES
 
 from optimum_lfm2.errors import Lfm2Error
-from optimum_lfm2.export.loading import MODEL_TYPES
 from optimum_lfm2.export.supported import check_architecture
+from optimum_lfm2.families import MODEL_TYPES
 
 
 OPSETS = range(18, 21)  # below, torch writes older forms of some operators; above, its exporter knows none

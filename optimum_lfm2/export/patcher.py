@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from optimum_lfm2.caches import flatten
 from optimum_lfm2.export.reference import fill_visible
 from optimum_lfm2.graph import ops
-from optimum_lfm2.graph.decoder import FeedForward, decoder, feed_forward
-from optimum_lfm2.graph.experts import sparse_feed_forward
+from optimum_lfm2.graph.decoder import Decoder, language_model
 from optimum_lfm2.weights.blocks import dequantized
 from optimum_lfm2.weights.checkpoint import stored_tensors, tied_names
 
@@ -36,12 +34,9 @@ class Lfm2ModelPatcher:
         # Read here: while torch traces, a shape is made of traced values.
         self._shapes = {name: tuple(parameter.shape) for name, parameter in self._parameters.items()}
         self._tied = tied_names(model)
-        self._rotary = _rotary(model)
-        self._feed_forwards = self.feed_forwards(model.config)
-
-    def feed_forwards(self, config: PretrainedConfig) -> Sequence[FeedForward]:
-        """What follows the mixing of tokens, one a layer."""
-        return [feed_forward] * config.num_hidden_layers
+        prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
+        member = config.member
+        self._decoder = Decoder(member, model.config, member.rotary(model), prefix)
 
     def __enter__(self) -> Lfm2ModelPatcher:
         self._onnx_config.weights = getattr(self._model, "checkpoint", self._parameters)
@@ -84,18 +79,8 @@ class Lfm2ModelPatcher:
         past: Caches | None,
         num_logits_to_keep: torch.Tensor | None,
     ) -> tuple[torch.Tensor, Caches]:
-        model = self._model
-        return decoder(
-            input_ids,
-            attention_mask,
-            past,
-            num_logits_to_keep,
-            weight=weight,
-            feed_forwards=self._feed_forwards,
-            config=model.config,
-            rotary=self._rotary,
-            prefix="model." if hasattr(model, "lm_head") else "",
-            dtype=model.dtype,
+        return language_model(
+            self._decoder, input_ids, attention_mask, past, num_logits_to_keep, weight, self._model.dtype
         )
 
     def _weight(self, name: str, kernel: bool = False) -> torch.Tensor:
@@ -106,19 +91,3 @@ class Lfm2ModelPatcher:
         shape = self._shapes[name]
         shape = (shape[2], shape[0]) if kernel else shape
         return ops.parameter(self._tied[name], shape, self._parameters[name].dtype, kernel)
-
-
-class Lfm2MoeModelPatcher(Lfm2ModelPatcher):
-    """The same for a model whose later layers have experts."""
-
-    def feed_forwards(self, config: PretrainedConfig) -> Sequence[FeedForward]:
-        sparse = partial(sparse_feed_forward, config=config)
-        dense = min(config.num_dense_layers, config.num_hidden_layers)
-        return (*[feed_forward] * dense, *[sparse] * (config.num_hidden_layers - dense))
-
-
-def _rotary(model: Any) -> tuple[torch.Tensor, float]:
-    # The module has one name in dense models and another in those with experts.
-    module = next(child for child in getattr(model, "model", model).children() if hasattr(child, "inv_freq"))
-    rotary = type(module)(model.config)  # anew, for the model may be on the meta device
-    return rotary.inv_freq.float(), rotary.attention_scaling

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from optimum_lfm2 import compat
-from optimum_lfm2.caches import ATTENTION, CONV
 from optimum_lfm2.errors import Lfm2Error
+from optimum_lfm2.families import MEMBERS
 
 
 # Those whose frequencies depend on nothing but the configuration; `dynamic` and `longrope` change them with the prompt.
@@ -24,10 +24,11 @@ def check_architecture(config: Mapping[str, Any]) -> None:
         Lfm2Error: for a model, a layer type or a rope type that is not known.
     """
     compat.check_model_type(config.get("model_type", ""))
-    unknown = sorted(set(config.get("layer_types") or ()) - {CONV, ATTENTION})
+    known = MEMBERS[config["model_type"]].layer_kinds
+    unknown = sorted(set(config.get("layer_types") or ()) - known.keys())
     if unknown:
         raise Lfm2Error(
-            f"layer_types in config.json names {', '.join(map(str, unknown))}; LFM2 has {CONV} and {ATTENTION}. "
+            f"layer_types in config.json names {', '.join(map(str, unknown))}; it has {' and '.join(known)}. "
             "Is it a model of another family?"
         )
     for field in ("rope_scaling", "rope_parameters"):

@@ -1,1 +1,10 @@
-"""The members of the family, one file each."""
+"""The members of the family, one file each, each with one record. Add a member here and nowhere else."""
+
+from __future__ import annotations
+
+from optimum_lfm2.families import lfm2, lfm2_moe
+from optimum_lfm2.graph.member import Member
+
+
+MEMBERS: dict[str, Member] = {record.model_type: record for record in (lfm2.MEMBER, lfm2_moe.MEMBER)}
+MODEL_TYPES = tuple(MEMBERS)

@@ -6,6 +6,7 @@ from typing import Any
 
 import onnx_ir as ir
 
+from optimum_lfm2.caches import CacheTensor, read_cache_tensors
 from optimum_lfm2.graph.ops import PLACEHOLDER_DOMAIN
 
 
@@ -41,3 +42,9 @@ def substitute(node: ir.Node, result: ir.Value) -> None:
     result.name, result.type, result.shape = output.name, output.type, output.shape
     output.replace_all_uses_with(result)
     node.graph.remove(node, safe=True)
+
+
+def graph_cache_tensors(graph: ir.Graph) -> list[CacheTensor]:
+    """The cache tensors that a graph declares, as `optimum_lfm2.caches.read_cache_tensors` reads them."""
+    inputs = {value.name: tuple(value.shape or ()) for value in graph.inputs}
+    return read_cache_tensors(inputs, [value.name for value in graph.outputs])

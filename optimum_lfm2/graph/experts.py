@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from transformers import PretrainedConfig
 
 from optimum_lfm2.errors import Lfm2Error
-from optimum_lfm2.graph.decoder import Weight
 from optimum_lfm2.graph.editing import CONTRIB_DOMAIN, add_initializer, parameter_name, substitute
+from optimum_lfm2.graph.member import Weight
 from optimum_lfm2.graph.ops import ONNX_TYPE, PLACEHOLDER_DOMAIN, is_placeholder
 from optimum_lfm2.graph.tracing import Node, constant, typed
 from optimum_lfm2.weights.blocks import INT8_ACTIVATIONS, Blocks, Scheme

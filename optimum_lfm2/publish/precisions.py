@@ -9,7 +9,8 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from optimum_lfm2.caches import CACHE_NAMES, CONV, CacheTensor, read_cache_tensors
+from optimum_lfm2.caches import CACHE_NAMES, CONV, CacheTensor
+from optimum_lfm2.graph.editing import graph_cache_tensors
 from optimum_lfm2.metadata import CHECKPOINT, COMPARED, DIFFERENCE, QUALITY, TEXT
 from optimum_lfm2.quality.evaluate import Quality
 
@@ -66,7 +67,7 @@ class Published:
     def read(cls, precision: str, path: Path) -> Published:
         model = ir.load(path)
         notes = model.metadata_props
-        caches = read_cache_tensors(*([v.name for v in values] for values in (model.graph.inputs, model.graph.outputs)))
+        caches = graph_cache_tensors(model.graph)
         return cls(
             precision,
             path,

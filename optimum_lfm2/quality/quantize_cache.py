@@ -18,10 +18,10 @@ import torch
 from packaging import version
 from tqdm import tqdm
 
-from optimum_lfm2.caches import QUANTIZED_CACHE, CacheTensor, read_cache_tensors
+from optimum_lfm2.caches import QUANTIZED_CACHE, CacheTensor
 from optimum_lfm2.errors import Lfm2Error, first_line
 from optimum_lfm2.export.staging import terminable
-from optimum_lfm2.graph.editing import add_initializer
+from optimum_lfm2.graph.editing import add_initializer, graph_cache_tensors
 from optimum_lfm2.metadata import COMPARED, DIFFERENCE, QUALITY, TEXT
 from optimum_lfm2.quality.evaluate import Quality, find_tokenizer, measure, read_chunks
 from optimum_lfm2.quality.scoring import OnnxModel, onnx_file
@@ -127,7 +127,7 @@ def _attention_nodes(graph: ir.Graph, path: Path) -> dict[ir.Node, tuple[CacheTe
     Raises:
         Lfm2Error: where keys and values are not float tensors that an attention node alone reads and writes.
     """
-    caches = read_cache_tensors(*([v.name for v in values] for values in (graph.inputs, graph.outputs)))
+    caches = graph_cache_tensors(graph)
     growing = sorted((tensor for tensor in caches if tensor.grows), key=lambda tensor: (tensor.layer, tensor.kind))
     if not growing:
         raise Lfm2Error(f"{path} has no keys and values among its inputs: there is no cache to quantise.")

@@ -13,11 +13,11 @@ from optimum_lfm2.caches import (
     CONV,
     LOGITS_TO_KEEP,
     CacheTensor,
-    cache_tensors,
     head_dim,
     read_cache_tensors,
 )
 from optimum_lfm2.errors import Lfm2Error
+from optimum_lfm2.families import MEMBERS
 from optimum_lfm2.metadata import ANY_PADDING, IN_PLACE
 
 
@@ -59,12 +59,12 @@ class GraphLayout:
                 f"The graph has no output logits, only {', '.join(list(outputs)[:3])}: it was not exported for "
                 "text-generation. Export it with --task text-generation-with-past."
             )
-        caches = read_cache_tensors(inputs, outputs)
+        caches = read_cache_tensors({name: value.shape for name, value in inputs.items()}, outputs)
         metadata = session.get_modelmeta().custom_metadata_map
         width = outputs["logits"].shape[-1]
         return cls(
             caches=tuple(caches),
-            shapes={c.past: _fixed(inputs[c.past].shape, c, config) for c in caches},
+            shapes={c.past: _fixed(c, config) for c in caches},
             dtypes={c.past: TypeHelper.ort_type_to_torch_type(inputs[c.past].type) for c in caches},
             inputs=tuple(inputs),
             outputs=tuple(outputs),
@@ -87,7 +87,7 @@ class GraphLayout:
         if not self.caches:
             return
         declared = {(c.layer, c.kind): c for c in self.caches}
-        expected = {(c.layer, c.kind): c for c in cache_tensors(config.layer_types)}
+        expected = {(c.layer, c.kind): c for c in MEMBERS[config.model_type].cache_tensors(config)}
         if missing := expected.keys() - declared.keys():
             raise Lfm2Error(
                 f"{path} has no input {expected[min(missing)].past}, which its config.json asks for. "
@@ -107,11 +107,8 @@ class GraphLayout:
                 raise disagree(f"{cache.past} of shape", shape, wanted)
 
 
-def _fixed(shape: list[int | str], cache: CacheTensor, config: PretrainedConfig) -> tuple[int, int]:
-    """The two dimensions besides batch and length; from the config where the graph has a symbol, as genai's builder."""
-    first, second = (shape[1], shape[3]) if cache.grows else (shape[1], shape[2])
-    known = cache.shape(config, 0)
-    return (
-        first if isinstance(first, int) else int(known[1]),
-        second if isinstance(second, int) else int(known[-1]),
-    )
+def _fixed(cache: CacheTensor, config: PretrainedConfig) -> tuple[int, int]:
+    """The two sizes besides batch and length; from the config where the graph has a symbol, as genai's builder."""
+    known = (config.num_key_value_heads, head_dim(config)) if cache.grows else (config.hidden_size, config.conv_L_cache)
+    first, last = (size or default for size, default in zip((cache.axes[0], cache.axes[-1]), known, strict=True))
+    return first, last

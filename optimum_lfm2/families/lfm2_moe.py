@@ -1,0 +1,41 @@
+"""LFM2 whose later layers have experts. The reference is `modeling_lfm2_moe.py`; what it adds to LFM2 is here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+from transformers import PretrainedConfig
+
+from optimum_lfm2.families import lfm2
+from optimum_lfm2.graph.blocks import feed_forward
+from optimum_lfm2.graph.experts import expert_blocks, place_experts, sparse_feed_forward
+from optimum_lfm2.graph.member import FeedForward, Member
+from optimum_lfm2.weights.blocks import Scheme
+from optimum_lfm2.weights.experts import MoeCheckpoint
+
+
+def dense_then_sparse(config: PretrainedConfig) -> Sequence[FeedForward]:
+    """`num_dense_layers` of LFM2's, then experts."""
+    dense = min(config.num_dense_layers, config.num_hidden_layers)
+    sparse = partial(sparse_feed_forward, config=config)
+    return [*[feed_forward] * dense, *[sparse] * (config.num_hidden_layers - dense)]
+
+
+def check_scheme(scheme: Scheme, config: PretrainedConfig) -> None:
+    """Raise `Lfm2Error` for matrices of experts that QMoE cannot take."""
+    expert_blocks(scheme, (config.hidden_size, config.moe_intermediate_size))
+
+
+MEMBER = Member(
+    model_type="lfm2_moe",
+    architectures={"Lfm2MoeForCausalLM": "text-generation", "Lfm2MoeModel": "feature-extraction"},
+    min_transformers="5.0.0",
+    layer_kinds=lfm2.LAYER_KINDS,
+    feed_forwards=dense_then_sparse,
+    rotary=lfm2.rotary_of("pos_emb"),
+    checkpoint=MoeCheckpoint,
+    check_scheme=check_scheme,
+    passes=(place_experts,),
+    genai_type="lfm2_moe",
+)

@@ -1,0 +1,117 @@
+"""The record that describes a member of the family: one instance a member, in `optimum_lfm2/families/`.
+
+Whatever the exporter, the runtime and the tools have to know of a member they ask here. Nobody else compares a model
+type.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import onnx_ir as ir
+import torch
+from transformers import PretrainedConfig, PreTrainedModel
+
+from optimum_lfm2.caches import CacheTensor, Kept, cache_tensors
+from optimum_lfm2.graph.call import Call, Rotary
+from optimum_lfm2.weights.blocks import Scheme
+from optimum_lfm2.weights.checkpoint import Checkpoint
+
+
+# A parameter by its name in the checkpoint; `kernel=True` gives a depthwise kernel (width, 1, taps) as (taps, width).
+Weight = Callable[..., torch.Tensor]
+
+# Hidden states (tokens, hidden_size), the weights, the name of the layer's feed-forward → (tokens, hidden_size).
+FeedForward = Callable[[torch.Tensor, Weight, str], torch.Tensor]
+
+# A pass over the traced graph, which may read the weights and the scheme by which they are quantised.
+GraphPass = Callable[[ir.Graph, Mapping[str, Any], Scheme | None], None]
+
+
+class Mixer(Protocol):
+    """What mixes the tokens of a layer."""
+
+    def __call__(
+        self,
+        hidden: torch.Tensor,
+        past: tuple[torch.Tensor, ...] | None,
+        shared: Any,
+        weight: Weight,
+        name: str,
+        config: PretrainedConfig,
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        """Return the block's output and the layer's present caches.
+
+        Args:
+            hidden: normed hidden states, (tokens, hidden_size).
+            past: the layer's caches in the order of `LayerKind.caches`, or None for a graph without cache inputs.
+            shared: what `LayerKind.prepare` gave.
+            weight: gives a parameter by its name.
+            name: the name of the layer's mixer in the checkpoint, such as `model.layers.0.conv`.
+        """
+
+
+@dataclass(frozen=True)
+class LayerKind:
+    """A kind of layer, which `layer_types` in config.json names.
+
+    Attributes:
+        mixer: the block as graph code.
+        module: the block's module in transformers' layer.
+        caches: the tensors that a layer of this kind keeps, for a configuration.
+        prepare: computes once a call what all layers of the kind share. It gets the call, the configuration and the
+            rotary table of the kind (None for a kind that rotates nothing).
+    """
+
+    mixer: Mixer
+    module: str
+    caches: Callable[[PretrainedConfig], Sequence[Kept]]
+    prepare: Callable[[Call, PretrainedConfig, Rotary | None], Any]
+
+
+@dataclass(frozen=True)
+class Member:
+    """A member of the family.
+
+    Attributes:
+        model_type: as in config.json.
+        architectures: the classes of transformers whose checkpoints are exported, each with the task that it is for:
+            `text-generation` with a head, `feature-extraction` without.
+        min_transformers: the first release of transformers that has the model.
+        layer_kinds: by their names in `layer_types`.
+        feed_forwards: the feed-forward of each layer.
+        rotary: the rotary table of each kind of layer that has one, read from transformers' model.
+        post_norms: the norms of a layer that follow its mixer and its feed-forward, before the residual is added;
+            None where a layer has none.
+        checkpoint: reads the stored weights.
+        check_scheme: raises `Lfm2Error` for a quantisation that the member's operators cannot do.
+        passes: what finishes the traced graph, besides what all members need.
+        genai_type: what `genai_config.json` calls the model; None where onnxruntime-genai has nothing to run it.
+    """
+
+    model_type: str
+    architectures: Mapping[str, str]
+    min_transformers: str
+    layer_kinds: Mapping[str, LayerKind]
+    feed_forwards: Callable[[PretrainedConfig], Sequence[FeedForward]]
+    rotary: Callable[[PreTrainedModel], Mapping[str, Rotary]]
+    post_norms: Callable[[PretrainedConfig], tuple[str, str] | None] = lambda config: None
+    checkpoint: type[Checkpoint] = Checkpoint
+    check_scheme: Callable[[Scheme, PretrainedConfig], None] = lambda scheme, config: None
+    passes: Sequence[GraphPass] = ()
+    genai_type: str | None = None
+
+    def kind(self, config: PretrainedConfig, layer: int) -> LayerKind:
+        """The kind of a layer."""
+        return self.layer_kinds[config.layer_types[layer]]
+
+    def cache_tensors(self, config: PretrainedConfig, names: str = "hub") -> list[CacheTensor]:
+        """The cache tensors of a model, in the order of the graph's inputs.
+
+        Args:
+            names: the convention of their names, a key of `optimum_lfm2.caches.CACHE_NAMES`.
+        """
+        layers = [self.kind(config, layer).caches(config) for layer in range(config.num_hidden_layers)]
+        return cache_tensors(layers, names)
