@@ -31,6 +31,7 @@ lint: .venv-test/ready
 	.venv-test/bin/ruff check
 	.venv-test/bin/ruff format --check
 	.venv-test/bin/mypy
+	.venv-test/bin/lint-imports
 
 .venv/ready: pyproject.toml
 	$(PYTHON) -m venv .venv

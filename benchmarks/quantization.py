@@ -23,7 +23,7 @@ from benchmarks.checkpoint import random_checkpoint
 from benchmarks.systems import loop
 from optimum_lfm2.quality import quantize_cache
 from optimum_lfm2.quality.evaluate import evaluate
-from optimum_lfm2.weights.blocks import VARIANTS, Blocks, Scheme, dequantize_tensor, quantize_tensor
+from optimum_lfm2.weights.blocks import SCHEMES, Blocks, Scheme, dequantize_tensor, quantize_tensor
 
 
 DEMO = Path(__file__).parent.parent / "demo"
@@ -106,7 +106,7 @@ def _schemes() -> Iterator[Scheme]:
         for size in SIZES:
             yield Scheme(Blocks(bits, size), Blocks(table, size))
         if (bits, table) == (4, 4):
-            yield VARIANTS["q4s"]
+            yield SCHEMES["q4s"]
 
 
 def _cells(scheme: Scheme) -> str:
@@ -172,7 +172,7 @@ def _export(checkpoint: Path, folder: Path, scheme: Scheme) -> None:
     from optimum.exporters.onnx import main_export
 
     shutil.rmtree(folder, ignore_errors=True)
-    with patch.dict(VARIANTS, q4=scheme):
+    with patch.dict(SCHEMES, q4=scheme):
         main_export(str(checkpoint), folder, _variant="q4", do_validation=False)
 
 

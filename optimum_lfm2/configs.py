@@ -34,7 +34,7 @@ from optimum_lfm2.genai_config import write_genai_config
 from optimum_lfm2.graph import ops
 from optimum_lfm2.graph.member import Member
 from optimum_lfm2.metadata import ANY_PADDING, IN_PLACE
-from optimum_lfm2.weights.blocks import EMBEDDINGS, VARIANTS, Scheme
+from optimum_lfm2.weights.blocks import EMBEDDINGS, SCHEMES, Scheme
 
 
 Shapes = dict[str, tuple[int | str, ...] | None]
@@ -102,7 +102,7 @@ class Lfm2OnnxConfig(TextDecoderOnnxConfig):
     @property
     def scheme(self) -> Scheme | None:
         """How the weights are quantised; None: not at all."""
-        scheme = VARIANTS.get(self.variant)
+        scheme = SCHEMES.get(self.variant)
         return scheme and replace(scheme, embedding=self.embedding)
 
     @classmethod

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import caches, chunks, experts, quantization, report, run, worker
+from benchmarks import chunks, experts, kv_cache_bits, quantization, report, run, worker
 from benchmarks.bench import Bench
 from benchmarks.checkpoint import add_tokenizer
 from benchmarks.systems import SYSTEMS
@@ -176,11 +176,29 @@ def test_headroom_of_a_cache(monkeypatch, capsys):
 
 def test_both_caches_in_turn(tmp_path, capsys):
     options = ["--lengths", "8", "40", "--rounds", "2", "--new", "2", "--threads", "1"]
-    caches.main(["--checkpoint", str(ROOT / "demo" / "checkpoint"), "--work", str(tmp_path), *options])
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()[-4:]]
+    kv_cache_bits.main(["--checkpoint", str(ROOT / "demo" / "checkpoint"), "--work", str(tmp_path), *options])
+    rows = cells(capsys.readouterr().out.splitlines()[-4:])
     assert [row[:2] for row in rows] == [["float", "8"], ["8 bits", "8"], ["float", "40"], ["8 bits", "40"]]
     assert all(float(row[2].split()[0]) > 0 for row in rows)
-    assert [row[3] for row in rows[:2]] == [row[4] for row in rows[::2]] == ["1.00", "1.00"]
+
+
+def cells(lines: list[str]) -> list[list[str]]:
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+
+
+def test_the_table_of_both_caches_has_medians_over_rounds():
+    seconds = {
+        ("float", 8): [0.01, 0.02, 0.04],
+        ("8 bits", 8): [0.02, 0.02, 0.02],
+        ("float", 40): [0.04, 0.04, 0.04],
+        ("8 bits", 40): [0.04, 0.02, 0.01],
+    }
+    assert cells(kv_cache_bits.table(seconds, 8)[2:]) == [
+        ["float", "8", "50.0 [25.0 to 100.0]", "1.00", "1.00"],
+        ["8 bits", "8", "50.0 [50.0 to 50.0]", "1.00", "1.00"],
+        ["float", "40", "25.0 [25.0 to 25.0]", "0.50", "1.00"],
+        ["8 bits", "40", "50.0 [25.0 to 100.0]", "1.00", "2.00"],
+    ]
 
 
 def test_a_job_may_say_how_long_chunks_are(exported, monkeypatch):

@@ -25,7 +25,7 @@ from optimum_lfm2.weights.blocks import INT8_ACTIVATIONS, Blocks, Scheme
 from optimum_lfm2.weights.experts import ExpertsTensor, QuantizedExperts, interleaved
 
 
-EXPERTS = "Experts"
+EXPERTS_OP = "Experts"  # a placeholder, which `place_experts` replaces
 NORM_EPSILON = 1e-6  # transformers'
 SMALLEST_BLOCK = 16  # that QMoE takes
 GATE_UP, DOWN = "gate_up_proj", "down_proj"
@@ -45,7 +45,7 @@ def sparse_feed_forward(hidden: torch.Tensor, weight: Weight, name: str, config:
         config.routed_scaling_factor,
     )
     gate_up, down = (weight(f"{name}.experts.{kind}") for kind in (GATE_UP, DOWN))
-    return experts(hidden, routing, gate_up, down, config.num_experts_per_tok)
+    return mix_experts(hidden, routing, gate_up, down, config.num_experts_per_tok)
 
 
 class _Route(Node):
@@ -118,10 +118,10 @@ class _Experts(Node):
     @staticmethod
     @typed(2)
     def symbolic(g, hidden, routing, gate_up, down, count):
-        return g.op(f"{PLACEHOLDER_DOMAIN}::{EXPERTS}", hidden, routing, gate_up, down, k_i=count)
+        return g.op(f"{PLACEHOLDER_DOMAIN}::{EXPERTS_OP}", hidden, routing, gate_up, down, k_i=count)
 
 
-def experts(
+def mix_experts(
     hidden: torch.Tensor, routing: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor, count: int
 ) -> torch.Tensor:
     """The sum of SwiGLU experts, each by its share.
@@ -157,7 +157,7 @@ def place_experts(graph: ir.Graph, weights: Mapping[str, Any], scheme: Scheme | 
         weights: each parameter by its name; one of experts gives a matrix for each index.
         scheme: how they are quantised; None keeps them in float.
     """
-    for node in [node for node in graph if (node.domain, node.op_type) == (PLACEHOLDER_DOMAIN, EXPERTS)]:
+    for node in [node for node in graph if (node.domain, node.op_type) == (PLACEHOLDER_DOMAIN, EXPERTS_OP)]:
         new = _float_experts(node, weights) if scheme is None else _quantized_experts(node, weights, scheme)
         graph.insert_before(node, new)
         substitute(node, new[-1].outputs[0])

@@ -62,7 +62,7 @@ class Scheme:
 EMBEDDINGS = ("fused", "portable", "float")
 
 # Decided by measurement: docs/quantization.md.
-VARIANTS = {
+SCHEMES = {
     "q4": Scheme(linear=Blocks(4, 128), table=Blocks(8, 128)),
     "q4s": Scheme(linear=Blocks(4, 128), table=Blocks(4, 32)),
     "q8": Scheme(linear=Blocks(8, 128), table=Blocks(8, 128)),

@@ -16,7 +16,7 @@ from optimum_lfm2.errors import Lfm2Error
 from optimum_lfm2.export import quantize
 from optimum_lfm2.export.validation import strict_validation
 from optimum_lfm2.quality.evaluate import evaluate
-from optimum_lfm2.weights.blocks import VARIANTS, Blocks, dequantize_tensor, dequantized, pack, quantize_tensor
+from optimum_lfm2.weights.blocks import SCHEMES, Blocks, dequantize_tensor, dequantized, pack, quantize_tensor
 
 
 DEMO = Path(__file__).parents[2] / "demo"
@@ -66,7 +66,7 @@ def test_two_codes_a_byte():
 def test_the_graph_computes_with_the_dequantised_weights(name, options, exported, gold_model):
     """Widths that are no multiple of a block, too: what is left is the noise of int8 activations and half precision."""
     model = ORTModelForCausalLM.from_pretrained(exported(name, **options))
-    scheme = VARIANTS[options["_variant"]]
+    scheme = SCHEMES[options["_variant"]]
     ids = torch.randint(8, 256, (1, 24), generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
         plain = gold_model(name)(input_ids=ids, use_cache=False).logits

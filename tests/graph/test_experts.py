@@ -26,9 +26,9 @@ from optimum_lfm2 import compat
 from optimum_lfm2.errors import Lfm2Error
 from optimum_lfm2.export.streamed import StandIns
 from optimum_lfm2.export.validation import strict_validation
-from optimum_lfm2.graph import experts as moe
+from optimum_lfm2.graph import experts as graph_experts
 from optimum_lfm2.weights import experts
-from optimum_lfm2.weights.blocks import VARIANTS
+from optimum_lfm2.weights.blocks import SCHEMES
 from optimum_lfm2.weights.experts import whole
 
 
@@ -90,7 +90,7 @@ def test_router(count, normalise, factor, biased, offset, tmp_path):
 
     class Graph(torch.nn.Module):
         def forward(self, hidden):
-            return moe.route(hidden, gate, bias, count, normalise, factor)
+            return graph_experts.route(hidden, gate, bias, count, normalise, factor)
 
     options = {"input_names": ["hidden"], "dynamic_axes": {"hidden": {0: "tokens"}}, "opset_version": 18}
     torch.onnx.export(Graph(), (hidden[:2],), tmp_path / "router.onnx", dynamo=False, **options)
@@ -189,7 +189,7 @@ def test_the_graph_computes_with_the_dequantised_weights(name, options, exported
 
 
 def dequantized(model: PreTrainedModel, variant: str | None) -> PreTrainedModel:
-    values = StandIns(model, model.state_dict(), VARIANTS.get(variant))
+    values = StandIns(model, model.state_dict(), SCHEMES.get(variant))
     copy = type(model)(model.config).eval()
     copy.load_state_dict({name: whole(values[name]) for name in values})
     return copy
@@ -289,16 +289,16 @@ def test_validation_of_several_rows(shapes, checkpoint, tmp_path):
 
 
 def _no_epsilon(monkeypatch):
-    monkeypatch.setattr(moe, "NORM_EPSILON", 0.1)
+    monkeypatch.setattr(graph_experts, "NORM_EPSILON", 0.1)
 
 
 def _not_interleaved(monkeypatch):
-    monkeypatch.setattr(moe, "interleaved", lambda weight: weight)
+    monkeypatch.setattr(graph_experts, "interleaved", lambda weight: weight)
 
 
 def _one_expert_forgotten(monkeypatch):
-    real = moe._matrices
-    monkeypatch.setattr(moe, "_matrices", lambda *args: (m * (i != 3) for i, m in enumerate(real(*args))))
+    real = graph_experts._matrices
+    monkeypatch.setattr(graph_experts, "_matrices", lambda *args: (m * (i != 3) for i, m in enumerate(real(*args))))
 
 
 def _nibbles_swapped(monkeypatch):

@@ -1,4 +1,4 @@
-"""What a cache in 8 bits changes in decoding: `python -m benchmarks.caches`.
+"""What a cache in 8 bits changes in decoding: `python -m benchmarks.kv_cache_bits`.
 
 q4 of LFM2-350M's shape, with keys and values in float and in 8 bits, in one process. After each length of prompt each
 decodes some tokens, in turn, round after round: a slow minute of a shared machine meets all of them alike.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -79,14 +80,22 @@ def main(argv: list[str] | None = None) -> None:
     bench = Bench(args.work, args.checkpoint or random_checkpoint(args.work), args.threads, {})
     bench.prepare(SYSTEM)
     seconds = measure(bench.folder(SYSTEM), args.lengths, args.rounds, args.new, args.threads, bench.vocabulary)
-    print("| cache | after tokens | decode tok/s | by its own after the first length | by the float cache's |")
-    print("| --- | --- | --- | --- | --- |")
+    print("\n".join(table(seconds, args.lengths[0])))
+
+
+def table(seconds: Mapping[tuple[str, int], list[float]], first: int) -> list[str]:
+    """The lines of the table of what `measure` gives; ratios are medians over rounds."""
+    lines = [
+        "| cache | after tokens | decode tok/s | by its own after the first length | by the float cache's |",
+        "| --- | --- | --- | --- | --- |",
+    ]
     for (cache, length), own in seconds.items():
         speeds = sorted(1 / value for value in own)
         spread = f"{statistics.median(speeds):.1f} [{speeds[0]:.1f} to {speeds[-1]:.1f}]"
-        others = seconds[cache, args.lengths[0]], seconds["float", length]
+        others = seconds[cache, first], seconds["float", length]
         ratios = (statistics.median(a / b for a, b in zip(other, own, strict=True)) for other in others)
-        print(f"| {cache} | {length} | {spread} | {' | '.join(f'{ratio:.2f}' for ratio in ratios)} |")
+        lines.append(f"| {cache} | {length} | {spread} | {' | '.join(f'{ratio:.2f}' for ratio in ratios)} |")
+    return lines
 
 
 if __name__ == "__main__":
