@@ -8,6 +8,8 @@ MODEL ?= demo/checkpoint
 PROMPT ?= Once upon a time
 OUT ?= .demo/onnx
 PORT ?= 8000
+# A worker for each core; a file's tests stay together, since they share exports.
+PYTEST := -rs -n auto --dist loadfile
 NODE_MODULES := examples/web/node_modules/.package-lock.json
 
 .PHONY: demo web test test-transformers5 lint clean
@@ -21,11 +23,11 @@ web: .venv/ready $(NODE_MODULES)
 	.venv/bin/python examples/web/serve.py .demo/web --port "$(PORT)"
 
 test: .venv-test/ready lint $(if $(shell command -v npm),$(NODE_MODULES))
-	.venv-test/bin/python -m pytest -rs --cov=optimum_lfm2 --cov-config=tests/transformers4.coveragerc --cov-report=term --cov-fail-under=90
+	.venv-test/bin/python -m pytest $(PYTEST) --cov=optimum_lfm2 --cov-config=tests/transformers4.coveragerc --cov-report=term --cov-fail-under=90
 
 # optimum-onnx 0.1.0 refuses transformers 5 in its metadata alone.
 test-transformers5: .venv-transformers5/ready
-	.venv-transformers5/bin/python -m pytest -rs -m "not slow" --ignore=tests/test_packaging.py --cov=optimum_lfm2 --cov-fail-under=90
+	.venv-transformers5/bin/python -m pytest $(PYTEST) -m "not slow" --ignore=tests/test_packaging.py --cov=optimum_lfm2 --cov-fail-under=90
 
 lint: .venv-test/ready
 	.venv-test/bin/ruff check
@@ -52,7 +54,7 @@ $(NODE_MODULES): examples/web/package-lock.json
 .venv-transformers5/ready: pyproject.toml
 	$(PYTHON) -m venv .venv-transformers5
 	.venv-transformers5/bin/pip install --quiet "$(TORCH)"
-	.venv-transformers5/bin/pip install --quiet "transformers>=5" onnxruntime onnxruntime-genai==0.18.0 onnx "onnx-ir>=1.1" requests tqdm pytest pytest-cov
+	.venv-transformers5/bin/pip install --quiet "transformers>=5" onnxruntime onnxruntime-genai==0.18.0 onnx "onnx-ir>=1.1" requests tqdm pytest pytest-cov pytest-xdist
 	.venv-transformers5/bin/pip install --quiet --no-deps optimum==2.1.0 optimum-onnx==0.1.0 -e .
 	touch $@
 

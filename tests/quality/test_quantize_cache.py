@@ -256,7 +256,7 @@ def test_values_that_are_not_finite_are_refused():
         def run(self, names, ids):
             return [np.full((1, 1, 4, 8), np.inf, np.float32)]
 
-    tensor = quantize_cache.CacheTensor(0, "value", "past", "present")
+    tensor = quantize_cache.CacheTensor(0, "value", "past", "present", (2, None, 16))
     with pytest.raises(Lfm2Error, match="present holds values that are not finite"):
         quantize_cache._calibrate(Model(), [tensor], [torch.zeros(1, 4)])
 
