@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -75,42 +76,48 @@ class Bench:
 
     def job(self, name: str, job: str, **values: Any) -> dict[str, Any]:
         """The result of one worker. Raises `WorkerError`."""
-        values |= {"job": job, "system": name, "folder": str(self.folder(name))}
-        values |= {"threads": self.threads, "vocabulary": self.vocabulary}
-        done = subprocess.run(
-            [self.python(name), "-m", "benchmarks.worker", json.dumps(values)],
-            cwd=ROOT,
-            env={**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"},
-            capture_output=True,
-            text=True,
-        )
+        done = subprocess.run(self._command(name, job, values), **self._where(), capture_output=True)
         if done.returncode != 0:
             lines = (done.stdout + done.stderr).strip().splitlines()
             raise WorkerError("\n".join(lines[-8:]) or f"exit status {done.returncode}")
         return json.loads(done.stdout.strip().splitlines()[-1])
 
+    def start(self, name: str, job: str, **values: Any) -> subprocess.Popen:
+        """A worker whose job takes lines and gives lines, through its `stdin` and `stdout`."""
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+        return subprocess.Popen(self._command(name, job, values), **self._where(), **pipes)
+
+    def _command(self, name: str, job: str, values: Mapping[str, Any]) -> list[str]:
+        about = {"job": job, "system": name, "folder": str(self.folder(name))}
+        about |= {"threads": self.threads, "vocabulary": self.vocabulary}
+        return [self.python(name), "-m", "benchmarks.worker", json.dumps({**values, **about})]
+
+    @staticmethod
+    def _where() -> dict[str, Any]:
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+        return {"cwd": ROOT, "env": environment, "text": True}
+
     def make(self, name: str) -> None:
         """`prepare`, or tell that it failed and leave the system out from then on."""
-        try:
+        with self.tolerant(name):
             self.prepare(name)
+
+    @contextmanager
+    def tolerant(self, name: str) -> Iterator[None]:
+        """Where the block fails for a system, tell of it and leave the system out from then on."""
+        try:
+            yield
         except WorkerError as error:
-            self._leave_out(name, error)
+            self.errors[name] = str(error)
+            say(f"{name} left out: {error}")
 
     def each(self, names: list[str], job: str, **values: Any) -> Iterator[tuple[str, dict[str, Any]]]:
         """Results of one job for each system in turn; one that fails is told of and left out from then on."""
         for name in names:
             if name in self.errors:
                 continue
-            try:
-                result = self.job(name, job, **values)
-            except WorkerError as error:
-                self._leave_out(name, error)
-            else:
-                yield name, result
-
-    def _leave_out(self, name: str, error: WorkerError) -> None:
-        self.errors[name] = str(error)
-        say(f"{name} left out: {error}")
+            with self.tolerant(name):
+                yield name, self.job(name, job, **values)
 
 
 @functools.cache

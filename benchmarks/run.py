@@ -1,4 +1,4 @@
-"""Measure LFM2 in this package and in others, interleaved: `python -m benchmarks.run --out results`.
+"""Measure LFM2 in this package and in others, in turns: `python -m benchmarks.run --out results`.
 
 Without --checkpoint it makes one of the shape of LFM2-350M, or of --shape. Whatever is not installed is left out, and
 said so.
@@ -17,12 +17,15 @@ from typing import Any
 from benchmarks import report
 from benchmarks.bench import ROOT, Bench, say
 from benchmarks.checkpoint import SHAPES, random_checkpoint
+from benchmarks.quality import CHECKPOINT, divergences
 from benchmarks.systems import SYSTEMS
+from benchmarks.turns import Chat, take_turns
 
 
-CONTEXT_SYSTEMS = "ours-q4,ours-q4-kv8,loop-q4,genai-int4,llama-q4_0"
-CONTEXT_NEW = 32  # tokens whose speed is taken at each point of the curve
+# Of one width of weights at a time, so that what is loaded at once fits into memory.
+WIDTHS = (4, 8, 32)
 LONG_PROMPT_SYSTEMS = ("ours-q4", "ours-q4-kv8")
+QUALITY_LENGTH = 256  # tokens of a chunk
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -34,22 +37,21 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--shape", choices=SHAPES, default="lfm2-350m", help="of the random checkpoint")
     add("--layers", type=int, help="of the random lfm2-8b-a1b, which has 24 and needs transformers 5; fewer need less")
     add("--systems", type=_names, default=list(SYSTEMS), help=f"comma-separated, of: {', '.join(SYSTEMS)}")
-    add("--rounds", type=int, default=3, help="fresh processes for each system, taken in turn")
-    add("--repeats", type=int, default=3, help="chats in each process")
+    add("--rounds", type=int, default=12, help="in which each system has each of its chats")
     add("--threads", type=int, default=2, help="for every system")
-    add("--prompt", type=int, default=512, help="tokens")
-    add("--new", type=int, default=64, help="tokens after the first")
-    lengths = [128, 256, 512, 1024, 2048, 4096]
-    add("--context", type=_numbers, default=lengths, help="prompt lengths of the curve; '' for none")
-    add("--context-systems", type=_names, default=_names(CONTEXT_SYSTEMS), help="of the curve")
+    chats = "tokens of a prompt and tokens after it; may be several (default: 512:48 4096:24)"
+    add("--chats", type=_chat, nargs="+", default=[Chat(512, 48), Chat(4096, 24)], metavar="PROMPT:NEW", help=chats)
+    add("--loads", type=int, default=3, help="fresh processes for the time to load and the memory")
+    quality = "chunks of 256 tokens on which the KL divergence of the demo checkpoint is measured; 0 for none"
+    add("--quality", type=int, default=8, help=quality)
     long_prompt = f"tokens whose memory is measured on {' and '.join(LONG_PROMPT_SYSTEMS)}; 0 for none"
     add("--long-prompt", type=int, default=16384, help=long_prompt)
     python = "the Python that has a package, where it cannot be installed beside the others; may be repeated"
     add("--python", type=_interpreter, action="append", default=[], metavar="PACKAGE=PATH", help=python)
     add("--write-docs", action="store_true", help="put the table into docs/performance.md, and the PNG beside it")
     args = parser.parse_args(argv)
-    if min(args.rounds, args.repeats, args.threads, args.prompt, args.new) < 1:
-        parser.error("--rounds, --repeats, --threads, --prompt and --new must be 1 at least")
+    if min(args.rounds, args.loads, args.threads) < 1:
+        parser.error("--rounds, --loads and --threads must be 1 at least")
     if args.checkpoint and args.shape != SHAPES[0]:
         parser.error("--checkpoint has a shape of its own: leave --shape out")
     if args.layers is not None and (args.layers < 1 or args.shape != "lfm2-8b-a1b"):
@@ -64,8 +66,11 @@ def _names(text: str) -> list[str]:
     return names
 
 
-def _numbers(text: str) -> list[int]:
-    return [int(number) for number in text.split(",") if number]
+def _chat(text: str) -> Chat:
+    try:
+        return Chat.read(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text} is not PROMPT:NEW, such as 512:48") from None
 
 
 def _interpreter(text: str) -> tuple[str, str]:
@@ -85,12 +90,16 @@ def measure(bench: Bench, args: argparse.Namespace) -> dict[str, Any]:
         if version is None:
             say(f"{name} left out: {SYSTEMS[name].package} is not installed")
     names = [name for name in args.systems if versions[name]]
-    results = {
+    results: dict[str, Any] = {
         "machine": _machine() | {"versions": {SYSTEMS[name].package: versions[name] for name in names}},
-        "options": {key: getattr(args, key) for key in ("rounds", "repeats", "threads", "prompt", "new")},
-        "systems": chats(bench, names, args),
-        "context": curve(bench, [name for name in args.context_systems if name in names], args),
+        "options": {"rounds": args.rounds, "threads": args.threads, "chats": [str(chat) for chat in args.chats]},
+        "systems": systems(bench, names, args),
     }
+    if args.quality:
+        quality = Bench(args.work / "quality", CHECKPOINT, args.threads, bench.pythons)
+        alike = [name for name in results["systems"] if not name.startswith("loop")]  # the same files as ours
+        for name, divergence in divergences(quality, alike, args.quality, QUALITY_LENGTH).items():
+            results["systems"][name]["divergence"] = divergence
     if args.long_prompt:
         measured = [name for name in LONG_PROMPT_SYSTEMS if name in names]
         runs = dict(bench.each(measured, "memory", prompt=args.long_prompt, new=2))
@@ -99,30 +108,24 @@ def measure(bench: Bench, args: argparse.Namespace) -> dict[str, Any]:
     return results
 
 
-def chats(bench: Bench, names: list[str], args: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """By system, what it is and the results of its rounds."""
+def systems(bench: Bench, names: list[str], args: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """By system, what it is, what loading it takes, and its speeds."""
     for name in names:
         bench.make(name)
-    systems: dict[str, dict[str, Any]] = {}
-    for number in range(args.rounds):
-        for name, result in bench.each(names, "chat", prompt=args.prompt, new=args.new, repeats=args.repeats):
+    found: dict[str, dict[str, Any]] = {}
+    for name in names:
+        if name not in bench.errors:
             entry = SYSTEMS[name]
-            about = {"title": entry.title, "precision": entry.precision, "bits": entry.bits, "size": bench.size(name)}
-            systems.setdefault(name, {**about, "rounds": []})["rounds"].append(result)
-            prefill, decode = report.median(result["prefill"]), report.median(result["decode"])
-            say(f"round {number + 1}: {name}: prefill {prefill:.0f}, decode {decode:.1f} tok/s")
-    return systems
-
-
-def curve(bench: Bench, names: list[str], args: argparse.Namespace) -> dict[str, list[dict[str, float]]]:
-    """By system, for each round the decode speed by length of the prompt."""
-    speeds: dict[str, list[dict[str, float]]] = {}
-    for number in range(args.rounds if args.context else 0):
-        for name, result in bench.each(names, "context", lengths=args.context, new=CONTEXT_NEW):
-            speeds.setdefault(name, []).append(result["decode"])
-            line = ", ".join(f"{speed:.1f} at {length}" for length, speed in result["decode"].items())
-            say(f"context, round {number + 1}: {name}: {line}")
-    return speeds
+            about = {"title": entry.title, "precision": entry.precision, "bits": entry.bits, "head": entry.head}
+            found[name] = {**about, "size": bench.size(name), "loads": [], "speeds": {}}
+    for _ in range(args.loads):
+        for name, result in bench.each(list(found), "load", prompt=args.chats[0].prompt, new=args.chats[0].new):
+            found[name]["loads"].append(result)
+    for bits in WIDTHS:
+        width = [name for name in found if found[name]["bits"] == bits and name not in bench.errors]
+        for name, speeds in take_turns(bench, width, args.chats, args.rounds).items():
+            found[name]["speeds"] = speeds
+    return {name: system for name, system in found.items() if system["speeds"]}
 
 
 def _machine() -> dict[str, Any]:

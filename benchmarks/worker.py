@@ -1,18 +1,25 @@
 """One system in one process: `python -m benchmarks.worker JOB`, where JOB is JSON; the last line printed is JSON, too.
 
-Jobs: `prepare` makes a system's files; `chat` measures load, prefill, decode, memory; `context` decodes after prompts
-of several lengths; `memory` says what a long prompt adds, read in other chunks if the job says so.
+Jobs:
+    prepare: makes a system's files.
+    load: what it takes to load the system, and the tokens of one chat.
+    serve: loads the system, then chats: a line of JSON in, a line of JSON out.
+    logits: writes the logits of chunks of ids to a file.
+    memory: what a long prompt adds, read in other chunks if the job says so.
 """
 
 from __future__ import annotations
 
 import importlib
 import json
+import os
 import random
 import sys
 import time
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from benchmarks.systems import SYSTEMS
 
@@ -37,35 +44,41 @@ def forget_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
-def chat(job: dict[str, Any]) -> dict[str, Any]:
-    ids = prompt_ids(job["prompt"], job["vocabulary"])
+def load(job: dict[str, Any]) -> dict[str, Any]:
     started = time.perf_counter()
     for module in SYSTEMS[job["system"]].imports:
         importlib.import_module(module)
     imported, libraries = time.perf_counter(), resident("VmHWM")
     system = _load(job, job["prompt"] + job["new"])
     loaded = time.perf_counter()
-    timing = system.run(ids, job["new"])  # not counted: it pages the weights in and makes the buffers
-    peak = resident("VmHWM")
-    prefill, decode = [], []
-    for _ in range(job["repeats"]):
-        timing = system.run(ids, job["new"])
-        prefill.append(len(ids) / timing.prefill)
-        decode.append(job["new"] / timing.decode)
+    timing = system.run(prompt_ids(job["prompt"], job["vocabulary"]), job["new"])
     return {
-        "import": imported - started, "load": loaded - imported, "libraries": libraries, "peak": peak,
-        "prefill": prefill, "decode": decode, "tokens": timing.tokens,
-    }  # fmt: skip
+        "import": imported - started,
+        "load": loaded - imported,
+        "libraries": libraries,
+        "peak": resident("VmHWM"),
+        "tokens": timing.tokens,
+    }
 
 
-def context(job: dict[str, Any]) -> dict[str, Any]:
-    system = _load(job, max(job["lengths"]) + job["new"])
-    system.run(prompt_ids(16, job["vocabulary"]), 4)
-    decode = {}
-    for length in job["lengths"]:
-        timing = system.run(prompt_ids(length, job["vocabulary"]), job["new"])
-        decode[str(length)] = 1 / timing.typical_step  # not the mean: buffers that grow do so once in many tokens
-    return {"decode": decode}
+def serve(job: dict[str, Any]) -> dict[str, Any]:
+    """For each chat of standard input its tokens a second: of the prompt, and of a typical step after it."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what a library prints is no answer
+    system = _load(job, job["length"])
+    for line in sys.stdin:
+        chat = json.loads(line)
+        timing = system.run(prompt_ids(chat["prompt"], job["vocabulary"]), chat["new"])
+        # The median step, not the mean: a buffer that grows does so once in many tokens.
+        print(json.dumps([chat["prompt"] / timing.prefill, 1 / timing.typical_step]), file=answers, flush=True)
+    return {}
+
+
+def logits(job: dict[str, Any]) -> dict[str, Any]:
+    """Writes float32 (chunks, length, vocabulary) to `job["out"]`, of the ids in `job["chunks"]`."""
+    system = _load(job, len(job["chunks"][0]))
+    np.save(job["out"], np.stack([system.logits(ids).astype(np.float32) for ids in job["chunks"]]))
+    return {}
 
 
 def memory(job: dict[str, Any]) -> dict[str, Any]:
@@ -89,9 +102,12 @@ def _load(job: dict[str, Any], length: int):
     return SYSTEMS[job["system"]].load(Path(job["folder"]), job["threads"], length + SPARE)
 
 
+JOBS = {job.__name__: job for job in (prepare, load, serve, logits, memory)}
+
+
 def main() -> None:
     job = json.loads(sys.argv[1])
-    result = {"prepare": prepare, "chat": chat, "context": context, "memory": memory}[job["job"]](job)
+    result = JOBS[job["job"]](job)
     print(json.dumps(result))
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import chunks, experts, kv_cache_bits, quantization, report, run, worker
+from benchmarks import chunks, experts, kv_cache_bits, quantization, report, run, turns, worker
 from benchmarks.bench import Bench
 from benchmarks.checkpoint import add_tokenizer
 from benchmarks.systems import SYSTEMS
@@ -21,7 +21,7 @@ from optimum_lfm2.weights.blocks import Blocks
 
 
 ROOT = Path(__file__).parent.parent
-OPTIONS = ["--rounds", "1", "--repeats", "1", "--threads", "1", "--prompt", "16", "--new", "4"]
+OPTIONS = ["--rounds", "2", "--loads", "1", "--threads", "1", "--chats", "16:4", "40:3", "--quality", "2"]
 NAMES = ["ours-fp32", "loop-fp32", "ours-q4", "transformers-fp32"]
 
 
@@ -29,30 +29,39 @@ NAMES = ["ours-fp32", "loop-fp32", "ours-q4", "transformers-fp32"]
 def results(checkpoint, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("benchmarks")
     places = ["--checkpoint", str(checkpoint("hybrid")), "--work", str(folder / "work"), "--out", str(folder / "out")]
-    curve = ["--context", "8,40", "--context-systems", "ours-q4", "--long-prompt", "48"]
-    run.main([*places, *OPTIONS, *curve, "--systems", ",".join(NAMES)])
+    run.main([*places, *OPTIONS, "--long-prompt", "48", "--systems", ",".join(NAMES)])
     return folder / "out" / "results.json"
 
 
 def test_every_system_is_measured(results):
     measured = json.loads(results.read_text())
     assert not measured["errors"]
-    assert list(measured["systems"]) == NAMES
+    assert sorted(measured["systems"]) == sorted(NAMES)
     for system in measured["systems"].values():
-        (chat,) = system["rounds"]
-        assert len(chat["tokens"]) == 5
-        assert min(*chat["prefill"], *chat["decode"], chat["load"], system["size"]) > 0
-        assert chat["peak"] > chat["libraries"] > 0
-    assert set(measured["context"]["ours-q4"][0]) == {"8", "40"}
+        (load,) = system["loads"]
+        assert len(load["tokens"]) == 5
+        assert load["peak"] > load["libraries"] > 0
+        assert min(load["load"], system["size"]) > 0
+        assert set(system["speeds"]) == {"16:4", "40:3"}
+        assert all(len(rounds) == 2 and min(map(min, rounds)) > 0 for rounds in system["speeds"].values())
     assert measured["long_prompt"]["tokens"] == 48
     assert list(measured["long_prompt"]["systems"]) == ["ours-q4"]
     assert "A prompt of 48 tokens adds" in results.with_name("table.md").read_text()
 
 
+def test_quality_is_measured_beside_speed(results):
+    """Of the demo checkpoint: float is transformers', 4 bits are near it and not the same."""
+    systems = json.loads(results.read_text())["systems"]
+    assert systems["transformers-fp32"]["divergence"] == 0
+    assert 0 <= systems["ours-fp32"]["divergence"] < 1e-6
+    assert 1e-4 < systems["ours-q4"]["divergence"] < 0.02
+    assert "divergence" not in systems["loop-fp32"], "the same files as ours"
+
+
 def test_float_systems_agree(results):
     systems = json.loads(results.read_text())["systems"]
-    gold = systems["transformers-fp32"]["rounds"][0]["tokens"]
-    assert systems["ours-fp32"]["rounds"][0]["tokens"] == systems["loop-fp32"]["rounds"][0]["tokens"] == gold
+    gold = systems["transformers-fp32"]["loads"][0]["tokens"]
+    assert systems["ours-fp32"]["loads"][0]["tokens"] == systems["loop-fp32"]["loads"][0]["tokens"] == gold
     assert "ours-fp32 5, loop-fp32 5." in results.with_name("table.md").read_text()
 
 
@@ -65,8 +74,7 @@ def test_the_table_goes_between_the_marks(results, tmp_path):
     assert text.endswith("\nafter\n")
     assert "\nold\n" not in text
     rows = [line for line in text.splitlines() if line.startswith(("| optimum-lfm2", "| transformers"))]
-    assert len(rows) == len(NAMES)
-    assert "(1.00 x)" in next(row for row in rows if "bare" in row)  # the same files
+    assert len(rows) == 2 * len(NAMES)
 
 
 def test_the_page_has_the_marks():
@@ -74,12 +82,23 @@ def test_the_page_has_the_marks():
     assert text.index(report.BEGIN) < text.index(report.END)
 
 
-def test_ratios_are_of_medians():
-    def system(*speeds: float) -> dict:
-        return {"rounds": [{"prefill": [10.0], "decode": list(speeds), "peak": 1}], "size": 1}
+def test_ratios_are_taken_within_a_round():
+    """A slow round slows both: the ratio does not move."""
 
-    lines = report.targets({"ours-q4": system(30, 90, 60), "loop-q4": system(50)})
-    assert "| decode | ours-q4 ÷ loop-q4 | 1.20 | ≥ 0.95 | yes |" in lines
+    def system(*speeds: float) -> dict:
+        return {"speeds": {"16:4": [(speed * 10, speed) for speed in speeds]}}
+
+    fast, slow = system(20, 40, 60, 2, 30), system(10, 20, 20, 1, 10)
+    assert report.ratios(fast, slow, "16:4", report.DECODE) == (2.0, 2.0, 3.0)
+    assert report.ratios(fast, slow, "16:4", report.PREFILL) == (2.0, 2.0, 3.0)
+    assert report.ratios(slow, slow, "16:4", report.DECODE) == (1.0, 1.0, 1.0)
+
+
+def test_a_system_that_dies_is_left_out(checkpoint, tmp_path, capsys):
+    """It has no files, so its worker ends before it answers."""
+    bench = Bench(tmp_path / "work", checkpoint("hybrid"), 1, {})
+    assert turns.take_turns(bench, ["loop-q4"], [turns.Chat(4, 2)], rounds=1) == {}
+    assert "loop-q4 left out: it ended with status 1" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -89,6 +108,8 @@ def test_ratios_are_of_medians():
         (["--python", "numpy=/bin/sh"], "no package numpy"),
         (["--python", "openvino-genai=/nowhere"], "/nowhere is no Python"),
         (["--rounds", "0"], "must be 1 at least"),
+        (["--chats", "512"], "512 is not PROMPT:NEW"),
+        (["--chats", "512:0"], "512:0 is not PROMPT:NEW"),
         (["--layers", "4"], "of --shape lfm2-8b-a1b"),
         (["--shape", "lfm2-8b-a1b", "--checkpoint", "x"], "leave --shape out"),
     ],

@@ -24,6 +24,7 @@ class Entry:
         title: what the table calls it.
         precision: what the table says of its weights.
         bits: 32, 8 or 4: which of ours it is compared with.
+        head: bits of the head's weights.
         files: name of the folder of its files, which several entries may share; None: the checkpoint itself.
         module: in this package, with a class `System` and a function `prepare(checkpoint, folder, **options)`.
         options: of both.
@@ -34,6 +35,7 @@ class Entry:
     title: str
     precision: str
     bits: int
+    head: int
     files: str | None
     module: str
     package: str
@@ -53,17 +55,22 @@ class Entry:
 def _each(
     title: str, files: str, module: str, package: str, imports: tuple[str, ...], option: str, rows: tuple
 ) -> dict:
-    """Entries that differ in one option, by `{files}-{option}`; a row is (option, precision in words, bits)."""
+    """Entries that differ in one option, by `{files}-{option}`.
+
+    A row is the option, the precision in words, the bits of the weights and those of the head.
+    """
     return {
         f"{files}-{value.lower()}": Entry(
-            title, precision, bits, f"{files}-{value.lower()}", module, package, imports, ((option, value),)
+            title, precision, bits, head, f"{files}-{value.lower()}", module, package, imports, ((option, value),)
         )
-        for value, precision, bits in rows
+        for value, precision, bits, head in rows
     }
 
 
 VARIANTS = (
-    ("fp32", "fp32", 32), ("q8", "q8", 8), ("q4", "q4", 4), ("q4s", "q4s", 4), ("q4-kv8", "q4, cache of 8 bits", 4),
+    ("fp32", "fp32", 32, 32), ("q8", "q8", 8, 8), ("q4", "q4, blocks of 128", 4, 8),
+    ("q4-b32", "q4, blocks of 32", 4, 8), ("q4s", "q4s, blocks of 128", 4, 4),
+    ("q4-kv8", "q4, KV cache in 8 bits", 4, 8),
 )  # fmt: skip
 OPTIMUM = ("optimum_lfm2", "optimum.onnxruntime")
 TORCH = ("torch", "transformers.models.lfm2.modeling_lfm2", "transformers.generation")
@@ -75,17 +82,20 @@ SYSTEMS: dict[str, Entry] = {
     **_ours,
     # The same files.
     **{name: replace(entry, files=entry.files.replace("loop", "ours")) for name, entry in _loops.items()},
-    "transformers-fp32": Entry("transformers", "fp32, sdpa", 32, None, "torch_", "transformers", TORCH),
+    "transformers-fp32": Entry("transformers", "fp32, sdpa", 32, 32, None, "torch_", "transformers", TORCH),
     **_each(
         "onnxruntime-genai", "genai", "genai", "onnxruntime-genai", ("onnxruntime_genai",), "precision",
-        (("fp32", "fp32, prune_lm_head", 32), ("int4", "int4, prune_lm_head", 4)),
+        (
+            ("fp32", "fp32", 32, 32), ("int4", "int4, blocks of 32 (its default)", 4, 4),
+            ("int4-128", "int4, blocks of 128", 4, 4),
+        ),
     ),
     **_each(
         "llama.cpp", "llama", "llama", "llama-cpp-python", ("llama_cpp",), "kind",
-        (("F32", "F32", 32), ("Q8_0", "Q8_0", 8), ("Q4_0", "Q4_0", 4)),
+        (("F32", "F32", 32, 32), ("Q8_0", "Q8_0", 8, 8), ("Q4_0", "Q4_0, blocks of 32", 4, 6)),
     ),
     **_each(
         "openvino-genai", "openvino", "openvino", "openvino-genai", ("openvino_genai",), "weights",
-        (("fp32", "fp32, SDPA", 32), ("int8", "int8, SDPA", 8), ("int4", "int4, SDPA", 4)),
+        (("fp32", "fp32", 32, 32), ("int8", "int8", 8, 8), ("int4", "int4, groups of 128", 4, 8)),
     ),
 }  # fmt: skip

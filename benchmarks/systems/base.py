@@ -7,6 +7,8 @@ import statistics
 import time
 from dataclasses import dataclass, field
 
+import numpy as np
+
 
 @dataclass
 class Timing:
@@ -37,6 +39,10 @@ class Timing:
 
 class System:
     """A system that takes one step at a time; one that has only a `generate` overrides `run`."""
+
+    def logits(self, ids: list[int]) -> np.ndarray:
+        """The logits at each of `ids`, read from an empty cache, (length, vocabulary)."""
+        raise NotImplementedError
 
     def start(self, ids: list[int]) -> int:
         """Forget everything, read the prompt, return the first token."""
@@ -71,6 +77,14 @@ class Stamps:
 
     def end(self) -> None:
         pass
+
+
+def forward_logits(model, ids: list[int]) -> np.ndarray:
+    """`System.logits` for whatever has transformers' forward."""
+    import torch
+
+    with torch.no_grad():
+        return model(input_ids=torch.tensor([ids]), use_cache=False).logits[0].float().numpy()
 
 
 def run_generate(model, ids: list[int], new: int) -> Timing:

@@ -79,19 +79,26 @@ class System(base.System):
         self.context = llama_cpp.llama_init_from_model(self.model, context)
         self.vocabulary = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self.model))
 
-    def _decode(self, ids: list[int]) -> int:
-        # Computes the head for the last token of the call alone.
+    def _decode(self, ids: list[int]) -> np.ndarray:
+        """The logits of the last of `ids`, for which alone the head is computed; overwritten by the next call."""
         tokens = (self.api.llama_token * len(ids))(*ids)
         if self.api.llama_decode(self.context, self.api.llama_batch_get_one(tokens, len(ids))) != 0:
             raise RuntimeError("llama_decode failed")
         logits = self.api.llama_get_logits_ith(self.context, -1)
-        return int(np.ctypeslib.as_array(logits, shape=(self.vocabulary,)).argmax())
+        return np.ctypeslib.as_array(logits, shape=(self.vocabulary,))
 
     def start(self, ids: list[int]) -> int:
-        self.api.llama_memory_clear(self.api.llama_get_memory(self.context), True)
+        self._forget()
         for begin in range(0, len(ids), BATCH):
-            token = self._decode(ids[begin : begin + BATCH])
-        return token
+            logits = self._decode(ids[begin : begin + BATCH])
+        return int(logits.argmax())
 
     def step(self, token: int) -> int:
-        return self._decode([token])
+        return int(self._decode([token]).argmax())
+
+    def logits(self, ids: list[int]) -> np.ndarray:
+        self._forget()
+        return np.stack([self._decode([token]).copy() for token in ids])
+
+    def _forget(self) -> None:
+        self.api.llama_memory_clear(self.api.llama_get_memory(self.context), True)

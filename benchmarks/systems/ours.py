@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
+
+import numpy as np
 
 from benchmarks.systems import base
 
 
 def prepare(checkpoint: Path, folder: Path, variant: str) -> None:
-    """`variant` is fp32 or one of the export's; with -kv8 after it, the cache is quantised too."""
+    """Export the checkpoint.
+
+    Args:
+        variant: fp32 or one of the export's; after it may come `-kv8`, for a KV cache in 8 bits, or `-b32`, for linear
+            layers in blocks of 32 as other systems have them.
+    """
     import optimum_lfm2  # noqa: F401  before anything of optimum: transformers 5 needs it so
 
     # isort: split
@@ -16,10 +25,14 @@ def prepare(checkpoint: Path, folder: Path, variant: str) -> None:
 
     from benchmarks.bench import ROOT
     from optimum_lfm2.quality.quantize_cache import quantize_cache
+    from optimum_lfm2.weights.blocks import SCHEMES
 
-    weights, _, cache = variant.partition("-")
-    main_export(str(checkpoint), folder, do_validation=False, _variant="default" if weights == "fp32" else weights)
-    if cache:
+    weights, _, change = variant.partition("-")
+    with patch.dict(SCHEMES):
+        if change == "b32":
+            SCHEMES[weights] = replace(SCHEMES[weights], linear=replace(SCHEMES[weights].linear, block_size=32))
+        main_export(str(checkpoint), folder, do_validation=False, _variant="default" if weights == "fp32" else weights)
+    if change == "kv8":
         quantize_cache(folder, ROOT / "demo" / "heldout.txt", chunks=4)
 
 
@@ -42,3 +55,6 @@ class System(base.System):
 
     def run(self, ids: list[int], new: int) -> base.Timing:
         return base.run_generate(self.model, ids, new)
+
+    def logits(self, ids: list[int]) -> np.ndarray:
+        return base.forward_logits(self.model, ids)

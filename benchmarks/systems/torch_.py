@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
+
 from benchmarks.systems import base
 
 
@@ -19,3 +21,6 @@ class System(base.System):
 
     def run(self, ids: list[int], new: int) -> base.Timing:
         return base.run_generate(self.model, ids, new)
+
+    def logits(self, ids: list[int]) -> np.ndarray:
+        return base.forward_logits(self.model, ids)

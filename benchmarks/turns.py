@@ -1,0 +1,90 @@
+"""Systems side by side: each stays loaded in a process of its own, and one chats at a time, in turn.
+
+A turn takes a second or a few, so a slow minute of a shared machine meets all systems alike. Ratios are taken within a
+round.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+from benchmarks.bench import Bench, WorkerError, say
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A prompt of so many tokens, then so many new ones."""
+
+    prompt: int
+    new: int
+
+    def __str__(self) -> str:
+        return f"{self.prompt}:{self.new}"
+
+    @classmethod
+    def read(cls, text: str) -> Chat:
+        """From `512:48`. Raises `ValueError`."""
+        prompt, new = map(int, text.split(":"))
+        if min(prompt, new) < 1:
+            raise ValueError(text)
+        return cls(prompt, new)
+
+
+# By the chat, for each round the tokens a second of prefill and of decode.
+Speeds = dict[str, list[tuple[float, float]]]
+
+
+def take_turns(bench: Bench, names: Sequence[str], chats: Sequence[Chat], rounds: int) -> dict[str, Speeds]:
+    """The speeds of each system; one that fails is told of and left out.
+
+    Args:
+        names: of systems whose files are made. All of them are loaded at once.
+        chats: every round has each of them, for each system.
+        rounds: those that count. One more comes first, which pages the weights in.
+    """
+    speeds: dict[str, Speeds] = {}
+    with ExitStack() as stack:
+        workers = {}
+        for name in names:
+            with bench.tolerant(name):
+                workers[name] = stack.enter_context(_worker(bench, name, max(c.prompt + c.new for c in chats)))
+                _chat(workers[name], chats[0])
+        for number in range(rounds):
+            first = number % max(1, len(workers))
+            for chat in chats:
+                for name in [*workers][first:] + [*workers][:first]:
+                    if name in bench.errors:
+                        continue
+                    with bench.tolerant(name):
+                        result = _chat(workers[name], chat)
+                        speeds.setdefault(name, {}).setdefault(str(chat), []).append(result)
+            say(f"round {number + 1} of {rounds}")
+    return {name: own for name, own in speeds.items() if name not in bench.errors}
+
+
+@contextmanager
+def _worker(bench: Bench, name: str, length: int) -> Iterator[subprocess.Popen]:
+    """A worker that has loaded its system, with room for `length` tokens, and waits for chats."""
+    process = bench.start(name, "serve", length=length)
+    try:
+        yield process
+    finally:
+        process.stdin.close()
+        process.wait()
+
+
+def _chat(worker: subprocess.Popen, chat: Chat) -> tuple[float, float]:
+    try:
+        worker.stdin.write(json.dumps({"prompt": chat.prompt, "new": chat.new}) + "\n")
+        worker.stdin.flush()
+    except BrokenPipeError:
+        pass  # it has died: there is no answer either
+    line = worker.stdout.readline()
+    if not line:
+        raise WorkerError(f"it ended with status {worker.wait()}")
+    prefill, decode = json.loads(line)
+    return prefill, decode
