@@ -61,11 +61,6 @@ class Lfm2OnnxConfig(TextDecoderOnnxConfig):
     }
 
     DEFAULT_VARIANT = "default"
-    # What `headline` is, for a model card.
-    COMPARED: ClassVar[str] = (
-        "run on random tokens when it was written, and its logits compared with those of transformers computing in the "
-        "same float type, with the values that quantised weights stand for: the largest difference"
-    )
     # What --model-kwargs may say; the first value is the default, and each is an attribute of this class.
     MODEL_KWARGS: ClassVar[dict[str, tuple[str, ...]]] = {
         "embedding": EMBEDDINGS,
@@ -73,7 +68,6 @@ class Lfm2OnnxConfig(TextDecoderOnnxConfig):
     }
 
     weights: Mapping[str, torch.Tensor] = {}
-    magnitudes: Mapping[str, float] = {}  # the largest value of each output in validation
     embedding = "fused"
     cache_names = "hub"
     logits_default = True  # whether `num_logits_to_keep` may be left out by who runs the file
@@ -137,14 +131,13 @@ class Lfm2OnnxConfig(TextDecoderOnnxConfig):
 
     @property
     def ATOL_FOR_VALIDATION(self) -> float:  # noqa: N802  Optimum's name
-        """Relative to an output's largest value where that exceeds 1 (see `validation.py`)."""
-        if self.scheme is not None:
-            return 0.1  # against the dequantised weights: what is left is the noise of int8 activations
-        return 1e-4 if self.float_dtype == "fp32" else 2e-2
+        """The largest share of its length by which a token's value may differ in a layer (see `validation.py`).
 
-    def headline(self, differences: Mapping[str, float]) -> float:
-        """The one number that tells how far a file is from transformers, of what validation found."""
-        return differences.get("logits", 0.0)
+        Quantised files are compared with the values that their weights stand for, activations in float.
+        """
+        if self.float_dtype == "fp32":
+            return 1e-4 if self.scheme is None else 1e-3
+        return 2e-2
 
     @property
     def cache_tensors(self) -> list[CacheTensor]:
@@ -214,6 +207,15 @@ class Lfm2OnnxConfig(TextDecoderOnnxConfig):
         if self.task == "text-generation":
             inputs[LOGITS_TO_KEEP] = torch.tensor(0)
         return inputs
+
+    def validation_inputs(self, shapes: Mapping[str, int]) -> list[dict[str, Any]]:
+        """The calls that validation makes: padded rows on an empty cache, and a token each on a full one."""
+        empty = {"batch_size": 2, "sequence_length": DEFAULT_DUMMY_SHAPES["sequence_length"]}
+        full = {"batch_size": 2, "sequence_length": 1}
+        wanted = {name: shapes.get(name, DEFAULT_DUMMY_SHAPES[name]) for name in empty}
+        own = [] if wanted == {name: DEFAULT_DUMMY_SHAPES[name] for name in empty} else [wanted]
+        calls = [empty, full] if self.use_past_in_inputs else [empty]
+        return [self.generate_dummy_inputs(**call) for call in own or calls]
 
     def _dummy_caches(self, batch: int, past: int, generator: torch.Generator) -> list[tuple[torch.Tensor, ...]]:
         def values(tensor: CacheTensor) -> torch.Tensor:

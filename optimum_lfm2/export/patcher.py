@@ -1,8 +1,7 @@
-"""What Optimum calls for the model's own forward: the graph while it traces, transformers while it validates."""
+"""What torch traces in place of the model's own forward: the graph."""
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,10 +9,8 @@ import torch
 from transformers import PreTrainedModel
 
 from optimum_lfm2.caches import flatten
-from optimum_lfm2.export.reference import fill_visible
 from optimum_lfm2.graph import ops
 from optimum_lfm2.graph.decoder import Decoder, language_model
-from optimum_lfm2.weights.blocks import dequantized
 from optimum_lfm2.weights.checkpoint import stored_tensors, tied_names
 
 
@@ -23,8 +20,7 @@ Caches = Sequence[tuple[torch.Tensor, ...]]
 class Lfm2ModelPatcher:
     """Context manager that replaces `model.forward` by one with the graph's signature.
 
-    Traced, it runs `graph.decoder` with a placeholder for each weight. Called, it answers with transformers' own
-    forward, so that Optimum's validation does not compare our graph with itself.
+    The new forward runs `graph.decoder` with a placeholder for each weight: it is there to be traced.
     """
 
     def __init__(self, config: Any, model: PreTrainedModel, model_kwargs: dict[str, Any] | None = None) -> None:
@@ -53,39 +49,16 @@ class Lfm2ModelPatcher:
         past_key_values: Caches | None = None,
         num_logits_to_keep: torch.Tensor | None = None,
     ) -> Any:
-        if torch.jit.is_tracing():
-            output, present = self._decode(
-                self._placeholder, input_ids, attention_mask, past_key_values, num_logits_to_keep
-            )
-            return (output, *flatten(present)) if self._onnx_config.use_past else output
-
-        with dequantized(self._model, self._onnx_config.scheme):
-            output, present = self._decode(self._weight, input_ids, attention_mask, past_key_values, num_logits_to_keep)
-            del self._model.forward
-            try:
-                fill_visible(self._model, input_ids, attention_mask, past_key_values, output, present)
-            finally:
-                self._model.forward = self.forward
-        name, *presents = self._onnx_config.outputs
-        values = dict(zip([name, *presents], [output, *flatten(present)], strict=False))
-        self._onnx_config.magnitudes = {key: float(value.abs().max()) for key, value in values.items()}
-        return {name: output, "past_key_values": present} if self._onnx_config.use_past else {name: output}
-
-    def _decode(
-        self,
-        weight: Any,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor,
-        past: Caches | None,
-        num_logits_to_keep: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, Caches]:
-        return language_model(
-            self._decoder, input_ids, attention_mask, past, num_logits_to_keep, weight, self._model.dtype
+        output, present = language_model(
+            self._decoder,
+            input_ids,
+            attention_mask,
+            past_key_values,
+            num_logits_to_keep,
+            self._placeholder,
+            self._model.dtype,
         )
-
-    def _weight(self, name: str, kernel: bool = False) -> torch.Tensor:
-        parameter = operator.attrgetter(name)(self._model)
-        return parameter[:, 0].T if kernel else parameter
+        return (output, *flatten(present)) if self._onnx_config.use_past else output
 
     def _placeholder(self, name: str, kernel: bool = False) -> torch.Tensor:
         shape = self._shapes[name]

@@ -1,80 +1,124 @@
-"""The gold that a graph is validated against: transformers' own forward, one row at a time, without padding."""
+"""The gold that an export is compared with: transformers' own forward, one row at a time, without padding."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 
 from optimum_lfm2 import compat
-from optimum_lfm2.caches import CONV
+from optimum_lfm2.caches import unflatten
+from optimum_lfm2.errors import Lfm2Error
+from optimum_lfm2.export.loading import materialize_buffers
+from optimum_lfm2.export.pieces import Cut, Values
+from optimum_lfm2.export.streamed import StandIns, run_together
 
 
-Caches = Sequence[tuple[torch.Tensor, ...]]
+def norm_names(model: Any) -> list[str]:
+    """The norms between a model's blocks, by the names of their modules, in the order in which they run."""
+    prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
+    layers = range(model.config.num_hidden_layers)
+    names = [f"layers.{layer}.{norm}" for layer in layers for norm in ("operator_norm", "ffn_norm")]
+    return [f"{prefix}{name}" for name in (*names, "embedding_norm")]
 
 
-def fill_visible(
-    model: PreTrainedModel,
-    input_ids: torch.Tensor,
-    attention_mask: torch.Tensor,
-    past: Caches | None,
-    output: torch.Tensor,
-    present: Caches,
-) -> None:
-    """Write what transformers computes over every value of `output` and `present` that belongs to an unmasked token.
+class Reference:
+    """What transformers computes of every value at a cut and of every output.
 
-    Values at masked tokens are nobody's business: they stay as they are.
+    It computes in float32. What a norm gives is rounded to the file's dtype, so that a router sees what it sees in the
+    file.
 
     Args:
-        input_ids: int64 (batch_size, sequence_length).
-        attention_mask: int64 (batch_size, past_sequence_length + sequence_length).
-        past: one tuple of caches a layer, or None.
-        output: logits or hidden states of all new tokens, (batch_size, sequence_length, width).
-        present: one tuple of caches a layer.
+        config: the `OnnxConfig` of the export, which has its weights.
+        model: transformers' model; its own weights are not read.
+        cuts: the norms whose values are wanted.
+        calls: inputs as `config.generate_dummy_inputs` gives them, one dictionary a call.
     """
-    past_length = attention_mask.shape[1] - input_ids.shape[1]
-    for row, seen, new in visible_rows(attention_mask, past_length):
-        caches = None if past is None else row_of(past, row, seen)
-        outputs, caches = _run_row(model, input_ids[row, new], caches, len(seen))
-        output[row, new] = outputs
-        fill_caches(present, caches, model.config.layer_types, row, past_length + new)
+
+    def __init__(self, config: Any, model: Any, cuts: Sequence[Cut], calls: Sequence[Mapping[str, Any]]) -> None:
+        self._config, self._model, self._cuts = config, model, cuts
+        self._place = threading.local()  # where the values of the calling thread's forward belong
+        self._calls = calls
+        self.values: list[Values] = [self._empty(inputs) for inputs in calls]
+
+    def _empty(self, inputs: Mapping[str, Any]) -> Values:
+        batch, sequence = inputs["input_ids"].shape
+        total = inputs["attention_mask"].shape[1]
+        width = self._model.config.hidden_size
+        shapes: dict[str, Sequence[int]] = {
+            value.name: (batch, sequence, width) for cut in self._cuts for value in cut.values
+        }
+        output, *_ = self._config.outputs
+        axes = self._config.output_shapes()[output]
+        shapes[output] = (batch, *(axis if isinstance(axis, int) else sequence for axis in axes[1:]))
+        if self._config.use_past:
+            shapes |= {tensor.present: (batch, *tensor.shape(total)[1:]) for tensor in self._config.cache_tensors}
+        return {name: torch.full(tuple(shape), torch.nan) for name, shape in shapes.items()}
+
+    def compute(self) -> list[Values]:
+        """The values of each call. A value that belongs to a masked token is not a number."""
+        materialize_buffers(self._model)
+        weights = StandIns(self._model, self._config.weights, self._config.scheme)
+        rows = [
+            (inputs, values, *row)
+            for inputs, values in zip(self._calls, self.values, strict=True)
+            for row in visible_rows(inputs["attention_mask"], inputs["input_ids"].shape[1])
+        ]
+        if not rows:
+            raise Lfm2Error("The inputs of validation hide every token, so nothing can be compared.")
+        with ExitStack() as stack:
+            for cut in self._cuts:
+                hook = self._model.get_submodule(cut.name).register_forward_hook(self._recorder(cut))
+                stack.callback(hook.remove)
+            run_together(self._model, weights, [partial(self._run, *row) for row in rows])
+        return self.values
+
+    def _recorder(self, cut: Cut) -> Any:
+        dtype = self._model.dtype
+
+        def record(module: Any, taken: tuple, given: torch.Tensor) -> torch.Tensor:
+            given = given.to(dtype).float()
+            values, row, new = self._place.value
+            values[cut.normed.name][row, new] = given[0]
+            values[cut.hidden.name][row, new] = taken[0][0]
+            return given
+
+        return record
+
+    def _run(self, inputs: Mapping[str, Any], values: Values, row: int, seen: torch.Tensor, new: torch.Tensor) -> None:
+        """One row's forward over its unmasked tokens, on the columns of the cache that it sees."""
+        self._place.value = values, row, new
+        config, member = self._model.config, self._config.member
+        kinds = [member.kind(config, layer) for layer in range(config.num_hidden_layers)]
+        cache = compat.hybrid_cache(self._model, None)
+        if len(seen):
+            past = [tuple(x.float() for x in layer) for layer in inputs["past_key_values"]]
+            own = [kind.row_of(layer, row, seen) for kind, layer in zip(kinds, past, strict=True)]
+            cache = compat.hybrid_cache(self._model, own)
+        output, *presents = self._config.outputs
+        ids = inputs["input_ids"][row, new][None]
+        values[output][row, new] = compat.call(self._model, ids, cache, len(seen))[0].float()
+        if presents:
+            present = unflatten([values[name] for name in presents], self._config.cache_tensors)
+            columns = inputs["attention_mask"].shape[1] - inputs["input_ids"].shape[1] + new
+            for kind, layer, target in zip(kinds, compat.hybrid_cache_layers(cache), present, strict=True):
+                kind.fill(layer, target, row, columns)
 
 
-def visible_rows(mask: torch.Tensor, past_length: int) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
-    """Each row that has a new token to see: its index, the cached columns that it sees, and which new tokens."""
+def visible_rows(mask: torch.Tensor, sequence: int) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+    """Each row that has a new token to see: its index, the cached columns that it sees, and which new tokens.
+
+    Args:
+        mask: (batch_size, past_sequence_length + sequence).
+        sequence: the number of new tokens.
+    """
+    past = mask.shape[1] - sequence
     for row in range(len(mask)):
         visible = mask[row].nonzero()[:, 0]
-        seen, new = visible[visible < past_length], visible[visible >= past_length] - past_length
+        seen, new = visible[visible < past], visible[visible >= past] - past
         if len(new):
             yield row, seen, new
-
-
-def fill_caches(present: Caches, own: Caches, layer_types: Sequence[str], row: int, columns: torch.Tensor) -> None:
-    """Write a row's own caches over `present`: conv states, and of keys and values the new columns, its last ones."""
-    for layer_type, mine, whole in zip(layer_types, own, present, strict=True):
-        for x, target in zip(mine, whole, strict=True):
-            if layer_type == CONV:
-                target[row] = x[0]
-            else:
-                target[row][:, columns] = x[0][:, -len(columns) :].to(target.dtype)
-
-
-def row_of(past: Caches, row: int, seen: torch.Tensor) -> Caches:
-    """The row's caches without the columns that it does not see."""
-    return [
-        tuple(x[row : row + 1] if len(caches) == 1 else x[row : row + 1, :, seen] for x in caches) for caches in past
-    ]
-
-
-def _run_row(
-    model: PreTrainedModel, ids: torch.Tensor, caches: Caches | None, length: int
-) -> tuple[torch.Tensor, Caches]:
-    """Feed `ids` to transformers: at once on an empty cache, token by token on a full one, as generation does."""
-    cache = compat.hybrid_cache(model, caches if length else None)
-    pieces = ids.split(1) if length else (ids,)
-    outputs = []
-    for piece in pieces:
-        outputs.append(compat.call(model, piece[None], cache, length)[0])
-        length += len(piece)
-    return torch.cat(outputs), compat.hybrid_cache_layers(cache)

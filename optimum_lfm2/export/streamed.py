@@ -1,12 +1,15 @@
-"""transformers' own model with weights that come when a layer runs and go when it has: a gold of any size.
+"""transformers' own model with weights that come when a layer runs and go when it has: a reference of any size.
 
 What a layer computes with is what the exported file stands for: weights rounded to its dtype, quantised and back.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +26,7 @@ class StandIns(Mapping[str, Any]):
 
     Args:
         model: names, shapes and kinds of modules; its weights are not looked at.
-        weights: each parameter by its name; one of experts gives a matrix for each index.
+        weights: each parameter by its name; a parameter of experts gives a matrix for each index.
         scheme: how the file is quantised; None: not at all.
     """
 
@@ -33,15 +36,22 @@ class StandIns(Mapping[str, Any]):
         self._shapes = {name: tensor.shape for name, tensor in stored_tensors(model).items()}
         blocks = {} if scheme is None else module_blocks(model, scheme)
         self._blocks = {f"{name}.weight": blocks.get(module) for name, module in model.named_modules()}
+        self._kept: dict[str, torch.Tensor] = {}
 
     def __getitem__(self, name: str) -> Any:
-        weight, shape = self._weights[self._tied[name]], self._shapes[name]
+        stored = self._tied[name]
+        if stored in self._kept:
+            return self._kept.pop(stored)  # a tied tensor has two readers, and the second comes last
+        weight, shape = self._weights[stored], self._shapes[name]
         if is_packed(name):
             config = self._model.config
             widths = config.hidden_size, config.moe_intermediate_size
             blocks = None if self._scheme is None else expert_blocks(self._scheme, widths)
             return ExpertWeights(lambda index: rounded(weight[index].detach(), blocks).float(), shape)
-        return rounded(weight.detach(), self._blocks.get(name)).float()
+        value = rounded(weight.detach(), self._blocks.get(name)).float()
+        if sum(other == stored for other in self._tied.values()) > 1:
+            self._kept[stored] = value
+        return value
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._tied)
@@ -50,29 +60,83 @@ class StandIns(Mapping[str, Any]):
         return len(self._tied)
 
 
+def run_together(model: Any, weights: Mapping[str, Any], jobs: Sequence[Callable[[], None]]) -> None:
+    """Run jobs that each call `model` once, so that the weights are read once for all of them.
+
+    Each job has a thread. In front of every unit of the model (the embedding, a layer, the head) the threads wait for
+    each other; then the unit's weights are read, all pass it, and the weights go.
+
+    Args:
+        model: a model of transformers, on the meta device but for buffers that no checkpoint has.
+        weights: its stored tensors by name.
+        jobs: each makes one forward through all units.
+
+    Raises:
+        Exception: what the first failing job raises.
+    """
+    with streamed(model, weights, len(jobs)) as gates, ThreadPoolExecutor(len(jobs)) as pool:
+
+        @torch.no_grad()  # which holds for a thread
+        def run(job: Callable[[], None]) -> None:
+            try:
+                job()
+            except BaseException:
+                for gate in gates:
+                    gate.abort()
+                raise
+
+        done = [pool.submit(run, job) for job in jobs]
+        errors = [error for future in done if (error := future.exception()) is not None]
+    causes = [error for error in errors if not isinstance(error, threading.BrokenBarrierError)]
+    if errors:
+        raise (causes or errors)[0]
+
+
 @contextmanager
-def streamed(model: Any, weights: Mapping[str, Any]) -> Iterator[None]:
+def streamed(model: Any, weights: Mapping[str, Any], threads: int = 1) -> Iterator[list[threading.Barrier]]:
     """Within the block, `model` computes with `weights`, of which it holds a layer's, and of experts one matrix.
 
     Args:
         weights: its stored tensors by name; `ExpertWeights` are read one by one, as transformers' experts index them.
+        threads: how many threads call the model in the block, each as often as the others.
+
+    Yields:
+        The barriers at which the threads wait for each other.
     """
-    decoder = getattr(model, "model", model)
+    decoder = model.base_model
     units = [decoder.embed_tokens, *decoder.layers, decoder.embedding_norm]
     units += [model.lm_head] if decoder is not model else []
     names = {module: name for name, module in model.named_modules()}
-    implementation = model.config._experts_implementation
-    model.set_experts_implementation("eager")  # the others take all experts at once
+    gates: list[threading.Barrier] = []
     with ExitStack() as stack:
+        stack.enter_context(_experts_one_by_one(model))
         for unit in units:
             loan = _Loan(unit, names[unit], weights)
-            stack.callback(unit.register_forward_pre_hook(loan.take).remove)
-            stack.callback(unit.register_forward_hook(loan.give_back).remove)
+            before, after = (threading.Barrier(threads, action) for action in (loan.take, loan.give_back))
+            gates += [before, after]
+
+            stack.callback(unit.register_forward_pre_hook(partial(_meet, before)).remove)
+            stack.callback(unit.register_forward_hook(partial(_meet, after)).remove)
             stack.callback(loan.give_back)  # after a failure
-        try:
-            yield
-        finally:
-            model.set_experts_implementation(implementation)
+        yield gates
+
+
+def _meet(gate: threading.Barrier, *_: Any) -> None:
+    gate.wait()
+
+
+@contextmanager
+def _experts_one_by_one(model: Any) -> Iterator[None]:
+    """Transformers' other implementations of experts take the matrices of all at once."""
+    before = getattr(model.config, "_experts_implementation", None)
+    if before is None:
+        yield
+        return
+    model.set_experts_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_experts_implementation(before)
 
 
 class _Loan:
@@ -82,7 +146,7 @@ class _Loan:
         self._unit, self._name, self._weights = unit, name, weights
         self._taken: list[tuple[dict[str, Any], Any, str, Any]] = []
 
-    def take(self, *_: Any) -> None:
+    def take(self) -> None:
         for path, module in self._unit.named_modules(prefix=self._name):
             for own in (module._parameters, module._buffers):
                 for key in [key for key in own if f"{path}.{key}" in self._weights]:
@@ -90,7 +154,7 @@ class _Loan:
                     self._taken.append((own, module, key, own.pop(key)))
                     setattr(module, key, weight)
 
-    def give_back(self, *_: Any) -> None:
+    def give_back(self) -> None:
         for own, module, key, before in self._taken:
             delattr(module, key)
             own[key] = before

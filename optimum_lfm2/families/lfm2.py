@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
+import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from optimum_lfm2.caches import CONV, GROWS, Kept, head_dim
 from optimum_lfm2.graph.blocks import attention, feed_forward, short_conv
-from optimum_lfm2.graph.call import Call, ConvCall, Rotary, attention_call, conv_call
-from optimum_lfm2.graph.member import FeedForward, LayerKind, Member
+from optimum_lfm2.graph.call import AttentionCall, Call, ConvCall, Rotary, attention_call, conv_call
+from optimum_lfm2.graph.member import Caches, FeedForward, LayerKind, Member
 
 
 FULL_ATTENTION = "full_attention"
@@ -30,11 +31,32 @@ def prepare_conv(call: Call, config: PretrainedConfig, rotary: Rotary | None) ->
     return conv_call(call, config.conv_L_cache)
 
 
+def prepare_attention(call: Call, config: PretrainedConfig, rotary: Rotary | None) -> AttentionCall:
+    return attention_call(call, rotary)
+
+
+def state_of_row(past: Caches, row: int, seen: torch.Tensor) -> Caches:
+    return tuple(state[row : row + 1] for state in past)
+
+
+def fill_state(own: Caches, target: Caches, row: int, columns: torch.Tensor) -> None:
+    for state, whole in zip(own, target, strict=True):
+        whole[row] = state[0]
+
+
+def columns_of_row(past: Caches, row: int, seen: torch.Tensor) -> Caches:
+    return tuple(columns[row : row + 1, :, seen] for columns in past)
+
+
+def fill_columns(own: Caches, target: Caches, row: int, columns: torch.Tensor) -> None:
+    """The row's new columns, which are the last that transformers keeps."""
+    for values, whole in zip(own, target, strict=True):
+        whole[row][:, columns] = values[0][:, -len(columns) :].to(whole.dtype)
+
+
 LAYER_KINDS = {
-    CONV: LayerKind(short_conv, "conv", conv_state, prepare_conv),
-    FULL_ATTENTION: LayerKind(
-        attention, "self_attn", keys_and_values, lambda call, config, rotary: attention_call(call, rotary)
-    ),
+    CONV: LayerKind(short_conv, "conv", conv_state, prepare_conv, state_of_row, fill_state),
+    FULL_ATTENTION: LayerKind(attention, "self_attn", keys_and_values, prepare_attention, columns_of_row, fill_columns),
 }
 
 

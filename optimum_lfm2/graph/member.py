@@ -26,6 +26,9 @@ Weight = Callable[..., torch.Tensor]
 # Hidden states (tokens, hidden_size), the weights, the name of the layer's feed-forward → (tokens, hidden_size).
 FeedForward = Callable[[torch.Tensor, Weight, str], torch.Tensor]
 
+# The cache tensors of a layer.
+Caches = tuple[torch.Tensor, ...]
+
 # A pass over the traced graph, which may read the weights and the scheme by which they are quantised.
 GraphPass = Callable[[ir.Graph, Mapping[str, Any], Scheme | None], None]
 
@@ -63,12 +66,18 @@ class LayerKind:
         caches: the tensors that a layer of this kind keeps, for a configuration.
         prepare: computes once a call what all layers of the kind share. It gets the call, the configuration and the
             rotary table of the kind (None for a kind that rotates nothing).
+        row_of: the caches of one row as transformers keeps them, from those of all rows, the row's index and the
+            columns that it sees.
+        fill: writes the caches of one row, as transformers keeps them, over those of all rows. It gets the row's index
+            and the columns of the row's new tokens.
     """
 
     mixer: Mixer
     module: str
     caches: Callable[[PretrainedConfig], Sequence[Kept]]
     prepare: Callable[[Call, PretrainedConfig, Rotary | None], Any]
+    row_of: Callable[[Caches, int, torch.Tensor], Caches]
+    fill: Callable[[Caches, Caches, int, torch.Tensor], None]
 
 
 @dataclass(frozen=True)
