@@ -135,9 +135,9 @@ class Lfm2OnnxConfig(TextDecoderOnnxConfig):
 
         Quantised files are compared with the values that their weights stand for, activations in float.
         """
-        if self.float_dtype == "fp32":
-            return 1e-4 if self.scheme is None else 1e-3
-        return 2e-2
+        if self.scheme is None:
+            return 1e-4 if self.float_dtype == "fp32" else 2e-2
+        return max(1e-3 if self.float_dtype == "fp32" else 2e-2, self.member.tolerance(self.scheme))
 
     @property
     def cache_tensors(self) -> list[CacheTensor]:

@@ -27,6 +27,11 @@ def check_scheme(scheme: Scheme, config: PretrainedConfig) -> None:
     expert_blocks(scheme, (config.hidden_size, config.moe_intermediate_size))
 
 
+def tolerance(scheme: Scheme) -> float:
+    """In 8 bits QMoE differs by 3 % from its weights in float (onnxruntime 1.32, CPU); in 4 bits it does not."""
+    return 0.1 if scheme.linear.bits == 8 else 0.0
+
+
 MEMBER = Member(
     model_type="lfm2_moe",
     architectures={"Lfm2MoeForCausalLM": "text-generation", "Lfm2MoeModel": "feature-extraction"},
@@ -37,5 +42,6 @@ MEMBER = Member(
     checkpoint=MoeCheckpoint,
     check_scheme=check_scheme,
     passes=(place_experts,),
+    tolerance=tolerance,
     genai_type="lfm2_moe",
 )

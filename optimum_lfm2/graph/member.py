@@ -97,6 +97,8 @@ class Member:
         checkpoint: reads the stored weights.
         check_scheme: raises `Lfm2Error` for a quantisation that the member's operators cannot do.
         passes: what finishes the traced graph, besides what all members need.
+        tolerance: the difference from transformers that validation accepts for a scheme, where it is larger than that
+            of other members; 0 for theirs.
         genai_type: what `genai_config.json` calls the model; None where onnxruntime-genai has nothing to run it.
     """
 
@@ -110,6 +112,7 @@ class Member:
     checkpoint: type[Checkpoint] = Checkpoint
     check_scheme: Callable[[Scheme, PretrainedConfig], None] = lambda scheme, config: None
     passes: Sequence[GraphPass] = ()
+    tolerance: Callable[[Scheme], float] = lambda scheme: 0.0
     genai_type: str | None = None
 
     def kind(self, config: PretrainedConfig, layer: int) -> LayerKind:
