@@ -2,7 +2,7 @@
 
 # ruff: noqa: E402, I001  the order matters
 
-from optimum_lfm2.compat import complete_transformers
+from optimum_lfm2.compat import complete_transformers, read_tokenizers_of_5
 
 
 complete_transformers()  # before anything of optimum is imported
@@ -11,7 +11,7 @@ from optimum.exporters.tasks import TasksManager
 
 import optimum.exporters.onnx.__main__  # Optimum's own configs first, so that ours replace them
 from optimum_lfm2.configs import Lfm2MoeOnnxConfig, Lfm2OnnxConfig
-from optimum_lfm2.export.loading import MODEL_TYPES, Lfm2TasksManager
+from optimum_lfm2.export.loading import MODEL_TYPES, Lfm2TasksManager, is_ours
 from optimum_lfm2.export.validation import validated_by_config
 from optimum_lfm2.modeling import ORTLfm2ForCausalLM, dispatch
 
@@ -24,5 +24,6 @@ optimum.exporters.onnx.convert.validate_model_outputs = validated_by_config(
     optimum.exporters.onnx.convert.validate_model_outputs
 )
 dispatch(MODEL_TYPES)
+read_tokenizers_of_5(is_ours)
 
 __all__ = ["Lfm2MoeOnnxConfig", "Lfm2OnnxConfig", "ORTLfm2ForCausalLM"]

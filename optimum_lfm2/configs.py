@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -90,7 +91,16 @@ class Lfm2OnnxConfig(TextDecoderOnnxConfig):
         self.check_variant(name)
         self._variant = name
         # Optimum exports with a new config that it makes of this one's class alone: so the variant goes into the class.
-        self.__class__ = type(type(self).__name__, (type(self),), {"DEFAULT_VARIANT": name})
+        self.__class__ = _class_of_variant(self._plain_class(), name)
+
+    @classmethod
+    def _plain_class(cls) -> Any:
+        """The class that a module holds, of which the variant's class is made."""
+        return cls
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled by the plain class and the variant, since no module holds the variant's class."""
+        return _unpickled, (self._plain_class(), self.variant), self.__dict__
 
     @property
     def scheme(self) -> Scheme | None:
@@ -264,6 +274,17 @@ class Lfm2MoeOnnxConfig(Lfm2OnnxConfig):
     def validate(self, model: Any, path: Path, atol: float | None, shapes: dict[str, Any]) -> None:
         """Layer by layer, in place of Optimum's validation, which would load the file and the checkpoint as a whole."""
         layerwise.validate(self, model, path, atol, self.generate_dummy_inputs(**shapes))
+
+
+@cache
+def _class_of_variant(plain: Any, name: str) -> Any:
+    own = {"DEFAULT_VARIANT": name, "_plain_class": classmethod(lambda cls: plain), "__module__": plain.__module__}
+    return type(plain.__name__, (plain,), own)
+
+
+def _unpickled(plain: Any, name: str) -> Lfm2OnnxConfig:
+    of_variant = _class_of_variant(plain, name)
+    return of_variant.__new__(of_variant)
 
 
 def _axes(shapes: Shapes) -> dict[str, dict[int, str]]:

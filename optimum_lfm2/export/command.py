@@ -84,15 +84,27 @@ def _arguments(command: Any, folder: Any) -> Iterator[None]:
 @contextmanager
 def quiet() -> Iterator[None]:
     """Silence, for as long as the block runs, the warnings of other libraries that a user can do nothing about."""
-    with warnings.catch_warnings(), _at_level(logging.ERROR, *QUIET), _at_level(logging.CRITICAL, VALIDATION):
+    with (
+        warnings.catch_warnings(),
+        _at_level(logging.ERROR, *QUIET),
+        _at_level(logging.CRITICAL, VALIDATION),
+        patch.object(onnxruntime, "SessionOptions", _QuietSessionOptions),
+    ):
         warnings.filterwarnings("ignore", message=".*torch_dtype.*")
         warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"(torch|optimum)\.")
-        # It warns of every input with a default, such as num_logits_to_keep. Its own default is 2, warnings.
-        onnxruntime.set_default_logger_severity(3)
-        try:
-            yield
-        finally:
-            onnxruntime.set_default_logger_severity(2)
+        yield
+
+
+class _QuietSessionOptions(onnxruntime.SessionOptions):
+    """For a session of Optimum: onnxruntime warns of every input with a default, such as `num_logits_to_keep`.
+
+    The severity is set for the session. The process' own stays as it is: onnxruntime 1.32 does not tell it, so that
+    nobody could put it back.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.log_severity_level = 3  # errors
 
 
 @contextmanager

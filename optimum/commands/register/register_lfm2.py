@@ -20,7 +20,6 @@ for _name in MODULES:
         _logger.error("LFM2's %s is not available: %s: %s", _name, type(_error).__name__, _error)
 
 
-
 class _OncePerStart:
     """The commands, given once each time that `optimum-cli` starts.
 
