@@ -2,7 +2,7 @@
 
 # ruff: noqa: E402, I001  the order matters
 
-from optimum_lfm2.compat import complete_transformers
+from optimum_lfm2.compat import complete_transformers, read_tokenizers_of_5
 
 
 complete_transformers()  # before anything of optimum is imported
@@ -11,7 +11,7 @@ from optimum.exporters.tasks import TasksManager
 
 import optimum.exporters.onnx.__main__  # Optimum's own configs first, so that ours replace them
 from optimum_lfm2.configs import Lfm2OnnxConfig
-from optimum_lfm2.export.loading import Lfm2TasksManager
+from optimum_lfm2.export.loading import Lfm2TasksManager, is_ours
 from optimum_lfm2.export.validation import validated
 from optimum_lfm2.families import MODEL_TYPES
 from optimum_lfm2.modeling import ORTLfm2ForCausalLM, dispatch
@@ -25,5 +25,6 @@ optimum.exporters.onnx.convert.validate_model_outputs = validated(
     optimum.exporters.onnx.convert.validate_model_outputs, Lfm2OnnxConfig
 )
 dispatch(MODEL_TYPES)
+read_tokenizers_of_5(is_ours)
 
 __all__ = ["Lfm2OnnxConfig", "ORTLfm2ForCausalLM"]

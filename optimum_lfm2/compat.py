@@ -6,7 +6,9 @@ Imported before anything of `optimum`: it imports nothing of it.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.models.auto.tokenization_auto import get_tokenizer_config
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING, get_tokenizer_config
 
 from optimum_lfm2.caches import CONV
 from optimum_lfm2.errors import Lfm2Error
@@ -32,8 +35,13 @@ Caches = Sequence[tuple[torch.Tensor, ...]]
 TRANSFORMERS_5 = int(transformers.__version__.split(".")[0]) >= 5
 # transformers' name for the cache that a forward takes and gives: another from 5.24 on. Goes with the releases before.
 CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+# Whether a cache of transformers can go on with several tokens at once; 4.57 takes one. Goes with transformers 4.
+CONTINUES_WITH_SEVERAL_TOKENS = TRANSFORMERS_5
 TOKENIZER_CONFIG = "tokenizer_config.json"
+TOKENIZER_CLASS_OF_5 = "TokenizersBackend"
 CHAT_TEMPLATE = "chat_template.jinja"
+# What `AutoTokenizer.from_pretrained` takes and a tokenizer's own does not.
+AUTO_ARGUMENTS = ("config", "use_fast", "tokenizer_type", "trust_remote_code")
 
 
 def complete_transformers() -> None:
@@ -42,15 +50,19 @@ def complete_transformers() -> None:
     The former go with the first optimum-onnx that admits transformers 5, the latter with transformers 4.
     """
     if not TRANSFORMERS_5:
-        AutoConfig.register(_Lfm2MoeConfig.model_type, _Lfm2MoeConfig, exist_ok=True)
-        for config in (Lfm2Config, _Lfm2MoeConfig):  # tokenizers are found by the config's class, or by their own name
-            AutoTokenizer.register(config, fast_tokenizer_class=TokenizersBackend, exist_ok=True)
+        if _Lfm2MoeConfig.model_type not in CONFIG_MAPPING:
+            AutoConfig.register(_Lfm2MoeConfig.model_type, _Lfm2MoeConfig)
+        for config in (Lfm2Config, CONFIG_MAPPING[_Lfm2MoeConfig.model_type]):  # of folders that name no class
+            if config not in TOKENIZER_MAPPING:
+                AutoTokenizer.register(config, fast_tokenizer_class=PreTrainedTokenizerFast)
         return
     import huggingface_hub
-    import transformers  # again: it replaces its own module while it is first used
     from transformers import modeling_utils, pipelines, utils
     from transformers.utils import generic, output_capturing  # type: ignore[attr-defined]
 
+    # transformers.processing_utils, which pipelines imports, puts a new module in the place of `transformers`
+    # (direct_transformers_import in 5.24). So the names that it lacks are given to the one that is there now.
+    transformers = sys.modules["transformers"]
     _put_back(modeling_utils, "get_parameter_dtype", lambda model: model.dtype)
     _put_back(transformers, "AutoModelForVision2Seq", transformers.AutoModelForImageTextToText)
     _put_back(utils, "is_offline_mode", huggingface_hub.is_offline_mode)
@@ -114,15 +126,40 @@ def spell_rope_for_both(config: PretrainedConfig) -> None:
         config.rope_scaling = scaling
 
 
-class TokenizersBackend(PreTrainedTokenizerFast):
-    """The tokenizer class that transformers 5 names in `tokenizer_config.json`, for transformers 4. Goes with it."""
+def read_tokenizers_of_5(is_ours: Callable[..., bool]) -> None:
+    """Let `AutoTokenizer` of transformers 4 read the folders of our models that transformers 5 wrote. Goes with 4.
 
-    @classmethod
-    def from_pretrained(cls, name_or_path: str, *args: Any, **kwargs: Any) -> PreTrainedTokenizerFast:  # type: ignore[override]
+    Those name the class `TokenizersBackend`. For every other model the answer and the error are transformers' own.
+
+    Args:
+        is_ours: told a folder or an id of the Hub, and the arguments of `from_pretrained`.
+    """
+    if TRANSFORMERS_5:
+        return
+    original = AutoTokenizer.from_pretrained
+
+    @wraps(original)
+    def from_pretrained(pretrained_model_name_or_path: Any, *inputs: Any, **kwargs: Any) -> Any:
+        try:
+            return original(pretrained_model_name_or_path, *inputs, **kwargs)
+        except ValueError:  # what it raises for a class that it does not know
+            written = _tokenizer_of_5(pretrained_model_name_or_path, kwargs)
+            if written is None or not is_ours(pretrained_model_name_or_path, **kwargs):
+                raise
+        rest = {name: value for name, value in kwargs.items() if name not in AUTO_ARGUMENTS}
+        options = {**_special_tokens(written), **rest}
+        return PreTrainedTokenizerFast.from_pretrained(pretrained_model_name_or_path, *inputs, **options)
+
+    AutoTokenizer.from_pretrained = staticmethod(from_pretrained)  # type: ignore[assignment]
+
+
+def _tokenizer_of_5(name_or_path: Any, kwargs: dict[str, Any]) -> dict[str, Any] | None:
+    """The `tokenizer_config.json` if it names transformers 5's class; else None."""
+    try:
         written = get_tokenizer_config(name_or_path, **kwargs)
-        tokenizer = super().from_pretrained(name_or_path, *args, **{**_special_tokens(written), **kwargs})
-        tokenizer.__class__ = PreTrainedTokenizerFast  # so that it is saved under the name that both know
-        return tokenizer
+    except Exception:  # the caller raises what transformers says
+        return None
+    return written if written.get("tokenizer_class") == TOKENIZER_CLASS_OF_5 else None
 
 
 def _special_tokens(tokenizer_config: dict[str, Any]) -> dict[str, Any]:
@@ -137,7 +174,7 @@ def spell_tokenizer_for_both(folder: Path) -> None:
     if not path.is_file():
         return
     written = json.loads(path.read_text(encoding="utf-8"))
-    if written.get("tokenizer_class") != "TokenizersBackend":
+    if written.get("tokenizer_class") != TOKENIZER_CLASS_OF_5:
         return
     _write_json(path, written | {"tokenizer_class": "PreTrainedTokenizerFast", **_special_tokens(written)})
 
@@ -183,7 +220,7 @@ if TRANSFORMERS_5:
             return self.length + query_length, 0
 
     def hybrid_cache(model: PreTrainedModel, caches: Caches | None) -> Any:
-        """A cache of one row for transformers' own forward, filled with `caches` (one tuple a layer) or empty."""
+        """A cache of one row for transformers' own forward in float32, filled with `caches` (a tuple a layer) or empty."""
         cache: Any = _HybridCache(config=model.config)
         for layer, tensors in enumerate(caches or ()):
             update = cache.update_conv_state if len(tensors) == 1 else cache.update
@@ -220,11 +257,10 @@ else:
             return self.length
 
     def hybrid_cache(model: PreTrainedModel, caches: Caches | None) -> Any:
-        """A cache of one row for transformers' own forward, filled with `caches` (one tuple a layer) or empty."""
+        """A cache of one row for transformers' own forward in float32, filled with `caches` (a tuple a layer) or empty."""
         config = model.config
         cache = _ConvCache(model)
-        nothing = torch.zeros(0, dtype=model.dtype, device=model.device)
-        empty_state = torch.zeros(1, config.hidden_size, config.conv_L_cache, dtype=model.dtype, device=model.device)
+        nothing, empty_state = torch.zeros(0), torch.zeros(1, config.hidden_size, config.conv_L_cache)
         for layer, layer_type in enumerate(config.layer_types):
             key, value, conv = nothing, nothing, empty_state.clone()
             if caches is not None and layer_type == CONV:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -39,6 +40,7 @@ from optimum_lfm2.weights.blocks import EMBEDDINGS, SCHEMES, Scheme
 
 Shapes = dict[str, tuple[int | str, ...] | None]
 
+FULL = 16  # columns of a full cache in dummy inputs, at least
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 
 
@@ -91,7 +93,16 @@ class Lfm2OnnxConfig(TextDecoderOnnxConfig):
         self.check_variant(name)
         self._variant = name
         # Optimum exports with a new config that it makes of this one's class alone: so the variant goes into the class.
-        self.__class__ = type(type(self).__name__, (type(self),), {"DEFAULT_VARIANT": name})
+        self.__class__ = _class_of_variant(self._plain_class(), name)
+
+    @classmethod
+    def _plain_class(cls) -> Any:
+        """The class that a module holds, of which the variant's class is made."""
+        return cls
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled by the plain class and the variant, since no module holds the variant's class."""
+        return _unpickled, (self._plain_class(), self.variant), self.__dict__
 
     @property
     def scheme(self) -> Scheme | None:
@@ -190,8 +201,26 @@ class Lfm2OnnxConfig(TextDecoderOnnxConfig):
         default = {name: DEFAULT_DUMMY_SHAPES[name] for name in ("batch_size", "sequence_length")}
         wanted = {name: shapes.get(name, value) for name, value in default.items()}
         batch, length = (1, default["sequence_length"]) if wanted == default else wanted.values()
-        past = 16 if self.use_past_in_inputs and (batch == 1 or length == 1) else 0
+        return self._dummy_inputs(batch, length, past=batch == 1 or length == 1)
 
+    def validation_inputs(self, shapes: Mapping[str, int]) -> list[dict[str, Any]]:
+        """The calls that validation makes: padded rows on an empty cache; on a full one a token each, and a chunk.
+
+        Args:
+            shapes: what the user asked for in place of Optimum's default: then this alone.
+        """
+        default = {name: DEFAULT_DUMMY_SHAPES[name] for name in ("batch_size", "sequence_length")}
+        batch, length = (shapes.get(name, value) for name, value in default.items())
+        if (batch, length) != tuple(default.values()):
+            past = length == 1 or (batch == 1 and compat.CONTINUES_WITH_SEVERAL_TOKENS)
+            return [self._dummy_inputs(batch, length, past)]
+        calls = [(2, length, False), (2, 1, True), (1, length, True)]
+        calls = calls if compat.CONTINUES_WITH_SEVERAL_TOKENS else calls[:2]
+        return [self._dummy_inputs(*call) for call in (calls if self.use_past_in_inputs else calls[:1])]
+
+    def _dummy_inputs(self, batch: int, length: int, past: bool) -> dict[str, Any]:
+        # A row sees all but three of its columns, and transformers 4 needs as many as a convolution is wide.
+        past = max(FULL, self._config.conv_L_cache + 3) if past and self.use_past_in_inputs else 0
         generator = torch.Generator().manual_seed(0)
         mask = torch.ones(batch, past + length, dtype=torch.int64)
         for row in range(batch):
@@ -207,15 +236,6 @@ class Lfm2OnnxConfig(TextDecoderOnnxConfig):
         if self.task == "text-generation":
             inputs[LOGITS_TO_KEEP] = torch.tensor(0)
         return inputs
-
-    def validation_inputs(self, shapes: Mapping[str, int]) -> list[dict[str, Any]]:
-        """The calls that validation makes: padded rows on an empty cache, and a token each on a full one."""
-        empty = {"batch_size": 2, "sequence_length": DEFAULT_DUMMY_SHAPES["sequence_length"]}
-        full = {"batch_size": 2, "sequence_length": 1}
-        wanted = {name: shapes.get(name, DEFAULT_DUMMY_SHAPES[name]) for name in empty}
-        own = [] if wanted == {name: DEFAULT_DUMMY_SHAPES[name] for name in empty} else [wanted]
-        calls = [empty, full] if self.use_past_in_inputs else [empty]
-        return [self.generate_dummy_inputs(**call) for call in own or calls]
 
     def _dummy_caches(self, batch: int, past: int, generator: torch.Generator) -> list[tuple[torch.Tensor, ...]]:
         def values(tensor: CacheTensor) -> torch.Tensor:
@@ -245,6 +265,17 @@ class Lfm2OnnxConfig(TextDecoderOnnxConfig):
         if config.task == "text-generation" and config.use_past:
             write_genai_config(Path(path), onnx_files_subpaths[0], config._config, config.cache_tensors)
         return models_and_onnx_configs, onnx_files_subpaths
+
+
+@cache
+def _class_of_variant(plain: Any, name: str) -> Any:
+    own = {"DEFAULT_VARIANT": name, "_plain_class": classmethod(lambda cls: plain), "__module__": plain.__module__}
+    return type(plain.__name__, (plain,), own)
+
+
+def _unpickled(plain: Any, name: str) -> Lfm2OnnxConfig:
+    of_variant = _class_of_variant(plain, name)
+    return of_variant.__new__(of_variant)
 
 
 def _axes(shapes: Shapes) -> dict[str, dict[int, str]]:

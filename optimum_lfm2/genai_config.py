@@ -121,6 +121,14 @@ def read_genai_config(folder: Path) -> Lfm2Config:
         ) from error
 
 
+def is_of_our_type(path: Path) -> bool:
+    """Whether a `genai_config.json` says that its model is LFM2. False for a file that cannot be read."""
+    try:
+        return _read(path)["model"]["type"] == MODEL_TYPE
+    except (KeyError, TypeError, ValueError, OSError):
+        return False
+
+
 def _conv_width(path: Path) -> int:
     """`conv_L_cache` of a graph; transformers' default where it has no convolution states."""
     graph = ir.load(path).graph

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import suppress
 from functools import wraps
+from inspect import signature
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -21,7 +23,7 @@ from transformers.utils import CONFIG_NAME
 from optimum_lfm2 import compat
 from optimum_lfm2.caches import with_float_caches
 from optimum_lfm2.errors import Lfm2Error
-from optimum_lfm2.genai_config import GENAI_CONFIG, read_genai_config
+from optimum_lfm2.genai_config import GENAI_CONFIG, is_of_our_type, read_genai_config
 from optimum_lfm2.runtime.cache import Lfm2Cache
 from optimum_lfm2.runtime.layout import GraphLayout
 from optimum_lfm2.runtime.rows import RowRunner
@@ -275,33 +277,59 @@ def _generation_config(model_id: str | Path, subfolder: str, kwargs: dict[str, A
     return None
 
 
-def _genai_folder(model_id: str | Path, subfolder: str) -> Path | None:
-    """Where a local folder has genai_config.json but no config.json, without which Optimum refuses it."""
+def _genai_folder(cls: type, model_id: Any, subfolder: str = "", **_: Any) -> Path | None:
+    """Where a local folder has genai_config.json but no config.json, without which Optimum refuses it.
+
+    `ORTModelForCausalLM` gets it only if it says that the model is ours.
+    """
     folders = [Path(model_id, subfolder), Path(model_id)]
     if any((folder / CONFIG_NAME).is_file() for folder in folders):
         return None
-    return next((folder for folder in folders if (folder / GENAI_CONFIG).is_file()), None)
+    found = [folder for folder in folders if (folder / GENAI_CONFIG).is_file()]
+    if not found or (cls is not ORTLfm2ForCausalLM and not is_of_our_type(found[0] / GENAI_CONFIG)):
+        return None
+    return found[0]
 
 
 def dispatch(model_types: tuple[str, ...]) -> None:
-    """Make `ORTModelForCausalLM` itself load and export these model types as `ORTLfm2ForCausalLM`."""
-    from_pretrained = ORTModelForCausalLM.from_pretrained.__func__
+    """Make `ORTModelForCausalLM` itself load and export these model types as `ORTLfm2ForCausalLM`.
 
-    @wraps(from_pretrained)
-    def configured(cls, model_id, config=None, export=False, subfolder="", **kwargs):
-        folder = None if config or export else _genai_folder(model_id, subfolder)
-        if folder is None:
-            return from_pretrained(cls, model_id, config, export, subfolder, **kwargs)
-        return cls._from_pretrained(model_id, read_genai_config(folder), subfolder=subfolder, **kwargs)
-
-    ORTModelForCausalLM.from_pretrained = classmethod(configured)  # type: ignore[assignment]
-
+    Every other model, and every other class, goes to Optimum's methods with the arguments as they came.
+    """
+    ORTModelForCausalLM.from_pretrained = classmethod(  # type: ignore[assignment]
+        _reading_genai_folders(ORTModelForCausalLM.from_pretrained.__func__)
+    )
     for name in ("_from_pretrained", "_export"):
         original = getattr(ORTModelForCausalLM, name).__func__
+        setattr(ORTModelForCausalLM, name, classmethod(_dispatching(original, model_types)))
 
-        def dispatching(cls, model_id, config, *args, _name=name, _original=original, **kwargs):
-            if cls is ORTModelForCausalLM and config.model_type in model_types:
-                return getattr(ORTLfm2ForCausalLM, _name)(model_id, config, *args, **kwargs)
-            return _original(cls, model_id, config, *args, **kwargs)
 
-        setattr(ORTModelForCausalLM, name, classmethod(dispatching))
+def _reading_genai_folders(original: Callable[..., Any]) -> Callable[..., Any]:
+    parameters = signature(original)
+
+    @wraps(original)
+    def from_pretrained(cls: type, *args: Any, **kwargs: Any) -> Any:
+        folder = None
+        if cls in (ORTModelForCausalLM, ORTLfm2ForCausalLM):
+            with suppress(TypeError):  # of a wrong call, of which Optimum complains
+                given = parameters.bind(cls, *args, **kwargs).arguments
+                if not given.get("config") and not given.get("export"):
+                    folder = _genai_folder(**given)
+        if folder is None:
+            return original(cls, *args, **kwargs)
+        options = {name: value for name, value in given.items() if name not in ("cls", "config", "export", "kwargs")}
+        config = read_genai_config(folder)
+        return ORTLfm2ForCausalLM._from_pretrained(config=config, **options, **given.get("kwargs", {}))
+
+    return from_pretrained
+
+
+def _dispatching(original: Callable[..., Any], model_types: tuple[str, ...]) -> Callable[..., Any]:
+    @wraps(original)
+    def method(cls: type, *args: Any, **kwargs: Any) -> Any:
+        config = kwargs.get("config", args[1] if len(args) > 1 else None)
+        if cls is ORTModelForCausalLM and getattr(config, "model_type", None) in model_types:
+            return getattr(ORTLfm2ForCausalLM, original.__name__)(*args, **kwargs)
+        return original(cls, *args, **kwargs)
+
+    return method

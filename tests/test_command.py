@@ -202,8 +202,6 @@ def test_option_is_refused(options, says, cli, checkpoint, out, monkeypatch):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"model_type": "lfm2_vl"}, "lfm2_vl"),
-        ({"model_type": "lfm3"}, "lfm3"),
         ({"layer_types": ["conv", "mamba", "conv", "conv", "conv"]}, "mamba"),
         ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "dynamic"),
         ({"rope_scaling": {"type": "longrope", "short_factor": [1], "long_factor": [1]}}, "longrope"),
@@ -221,16 +219,6 @@ def test_configuration_is_refused(change, says, cli, checkpoint, out, tmp_path):
 
 
 # Bad checkpoints
-
-
-def _no_config(source: Path) -> str:
-    (source / "config.json").unlink()
-    return "no config.json"
-
-
-def _broken_config(source: Path) -> str:
-    (source / "config.json").write_text('{"model_type": "lfm2",')
-    return "JSON"
 
 
 def _no_weights(source: Path) -> str:
@@ -284,8 +272,6 @@ def _change(source: Path, change) -> None:
 
 
 DEFECTS = [
-    _no_config,
-    _broken_config,
     _no_weights,
     _missing,
     _misshaped,
@@ -306,12 +292,75 @@ def test_bad_checkpoint_is_one_line(spoil, cli, checkpoint, out, tmp_path):
     assert_unharmed(out)
 
 
+# What is no model of ours: `export lfm2` says so in one line, `export onnx` leaves it to Optimum.
+
+
+def _no_config(source: Path) -> str:
+    (source / "config.json").unlink()
+    return "no config.json"
+
+
+def _broken_config(source: Path) -> str:
+    (source / "config.json").write_text('{"model_type": "lfm2",')
+    return "JSON"
+
+
+def _no_object(source: Path) -> str:
+    (source / "config.json").write_text("[]")
+    return "no model's configuration"
+
+
+def _another_type(source: Path) -> str:
+    config = json.loads((source / "config.json").read_text()) | {"model_type": "lfm2_vl"}
+    (source / "config.json").write_text(json.dumps(config))
+    return "lfm2_vl"
+
+
+@pytest.fixture
+def optimums(monkeypatch) -> list[str]:
+    """The models that `main_export` of Optimum is asked for; it exports none."""
+    asked: list[str] = []
+    monkeypatch.setattr(
+        "optimum.exporters.onnx.main_export", lambda model_name_or_path, **_: asked.append(model_name_or_path)
+    )
+    return asked
+
+
+@pytest.mark.parametrize("spoil", [_no_config, _broken_config, _no_object, _another_type], ids=lambda f: f.__name__)
+def test_what_is_not_ours_goes_to_optimum(spoil, cli, checkpoint, out, tmp_path, optimums):
+    source = shutil.copytree(checkpoint("hybrid"), tmp_path / "source")
+    says = spoil(source)
+    code, err = cli("export", "lfm2", "--model", source, out)
+    assert (code, err.count("\n")) == (1, 1), err
+    assert says in err
+    assert cli("export", "onnx", "--model", source, out) == (0, "")
+    assert optimums == [str(source)]
+    assert_unharmed(out)
+
+
 @pytest.mark.parametrize("model", ["nowhere/to/be/found", "no/such", "/no/such/folder", __file__])
-def test_no_such_model(model, cli, out):
-    code, err = cli("export", "onnx", "--model", model, out)
+def test_no_such_model(model, cli, out, optimums):
+    code, err = cli("export", "lfm2", "--model", model, out)
     assert (code, err.count("\n")) == (1, 1), err
     assert model in err
+    assert cli("export", "onnx", "--model", model, out) == (0, "")
+    assert optimums == [model]
     assert_unharmed(out)
+
+
+def test_a_cached_repository_without_config_is_not_said_to_be_unreachable(cli, tmp_path, optimums):
+    snapshot = tmp_path / "cache" / "models--some--diffuser" / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    (snapshot / "model_index.json").write_text("{}")
+    refs = snapshot.parent.parent / "refs"
+    refs.mkdir()
+    (refs / "main").write_text("0" * 40)
+    where = ("--model", "some/diffuser", tmp_path / "out", "--cache_dir", tmp_path / "cache")
+    assert cli("export", "onnx", *where) == (0, "")
+    assert optimums == ["some/diffuser"]
+    code, err = cli("export", "lfm2", *where)
+    assert (code, err.count("\n")) == (1, 1), err
+    assert "no config.json of it is in the cache" in err
 
 
 # A failure on the way

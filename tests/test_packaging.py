@@ -84,6 +84,52 @@ def test_the_command_is_wrapped_once():
     assert done.stdout.split() == [WRAPPED, "optimum.commands.export.onnx"]
 
 
+WRAPPED_BY_ANOTHER = """
+import functools, sys
+from optimum.commands.export import onnx
+original = onnx.ONNXExportCommand.run
+@functools.wraps(original)
+def run(self):
+    original(self)
+onnx.ONNXExportCommand.run = run
+"""
+
+
+def test_another_plugins_wrapper_leaves_ours_on():
+    """It may come first, with `functools.wraps`."""
+    done = run(WRAPPED_BY_ANOTHER + SHOW_RUN)
+    assert done.stdout.split() == [WRAPPED]
+
+
+START_TWICE = """
+import sys
+from optimum.commands.optimum_cli import main
+for words in (["export", "lfm2"], ["lfm2", "evaluate"], ["export", "lfm2"]):
+    sys.argv = ["optimum-cli", *words, "--help"]
+    try:
+        main()
+    except SystemExit as end:
+        print("ended", end.code)
+"""
+
+
+@pytest.mark.parametrize("copies", [1, 2])
+def test_the_command_line_starts_again_in_one_process(copies, tmp_path):
+    """Also where two folders of the namespace hold the plugin: each start then reads the commands twice."""
+    folders = [tmp_path / str(number) for number in range(copies)]
+    for folder in folders:
+        shutil.copytree(ROOT / "optimum", folder / "optimum")
+    done = run(START_TWICE, *folders)
+    assert done.stdout.count("ended 0") == 3, done.stderr
+
+
+def test_the_commands_know_the_types_of_the_package():
+    from optimum.commands.lfm2.model_types import MODEL_TYPES
+    from optimum_lfm2 import families
+
+    assert sorted(MODEL_TYPES) == sorted(families.MODEL_TYPES)
+
+
 def test_start_imports_nothing_heavy():
     code = """
 import sys, time

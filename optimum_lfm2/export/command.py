@@ -10,8 +10,6 @@ from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
 
-import onnxruntime
-
 from optimum_lfm2.errors import Lfm2Error
 from optimum_lfm2.export import options
 from optimum_lfm2.export.staging import staged
@@ -27,7 +25,6 @@ QUIET = (
     "transformers.integrations",  # says that a package for GPUs is missing
     "transformers.modeling_utils",
 )
-VALIDATION = "optimum.exporters.onnx.convert"  # logs every difference; ours says the largest
 
 
 def run_export(command: Any, original: Callable[[Any], None], config: Mapping[str, Any]) -> None:
@@ -84,15 +81,10 @@ def _arguments(command: Any, folder: Any) -> Iterator[None]:
 @contextmanager
 def quiet() -> Iterator[None]:
     """Silence, for as long as the block runs, the warnings of other libraries that a user can do nothing about."""
-    with warnings.catch_warnings(), _at_level(logging.ERROR, *QUIET), _at_level(logging.CRITICAL, VALIDATION):
+    with warnings.catch_warnings(), _at_level(logging.ERROR, *QUIET):
         warnings.filterwarnings("ignore", message=".*torch_dtype.*")
         warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"(torch|optimum)\.")
-        # It warns of every input with a default, such as num_logits_to_keep. Its own default is 2, warnings.
-        onnxruntime.set_default_logger_severity(3)
-        try:
-            yield
-        finally:
-            onnxruntime.set_default_logger_severity(2)
+        yield
 
 
 @contextmanager

@@ -27,39 +27,53 @@ from optimum_lfm2.weights.experts import whole
 AUTO_CLASSES = {"text-generation": AutoModelForCausalLM, "feature-extraction": AutoModel}
 
 
+def is_ours(model_name_or_path: str | Path, **kwargs: Any) -> bool:
+    """Whether the `config.json` of a folder or an id of the Hub names a model type of ours. False where it has none.
+
+    Args:
+        kwargs: arguments of `from_pretrained`; those that say where the file is are heeded.
+    """
+    where = {name: value for name, value in _hub(kwargs).items() if name != "force_download"}
+    try:
+        config, _ = PretrainedConfig.get_config_dict(model_name_or_path, **where)
+    except Exception:  # whoever loads the model says what is wrong with it
+        return False
+    return config.get("model_type") in MODEL_TYPES
+
+
 class Lfm2TasksManager(TasksManager):
     """The `TasksManager` of `optimum.exporters.onnx.main_export`, and of nothing else.
 
     For LFM2 it infers the task of a local folder, and returns a model on the meta device whose weights `bind` streams
-    from the checkpoint: Optimum would load them all.
+    from the checkpoint: Optimum would load them all. For every other model it is Optimum's, with the same arguments.
     """
 
     @classmethod
     def infer_task_from_model(cls, model: Any, *args: Any, **kwargs: Any) -> str:
-        config = _lfm2_config(model, **kwargs) if isinstance(model, (str, Path)) else None
-        if config is None:
-            return super().infer_task_from_model(model, *args, **kwargs)
-        return "text-generation" if is_causal(config) else "feature-extraction"
+        if not _is_for_us(model, *args, **kwargs):
+            return TasksManager.infer_task_from_model(model, *args, **kwargs)
+        return "text-generation" if is_causal(_lfm2_config(model, **kwargs)) else "feature-extraction"
 
     @staticmethod
-    def get_model_from_task(
-        task: str, model_name_or_path: str, torch_dtype: torch.dtype | None = None, device: Any = "cpu", **kwargs: Any
-    ) -> PreTrainedModel:
-        config = _lfm2_config(model_name_or_path, **kwargs)
-        hub = _hub(kwargs)
-        files = None if config is None else find_tensors(model_name_or_path, **hub)
+    def get_model_from_task(task: str, model_name_or_path: Any, *args: Any, **kwargs: Any) -> PreTrainedModel:
+        if not _is_for_us(model_name_or_path, *args, **kwargs):
+            return TasksManager.get_model_from_task(task, model_name_or_path, *args, **kwargs)
+        config, hub = _lfm2_config(model_name_or_path, **kwargs), _hub(kwargs)
+        files = find_tensors(model_name_or_path, **hub)
         if files is None:
-            if config is not None:
-                kwargs["config"] = config
-            return TasksManager.get_model_from_task(
-                task, model_name_or_path, torch_dtype=torch_dtype, device=device, **kwargs
-            )
-        model: Any = weightless(config, task.removesuffix("-with-past"), torch_dtype or torch.float32)
+            return TasksManager.get_model_from_task(task, model_name_or_path, **kwargs, config=config)
+        model: Any = weightless(config, task.removesuffix("-with-past"), kwargs.get("torch_dtype") or torch.float32)
         if model.can_generate():
             model.generation_config = _generation_config(model_name_or_path, config, hub)
         model.checkpoint = MEMBERS[config.model_type].checkpoint(files, model)
         model.to = _Materialize(model)
         return model
+
+
+def _is_for_us(model: Any, *args: Any, library_name: str | None = None, **kwargs: Any) -> bool:
+    """Whether a call of the `TasksManager` is about a model of ours. Optimum names its arguments; others may not."""
+    by_name = not args and library_name in (None, "transformers") and isinstance(model, (str, Path))
+    return by_name and is_ours(model, **kwargs)
 
 
 class _Materialize:
@@ -109,10 +123,8 @@ def _generation_config(model_name_or_path: str, config: PretrainedConfig, hub: d
         return GenerationConfig.from_model_config(config)
 
 
-def _lfm2_config(model_name_or_path: str | Path, **kwargs: Any) -> PretrainedConfig | None:
+def _lfm2_config(model_name_or_path: str | Path, **kwargs: Any) -> PretrainedConfig:
     config = AutoConfig.from_pretrained(model_name_or_path, **_hub(kwargs))
-    if config.model_type not in MODEL_TYPES:
-        return None
     compat.spell_rope_for_both(config)
     check_architecture(config.to_dict())
     if getattr(config, "quantization_config", None):

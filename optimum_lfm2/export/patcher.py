@@ -36,11 +36,14 @@ class Lfm2ModelPatcher:
 
     def __enter__(self) -> Lfm2ModelPatcher:
         self._onnx_config.weights = getattr(self._model, "checkpoint", self._parameters)
+        self._own_forward = vars(self._model).get("forward")  # on the instance, which has none unless someone set it
         self._model.forward = self.forward
         return self
 
     def __exit__(self, *exception: object) -> None:
         del self._model.forward
+        if self._own_forward is not None:
+            self._model.forward = self._own_forward
 
     def forward(
         self,

@@ -63,10 +63,19 @@ def test_a_genai_config_that_says_something_else_is_refused(content, says, expor
     folder = without_config(exported("trained"), tmp_path / "model")
     (folder / GENAI_CONFIG).write_text(content if content == "{" else json.dumps(content), encoding="utf-8")
     with pytest.raises(Lfm2Error) as error:
-        ORTModelForCausalLM.from_pretrained(folder)
+        ORTLfm2ForCausalLM.from_pretrained(folder)
     assert says in str(error.value)
     assert "config.json of the checkpoint" in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("content", ['{"model": {"type": "llama"}}', "{", "[]"])
+def test_a_genai_folder_that_is_not_said_to_be_ours_goes_to_optimum(content, exported, tmp_path):
+    folder = without_config(exported("trained"), tmp_path / "model")
+    (folder / GENAI_CONFIG).write_text(content, encoding="utf-8")
+    with pytest.raises(Exception, match="library name could not be automatically inferred") as error:
+        ORTModelForCausalLM.from_pretrained(folder)
+    assert not isinstance(error.value, Lfm2Error)
 
 
 @pytest.fixture(scope="module")

@@ -15,19 +15,16 @@ from typing import Any
 
 from optimum.commands.export.onnx import ONNXExportCommand
 
+from optimum.commands.lfm2.model_types import MODEL_TYPES
 
-FAMILY = "lfm"
-CHECKPOINT_FILES = (
-    "config.json",
-    "model_index.json",
-    "modules.json",
-    "*/config.json",
-)
+
+# An attribute of our wrapper. `functools.wraps` copies it to a wrapper that another plugin puts around ours.
+WRAPPED = "_wrapped_for_lfm2"
 
 
 def register() -> list[tuple[type, type | None]]:
     """Wrap the command's `run`, once: a second command named `onnx` would break the parser."""
-    if not hasattr(ONNXExportCommand.run, "__wrapped__"):
+    if not hasattr(ONNXExportCommand.run, WRAPPED):
         ONNXExportCommand.run = _wrap(ONNXExportCommand.run)
     return []
 
@@ -35,36 +32,42 @@ def register() -> list[tuple[type, type | None]]:
 def _wrap(original: Callable[[Any], None]) -> Callable[[Any], None]:
     @functools.wraps(original)
     def run(self: ONNXExportCommand) -> None:
-        try:
-            config = read_config(self.args)
-        except ValueError as error:
-            fail(error)
-        if not str(config.get("model_type", "")).startswith(FAMILY):
+        config = _our_config(self.args)
+        if config is None:
             original(self)
             return
         from optimum_lfm2.export.command import run_export
 
         run_export(self, original, config)
 
+    setattr(run, WRAPPED, True)
     return run
 
 
+def _our_config(args: Namespace) -> dict[str, Any] | None:
+    """The `config.json` of `--model` if the model is ours; None if it is not, or if that cannot be told."""
+    try:
+        config = read_config(args)
+    except Exception:  # Optimum explains what is wrong with a model of which nobody knows the type
+        return None
+    return config if config.get("model_type") in MODEL_TYPES else None
+
+
 def read_config(args: Namespace) -> dict[str, Any]:
-    """The `config.json` of `--model`, a folder or an id of the Hub; empty where it has none, which Optimum may know.
+    """The `config.json` of `--model`, a folder or an id of the Hub.
 
     Raises:
-        ValueError: for what is no model at all.
+        ValueError: for what has none, or one that cannot be read.
     """
     folder = Path(args.model)
     if folder.is_dir():
-        if not any(any(folder.glob(pattern)) for pattern in CHECKPOINT_FILES):
-            raise ValueError(f"{folder} holds no checkpoint: it has no config.json. Give the folder that has.")
         path = folder / "config.json"
-        return _parsed(path) if path.is_file() else {}
+        if not path.is_file():
+            raise ValueError(f"{folder} holds no LFM2 checkpoint: it has no config.json. Give the folder that has.")
+        return _parsed(path)
     if folder.exists():
         raise ValueError(f"{folder} is a file. Give the checkpoint's folder.")
-    downloaded = _download(args)
-    return {} if downloaded is None else _parsed(downloaded)
+    return _parsed(_download(args))
 
 
 def _parsed(path: Path) -> dict[str, Any]:
@@ -77,7 +80,7 @@ def _parsed(path: Path) -> dict[str, Any]:
     return config
 
 
-def _download(args: Namespace) -> Path | None:
+def _download(args: Namespace) -> Path:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import (
         EntryNotFoundError,
@@ -95,10 +98,11 @@ def _download(args: Namespace) -> Path | None:
         raise ValueError(f"{args.model} is neither a folder nor a model of the Hub. Is it spelled right?") from None
     except LocalEntryNotFoundError:
         raise ValueError(
-            f"{args.model} is no folder, and the Hub cannot be reached to look for it. Check the path or the network."
+            f"{args.model} is no folder, and no config.json of it is in the cache of the Hub, which was not reached. "
+            "Check the path and the network."
         ) from None
     except EntryNotFoundError:
-        return None
+        raise ValueError(f"{args.model} holds no LFM2 checkpoint: it has no config.json on the Hub.") from None
 
 
 def fail(error: BaseException) -> None:

@@ -2,6 +2,8 @@
 
 import importlib
 import logging
+from collections.abc import Iterator
+from pathlib import Path
 
 
 # Light modules of `optimum.commands.lfm2`. Each has a function `register()`, which returns the commands that it adds as
@@ -17,5 +19,24 @@ for _name in MODULES:
         _logger = logging.getLogger("optimum_lfm2")
         _logger.error("LFM2's %s is not available: %s: %s", _name, type(_error).__name__, _error)
 
-# An iterator: optimum-cli reads it once for each folder on the path that holds this file, and takes no command twice.
-REGISTER_COMMANDS = iter(_commands)
+
+class _OncePerStart:
+    """The commands, given once each time that `optimum-cli` starts.
+
+    A start reads `REGISTER_COMMANDS` once for each folder of the namespace that holds this file: two where the package
+    is installed and its source is on the path too. The parser refuses a command that it gets twice.
+    """
+
+    def __init__(self, commands: list) -> None:
+        self._commands = commands
+        self._reads = 0
+
+    def __iter__(self) -> Iterator:
+        folders = set(importlib.import_module(__package__).__path__)
+        copies = sum((Path(folder) / Path(__file__).name).is_file() for folder in folders)
+        first = self._reads % max(copies, 1) == 0
+        self._reads += 1
+        return iter(self._commands if first else ())
+
+
+REGISTER_COMMANDS = _OncePerStart(_commands)
