@@ -97,7 +97,7 @@ def test_a_broken_file_fails(exported, tmp_path, capsys):
         ({"model": "nowhere"}, "nowhere does not exist"),
         ({"text": "nowhere.txt"}, "nowhere.txt cannot be read"),
         ({"length": 100_000}, "two chunks of 100000"),
-        ({"chunks": 1}, "two of each are the least"),
+        ({"chunks": 1}, "Ask for two or more of each"),
     ],
 )
 def test_bad_input(change, message, exported):
@@ -145,7 +145,7 @@ def test_a_graph_of_one_logit(exported, tmp_path):
         lambda: evaluate(folder, exported("trained"), DEMO / "heldout.txt", chunks=4, length=128),
         lambda: quantize_cache(folder, DEMO / "heldout.txt", chunks=4, length=128),
     ):
-        with pytest.raises(Lfm2Error, match=r"gives 1 logits where 65 are scored\. Export it without pruning"):
+        with pytest.raises(Lfm2Error, match=r"gives 1 logits, but 65 are needed\. Export it without pruning"):
             run_()
 
 

@@ -193,7 +193,7 @@ def test_a_failure_leaves_the_folder(folder, tmp_path, monkeypatch):
     with pytest.raises(Lfm2Error, match=r"model_kv8.onnx cannot be written \(.*Copy the export"):
         quantize_cache.quantize_cache(other, TEXT, **SHORT)
     monkeypatch.setattr("onnxruntime.__version__", "1.26.0")
-    with pytest.raises(Lfm2Error, match=r"1\.26\.0 cannot run a cache in 8 bits\. Install 1\.27"):
+    with pytest.raises(Lfm2Error, match=r"1\.26\.0 cannot run an 8-bit KV cache\. Install 1\.27"):
         quantize_cache.quantize_cache(other, TEXT, **SHORT)
     assert {path: path.read_bytes() for path in other.iterdir()} == before
 
@@ -205,7 +205,7 @@ def test_weights_that_are_links_are_refused(folder, tmp_path):
     for path in folder.iterdir():
         (snapshot / path.name).symlink_to(path)
     (snapshot / "model_kv8.onnx").unlink()
-    with pytest.raises(Lfm2Error, match=r"model.onnx_data is a link.*--local-dir"):
+    with pytest.raises(Lfm2Error, match=r"model.onnx_data is a symbolic link.*--local-dir"):
         quantize_cache.quantize_cache(snapshot, TEXT, **SHORT)
     assert not list(snapshot.glob("*kv8*"))
 
@@ -228,9 +228,9 @@ def test_it_goes_with_the_file_that_it_was_made_of(folder, tmp_path):
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("odd_head_dim", {}, "does not hand past_key_values.2.key to GroupQueryAttention"),
-        ("all_conv", {}, "no keys and values"),
-        ("hybrid", {"task": "text-generation"}, "no keys and values"),
+        ("odd_head_dim", {}, "does not pass past_key_values.2.key directly to GroupQueryAttention"),
+        ("all_conv", {}, "no KV cache among its inputs"),
+        ("hybrid", {"task": "text-generation"}, "no KV cache among its inputs"),
     ],
 )
 def test_exports_without_such_a_cache(name, options, message, exported):
@@ -243,9 +243,9 @@ def test_bad_input(folder, tmp_path):
         (tmp_path / "nowhere", {}, "nowhere does not exist"),
         (tmp_path, {}, "holds no ONNX file"),
         (TEXT, {}, "cannot be loaded"),
-        (folder / "model_kv8.onnx", {}, r"in 8 bits already\. Give the file"),
-        (folder, {"chunks": 3}, "3 chunks are too few, 4 are the least"),
-        (folder, {"length": 10_000}, "3 chunks of 10000 tokens, and 4 are the least"),
+        (folder / "model_kv8.onnx", {}, r"has an 8-bit KV cache already\. Give the file"),
+        (folder, {"chunks": 3}, "3 chunks are too few. Ask for 4"),
+        (folder, {"length": 10_000}, "3 chunks of 10000 tokens, and 4 are needed"),
     ]:
         with pytest.raises(Lfm2Error, match=message):
             quantize_cache.quantize_cache(model, TEXT, **options)
@@ -256,8 +256,8 @@ def test_values_that_are_not_finite_are_refused():
         def run(self, names, ids):
             return [np.full((1, 1, 4, 8), np.inf, np.float32)]
 
-    tensor = quantize_cache.CacheTensor(0, "value", "past", "present")
-    with pytest.raises(Lfm2Error, match="present holds values that are not finite"):
+    tensor = quantize_cache.CacheTensor(0, "value", "past", "present", (1, None, 8))
+    with pytest.raises(Lfm2Error, match="present has values that are not finite"):
         quantize_cache._calibrate(Model(), [tensor], [torch.zeros(1, 4)])
 
 
