@@ -80,7 +80,7 @@ def test_a_model_with_experts(experts_folder, gold_model):
     card = (experts_folder / "README.md").read_text()
     assert "each layer compared with that of transformers" in card
     assert '{ dtype: "q4f16" }' in card  # tests/interop has why
-    assert "It cannot read q8 or q4, " in card
+    assert "It cannot run q8 or q4: " in card
     found = {precision: float(cells[4]) for precision, cells in rows(experts_folder).items()}
     assert 0 < found["fp32"] < 1e-5 < found["fp16"] < 0.02
     assert all(found["fp32"] < found[precision] < 0.2 for precision in ("q8", "q4", "q4f16"))
