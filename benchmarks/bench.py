@@ -1,4 +1,4 @@
-"""Where the files of each system lie, and how a job for one runs in a process of its own."""
+"""Make the files of each system, and run a job for a system in a process of its own."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 class WorkerError(RuntimeError):
-    """A worker that failed; the message is the end of what it printed."""
+    """A worker failed. The message is the end of its output."""
 
 
 class Bench:
@@ -29,8 +29,8 @@ class Bench:
     Args:
         work: a folder for the systems' files, kept between runs.
         checkpoint: an LFM2 checkpoint.
-        threads: for every system.
-        pythons: by package, the Python that has it; the running one has the others.
+        threads: how many threads every system gets.
+        pythons: for a package, the Python interpreter that has it. The running one is used for the others.
     """
 
     def __init__(self, work: Path, checkpoint: Path, threads: int, pythons: Mapping[str, str]) -> None:
@@ -46,7 +46,7 @@ class Bench:
         return self.pythons.get(SYSTEMS[name].package, sys.executable)
 
     def version(self, name: str) -> str | None:
-        """Of the package that a system needs; None where it is not installed."""
+        """Return the version of the package that a system needs; None where it is not installed."""
         return _version(SYSTEMS[name].package, self.python(name))
 
     def folder(self, name: str) -> Path:
@@ -54,12 +54,12 @@ class Bench:
         return self.checkpoint if files is None else self.work / files
 
     def size(self, name: str) -> int:
-        """Bytes of the files that a user would need."""
+        """Return the bytes of the files that a user of the system needs."""
         files = (path for path in self.folder(name).rglob("*") if path.is_file())
         return sum(path.stat().st_size for path in files if path.parent.name != "cache")
 
     def prepare(self, name: str) -> None:
-        """Make a system's files, unless they are there and of this checkpoint and version."""
+        """Make a system's files, unless they exist for this checkpoint and version."""
         folder = self.folder(name)
         if folder == self.checkpoint:
             return
@@ -74,7 +74,7 @@ class Bench:
         ready.write_text(key)
 
     def job(self, name: str, job: str, **values: Any) -> dict[str, Any]:
-        """The result of one worker. Raises `WorkerError`."""
+        """Run one worker and return its result. Raises `WorkerError` where it fails."""
         values |= {"job": job, "system": name, "folder": str(self.folder(name))}
         values |= {"threads": self.threads, "vocabulary": self.vocabulary}
         done = subprocess.run(
@@ -90,14 +90,14 @@ class Bench:
         return json.loads(done.stdout.strip().splitlines()[-1])
 
     def make(self, name: str) -> None:
-        """`prepare`, or tell that it failed and leave the system out from then on."""
+        """Call `prepare`. If it fails, report that and leave the system out from then on."""
         try:
             self.prepare(name)
         except WorkerError as error:
             self._leave_out(name, error)
 
     def each(self, names: list[str], job: str, **values: Any) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Results of one job for each system in turn; one that fails is told of and left out from then on."""
+        """Run one job for each system in turn. A system that fails is reported and left out from then on."""
         for name in names:
             if name in self.errors:
                 continue
@@ -122,7 +122,7 @@ def _version(package: str, python: str) -> str | None:
 
 @functools.cache
 def _sources(module: str) -> str:
-    """Changes with how a system's files are made."""
+    """Return a key that changes when a system's files would be made differently."""
     paths = [ROOT / "benchmarks" / "systems" / f"{module}.py"]
     if module in ("ours", "loop"):
         paths = sorted((ROOT / "optimum_lfm2").rglob("*.py"))

@@ -1,8 +1,8 @@
-"""What decided how weights and caches are quantised: `python -m benchmarks.quantization quality`, `speed` and `cache`.
+"""Measure the choices for quantised weights and KV caches: `python -m benchmarks.quantization quality|speed|cache`.
 
-`quality` rounds the trained checkpoint's weights in several ways and compares each with the checkpoint; activations
-stay in float. `speed` exports the shape of LFM2-350M with several block sizes and runs the graphs in turn. `cache`
-gives the scales of a cache in 8 bits more and less headroom, and compares each with the export that it is made of.
+`quality` quantises the trained checkpoint's weights in several ways and compares each result with the checkpoint. The
+activations stay in float. `speed` exports the shape of LFM2-350M with several block sizes and runs the graphs in turn.
+`cache` quantises the KV cache with more and less headroom, and compares each file with the export it was made of.
 """
 
 from __future__ import annotations
@@ -30,9 +30,8 @@ DEMO = Path(__file__).parent.parent / "demo"
 SIZES = (32, 64, 128)
 HEADROOMS = (0.8, 1.0, 1.25, 1.5)
 
-Method = Callable[
-    [torch.Tensor, int, int], torch.Tensor
-]  # blocks (rows, block_size), bits, block size → what is stored
+# Takes blocks (rows, block_size), bits and block size. Returns the blocks after quantisation and dequantisation.
+Method = Callable[[torch.Tensor, int, int], torch.Tensor]
 
 
 def ours(values: torch.Tensor, bits: int, size: int) -> torch.Tensor:
@@ -101,7 +100,7 @@ def _candidates() -> Iterator[tuple[str, Method, Scheme]]:
 
 
 def _schemes() -> Iterator[Scheme]:
-    """What `--variant` might be: ours are among them."""
+    """Return the schemes that are compared. Those of `--variant` are among them."""
     for bits, table in ((4, 4), (4, 8), (8, 8)):
         for size in SIZES:
             yield Scheme(Blocks(bits, size), Blocks(table, size))
@@ -110,7 +109,7 @@ def _schemes() -> Iterator[Scheme]:
 
 
 def _cells(scheme: Scheme) -> str:
-    """Bits, block and table, as cells of a row."""
+    """Format bits, block size and table as cells of a row."""
     linear, table = scheme.linear, scheme.table
     own = "" if table.block_size == linear.block_size else f", blocks of {table.block_size}"
     return f"{linear.bits} | {linear.block_size} | {table.bits} bits{own}"
@@ -182,8 +181,8 @@ def main() -> None:
     parser.add_argument(
         "--work", type=Path, default=Path(".benchmarks"), help="folder for the models of `speed` (3 GB)"
     )
-    parser.add_argument("--rounds", type=int, default=7, help="of `speed`")
-    parser.add_argument("--threads", type=int, default=2, help="of `speed`")
+    parser.add_argument("--rounds", type=int, default=7, help="rounds of `speed`")
+    parser.add_argument("--threads", type=int, default=2, help="threads of `speed`")
     args = parser.parse_args()
     if args.what == "quality":
         quality()

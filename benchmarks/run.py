@@ -1,7 +1,7 @@
-"""Measure LFM2 in this package and in others, interleaved: `python -m benchmarks.run --out results`.
+"""Measure LFM2 in this package and in other systems, in turn: `python -m benchmarks.run --out results`.
 
-Without --checkpoint it makes one of the shape of LFM2-350M, or of --shape. Whatever is not installed is left out, and
-said so.
+Without --checkpoint it makes a checkpoint of LFM2-350M's shape, or of --shape. A system that is not installed is left
+out, with a line that says so.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from benchmarks.systems import SYSTEMS
 
 
 CONTEXT_SYSTEMS = "ours-q4,ours-q4-kv8,loop-q4,genai-int4,llama-q4_0"
-CONTEXT_NEW = 32  # tokens whose speed is taken at each point of the curve
+CONTEXT_NEW = 32  # new tokens that are timed at each point of the curve
 LONG_PROMPT_SYSTEMS = ("ours-q4", "ours-q4-kv8")
 
 
@@ -31,17 +31,17 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--out", type=Path, default=Path("results"), help="folder for results.json, table.md and the PNG")
     add("--work", type=Path, default=Path(".benchmarks"), help="folder for the models, kept between runs (14 GB)")
     add("--checkpoint", type=Path, help="an LFM2 checkpoint instead of the random one")
-    add("--shape", choices=SHAPES, default="lfm2-350m", help="of the random checkpoint")
-    add("--layers", type=int, help="of the random lfm2-8b-a1b, which has 24 and needs transformers 5; fewer need less")
-    add("--systems", type=_names, default=list(SYSTEMS), help=f"comma-separated, of: {', '.join(SYSTEMS)}")
+    add("--shape", choices=SHAPES, default="lfm2-350m", help="shape of the random checkpoint")
+    add("--layers", type=int, help="layers of the random lfm2-8b-a1b, 24 by default; it needs transformers 5")
+    add("--systems", type=_names, default=list(SYSTEMS), help=f"comma-separated, among {', '.join(SYSTEMS)}")
     add("--rounds", type=int, default=3, help="fresh processes for each system, taken in turn")
     add("--repeats", type=int, default=3, help="chats in each process")
-    add("--threads", type=int, default=2, help="for every system")
-    add("--prompt", type=int, default=512, help="tokens")
-    add("--new", type=int, default=64, help="tokens after the first")
+    add("--threads", type=int, default=2, help="threads for every system")
+    add("--prompt", type=int, default=512, help="tokens of the prompt")
+    add("--new", type=int, default=64, help="new tokens after the first")
     lengths = [128, 256, 512, 1024, 2048, 4096]
     add("--context", type=_numbers, default=lengths, help="prompt lengths of the curve; '' for none")
-    add("--context-systems", type=_names, default=_names(CONTEXT_SYSTEMS), help="of the curve")
+    add("--context-systems", type=_names, default=_names(CONTEXT_SYSTEMS), help="systems of the curve")
     long_prompt = f"tokens whose memory is measured on {' and '.join(LONG_PROMPT_SYSTEMS)}; 0 for none"
     add("--long-prompt", type=int, default=16384, help=long_prompt)
     python = "the Python that has a package, where it cannot be installed beside the others; may be repeated"
@@ -60,7 +60,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
 def _names(text: str) -> list[str]:
     names = [name for name in text.split(",") if name]
     if unknown := set(names) - set(SYSTEMS):
-        raise argparse.ArgumentTypeError(f"no system {', '.join(sorted(unknown))}; there are {', '.join(SYSTEMS)}")
+        raise argparse.ArgumentTypeError(f"no system {', '.join(sorted(unknown))}; choose among {', '.join(SYSTEMS)}")
     return names
 
 
@@ -72,14 +72,14 @@ def _interpreter(text: str) -> tuple[str, str]:
     package, _, path = text.partition("=")
     known = {entry.package for entry in SYSTEMS.values()}
     if package not in known:
-        raise argparse.ArgumentTypeError(f"no package {package}; there are {', '.join(sorted(known))}")
+        raise argparse.ArgumentTypeError(f"no package {package}; choose among {', '.join(sorted(known))}")
     if not Path(path).is_file():
-        raise argparse.ArgumentTypeError(f"{path or text} is no Python")
-    return package, str(Path(path).absolute())  # not resolved: the Python of a virtual environment is a link
+        raise argparse.ArgumentTypeError(f"{path or text} is no Python interpreter")
+    return package, str(Path(path).absolute())  # links are kept: the Python of a virtual environment is a link
 
 
 def measure(bench: Bench, args: argparse.Namespace) -> dict[str, Any]:
-    """Everything that `results.json` holds."""
+    """Measure, and return the contents of `results.json`."""
     versions = {name: bench.version(name) for name in args.systems}
     for name, version in versions.items():
         if version is None:
@@ -100,7 +100,7 @@ def measure(bench: Bench, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def chats(bench: Bench, names: list[str], args: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """By system, what it is and the results of its rounds."""
+    """Return, for each system, its description and the results of its rounds."""
     for name in names:
         bench.make(name)
     systems: dict[str, dict[str, Any]] = {}
@@ -115,7 +115,7 @@ def chats(bench: Bench, names: list[str], args: argparse.Namespace) -> dict[str,
 
 
 def curve(bench: Bench, names: list[str], args: argparse.Namespace) -> dict[str, list[dict[str, float]]]:
-    """By system, for each round the decode speed by length of the prompt."""
+    """Return, for each system and round, the decode speed by length of the prompt."""
     speeds: dict[str, list[dict[str, float]]] = {}
     for number in range(args.rounds if args.context else 0):
         for name, result in bench.each(names, "context", lengths=args.context, new=CONTEXT_NEW):

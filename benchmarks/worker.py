@@ -1,7 +1,8 @@
-"""One system in one process: `python -m benchmarks.worker JOB`, where JOB is JSON; the last line printed is JSON, too.
+"""Measure one system in this process: `python -m benchmarks.worker JOB`. JOB is JSON, and so is the last output line.
 
-Jobs: `prepare` makes a system's files; `chat` measures load, prefill, decode, memory; `context` decodes after prompts
-of several lengths; `memory` says what a long prompt adds, read in other chunks if the job says so.
+There are four jobs. `prepare` makes a system's files. `chat` measures loading, prefill, decode and memory. `context`
+measures decode after prompts of several lengths. `memory` measures how much memory a long prompt adds; the job may set
+the length of the chunks.
 """
 
 from __future__ import annotations
@@ -17,16 +18,19 @@ from typing import Any
 from benchmarks.systems import SYSTEMS
 
 
-SPARE = 64  # tokens of room beyond those of a job
+SPARE = 64  # the cache has room for so many tokens beyond those of a job
 
 
 def prompt_ids(length: int, vocabulary: int) -> list[int]:
-    """The same ids for every system, none of them special."""
+    """Return the prompt's ids, the same for every system. None of them is a special token."""
     return random.Random(length).choices(range(8, vocabulary), k=length)
 
 
 def resident(key: str) -> int:
-    """Bytes from /proc/self/status: `VmRSS` now, `VmHWM` at most since the start or since `forget_peak`."""
+    """Return a figure of /proc/self/status in bytes.
+
+    `VmRSS` is the memory now. `VmHWM` is the peak since the start of the process, or since `forget_peak`.
+    """
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(key):
             return int(line.split()[1]) * 1024
@@ -45,7 +49,7 @@ def chat(job: dict[str, Any]) -> dict[str, Any]:
     imported, libraries = time.perf_counter(), resident("VmHWM")
     system = _load(job, job["prompt"] + job["new"])
     loaded = time.perf_counter()
-    timing = system.run(ids, job["new"])  # not counted: it pages the weights in and makes the buffers
+    timing = system.run(ids, job["new"])  # this run is not counted, since it pages the weights in and makes the buffers
     peak = resident("VmHWM")
     prefill, decode = [], []
     for _ in range(job["repeats"]):
@@ -64,7 +68,7 @@ def context(job: dict[str, Any]) -> dict[str, Any]:
     decode = {}
     for length in job["lengths"]:
         timing = system.run(prompt_ids(length, job["vocabulary"]), job["new"])
-        decode[str(length)] = 1 / timing.typical_step  # not the mean: buffers that grow do so once in many tokens
+        decode[str(length)] = 1 / timing.typical_step  # the median, since a buffer grows once in many tokens
     return {"decode": decode}
 
 

@@ -1,4 +1,4 @@
-"""Byte-level BPE tokenizer with the special tokens and the chat template conventions of LFM2."""
+"""A byte-level BPE tokenizer with the special tokens and the chat template conventions of LFM2."""
 
 from __future__ import annotations
 

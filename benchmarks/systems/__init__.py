@@ -1,7 +1,6 @@
 """The systems that are compared: for each, how its files are made and how it runs.
 
-Nothing here imports a system before it is used: a worker loads the one that it measures, and its memory
-counts that alone.
+A system is imported only when it is used. So the memory of a worker counts only the system that it measures.
 """
 
 from __future__ import annotations
@@ -21,14 +20,15 @@ class Entry:
     """One row of the table.
 
     Attributes:
-        title: what the table calls it.
-        precision: what the table says of its weights.
-        bits: 32, 8 or 4: which of ours it is compared with.
-        files: name of the folder of its files, which several entries may share; None: the checkpoint itself.
-        module: in this package, with a class `System` and a function `prepare(checkpoint, folder, **options)`.
-        options: of both.
+        title: the system's name in the table.
+        precision: the description of its weights in the table.
+        bits: 32, 8 or 4. The system is compared with ours of the same width.
+        files: the name of the folder of its files, which several entries may share. None is the checkpoint itself.
+        module: a module of this package, with a class `System` and a function `prepare(checkpoint, folder, **options)`.
+        options: the options of `System` and of `prepare`.
         package: the distribution that must be installed.
-        imports: the modules that it loads, so that their time and memory can be told from the model's.
+        imports: the modules that it imports. They are imported first, so that the time and memory of the libraries can
+            be told from those of the model.
     """
 
     title: str
@@ -53,7 +53,7 @@ class Entry:
 def _each(
     title: str, files: str, module: str, package: str, imports: tuple[str, ...], option: str, rows: tuple
 ) -> dict:
-    """Entries that differ in one option, by `{files}-{option}`; a row is (option, precision in words, bits)."""
+    """Make entries that differ in one option, named `{files}-{option}`. A row is (option, precision, bits)."""
     return {
         f"{files}-{value.lower()}": Entry(
             title, precision, bits, f"{files}-{value.lower()}", module, package, imports, ((option, value),)

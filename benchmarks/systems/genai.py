@@ -22,7 +22,7 @@ class System(base.System):
 
         self.og, self.length = og, length
         config = og.Config(str(folder))
-        # By default it takes one thread here.
+        # onnxruntime-genai takes one thread unless its config says otherwise.
         config.overlay(json.dumps({"model": {"decoder": {"session_options": {"intra_op_num_threads": threads}}}}))
         self.model = og.Model(config)
 

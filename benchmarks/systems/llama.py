@@ -31,7 +31,7 @@ def prepare(checkpoint: Path, folder: Path, kind: str) -> None:
 
 
 def write_gguf(checkpoint: Path, path: Path) -> None:
-    """Write the checkpoint in float32, without a vocabulary: the benchmark speaks in ids."""
+    """Write the checkpoint in float32. It has no vocabulary, since the benchmark passes ids."""
     import gguf
     from safetensors.torch import load_file
 
@@ -80,7 +80,7 @@ class System(base.System):
         self.vocabulary = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self.model))
 
     def _decode(self, ids: list[int]) -> int:
-        # Computes the head for the last token of the call alone.
+        # This computes the head only for the last token of the call.
         tokens = (self.api.llama_token * len(ids))(*ids)
         if self.api.llama_decode(self.context, self.api.llama_batch_get_one(tokens, len(ids))) != 0:
             raise RuntimeError("llama_decode failed")

@@ -24,7 +24,8 @@ class System(base.System):
 
         self.tensor = openvino.Tensor
         self.api = openvino_genai
-        # Its default backend, paged attention, gives wrong tokens for LFM2. Float weights it would turn into bfloat16.
+        # The default backend, paged attention, gives wrong tokens for LFM2 (openvino-genai 2026.4). By default it would
+        # compute in bfloat16 with float weights.
         precision = {"INFERENCE_PRECISION_HINT": "f32"} if weights == "fp32" else {}
         self.pipe = openvino_genai.LLMPipeline(
             str(folder), "CPU", ATTENTION_BACKEND="SDPA", INFERENCE_NUM_THREADS=threads, **precision

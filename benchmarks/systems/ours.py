@@ -1,4 +1,4 @@
-"""optimum-lfm2, as its users call it: `ORTModelForCausalLM.generate`."""
+"""optimum-lfm2 as its users call it, through `ORTModelForCausalLM.generate`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from benchmarks.systems import base
 
 
 def prepare(checkpoint: Path, folder: Path, variant: str) -> None:
-    """`variant` is fp32 or one of the export's; with -kv8 after it, the cache is quantised too."""
+    """Export the checkpoint. `variant` is fp32 or a variant of the export; the suffix -kv8 quantises the cache too."""
     import optimum_lfm2  # noqa: F401  before anything of optimum: transformers 5 needs it so
 
     # isort: split

@@ -1,4 +1,4 @@
-"""Folders made by onnxruntime-genai's builder, which have no `config.json`, load and generate as transformers does."""
+"""Folders of onnxruntime-genai's builder, which have no `config.json`, load and give the tokens of transformers."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_the_builders_fp32_gives_the_tokens_of_transformers(others, prompt_ids, 
     folder = others / "genai_fp32"
     assert not (folder / "config.json").exists()
     model = ORTModelForCausalLM.from_pretrained(folder)
-    assert model.config.conv_L_cache == 3  # the graph keeps two columns
+    assert model.config.conv_L_cache == 3  # the graph's conv state has one column less
     golds = [up_to_end(gold_continuation(ids, NEW)) for ids in prompt_ids]
     for ids, gold in zip(prompt_ids, golds, strict=True):
         assert model.generate(torch.tensor([ids]), **GREEDY)[0, len(ids) :].tolist() == gold
@@ -127,5 +127,5 @@ def test_the_builders_int4_gives_the_tokens_of_onnxruntime_genai(others, prompt_
     batch = padded(prompt_ids)
     for row, gold in zip(model.generate(**batch, **GREEDY)[:, batch["input_ids"].shape[1] :], golds, strict=True):
         tokens = up_to_end(row.tolist())
-        assert tokens[: len(gold)] == gold  # onnxruntime-genai leaves out the end
+        assert tokens[: len(gold)] == gold  # onnxruntime-genai leaves out the end of turn
         assert tokens[len(gold) :] in ([], [END])

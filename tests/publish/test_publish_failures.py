@@ -1,4 +1,4 @@
-"""What `optimum-cli export lfm2` refuses and what fails: one line, and nothing left behind."""
+"""Refusals and failures of `optimum-cli export lfm2`: each is one line, and nothing is left behind."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 
 def overflowing(folder: Path) -> Path:
-    """The same function in fp32, with a weight that fp16 cannot hold."""
+    """Make a checkpoint that computes the same in fp32, with a weight that fp16 cannot hold."""
     source = shutil.copytree(TRAINED, folder / "overflowing")
     tensors = load_file(source / "model.safetensors")
     name = "model.layers.3"

@@ -1,4 +1,4 @@
-"""`optimum-cli lfm2 evaluate`: the numbers, the exit codes, bad input."""
+"""`optimum-cli lfm2 evaluate`: its figures, exit codes and refusals."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def test_other_bad_models(exported, tmp_path):
 
 
 def test_a_graph_with_a_symbol_for_the_width_of_heads(exported, tmp_path):
-    """As onnxruntime-genai's builder writes it, without config.json."""
+    """onnxruntime-genai's builder writes such a graph, without a config.json."""
     folder = shutil.copytree(exported("trained"), tmp_path / "model")
     model = ir.load(folder / "model.onnx")
     for value in (*model.graph.inputs, *model.graph.outputs):
@@ -154,7 +154,7 @@ def test_through_optimum_cli(exported):
     done = subprocess.run([*command, *arguments(exported("trained"))], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "same top token" in done.stdout
-    assert "transformers" not in done.stderr  # nor what it warns of
+    assert "transformers" not in done.stderr  # nor any warning of transformers
     done = subprocess.run([*command, *arguments(Path("nowhere"))], capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith("optimum-cli: error: nowhere does not exist")

@@ -1,4 +1,4 @@
-"""`optimum-cli lfm2 quantize-cache`: what the graph computes, that rows stay alone, that failures leave the folder."""
+"""`optimum-cli lfm2 quantize-cache`: the graph's results, independent rows, failures that leave the folder as it was."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ EXPORTS = {
 
 @pytest.fixture(scope="module")
 def folder(exported, tmp_path_factory) -> Path:
-    """A copy of an export, with its cache quantised."""
+    """A copy of an export, to which the file with the 8-bit KV cache was added."""
     folder = shutil.copytree(exported("trained"), tmp_path_factory.mktemp("kv8") / "export")
     quantize_cache.quantize_cache(folder, TEXT, **SHORT)
     return folder
@@ -58,7 +58,7 @@ def gold():
 
 @pytest.fixture(scope="module")
 def rows() -> list[torch.Tensor]:
-    """Beginnings of the text, of unequal length."""
+    """Pieces of the text, of unequal length."""
     tokenizer = AutoTokenizer.from_pretrained(DEMO / "checkpoint")
     ids = torch.tensor(tokenizer(TEXT.read_text(encoding="utf-8")[:4000], add_special_tokens=False).input_ids)
     return [ids[:60], ids[300:309], ids[500:533]]
@@ -81,7 +81,7 @@ def scales(folder: Path) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def test_it_computes_attention_over_rounded_keys_and_values(folder, model, gold, rows, monkeypatch):
-    """Transformers with its keys and values rounded as the file's scales say, each channel its own."""
+    """The gold is transformers with keys and values rounded by the file's scales, one scale per channel."""
     ids = rows[0][None]
     plain = gold(input_ids=ids, use_cache=True)
     cache, table = type(plain[compat.CACHE]), scales(folder)
@@ -121,7 +121,7 @@ def test_a_row_gets_what_it_gets_alone(io_binding, model, rows, monkeypatch):
     monkeypatch.setattr("optimum_lfm2.runtime.rows.PREFILL_CHUNK", 11)
     assert model.generate(**pad(rows, "left"), **GREEDY)[:, 60:].tolist() == alone
 
-    batch = pad(rows, "right")  # and on from its cache
+    batch = pad(rows, "right")  # then decode from its cache
     out = model(**batch)
     tokens = out.logits[torch.arange(3), batch["attention_mask"].sum(1) - 1].argmax(-1)
     taken, mask = [tokens], batch["attention_mask"]
@@ -151,7 +151,7 @@ def test_every_kind_of_export(name, tmp_path, rows):
     assert 0 < quality.kl_divergence < 1e-3
     assert quality.top1_agreement > 0.99
     model = ORTModelForCausalLM.from_pretrained(tmp_path, file_name="model_kv8.onnx")
-    out = model.generate(rows[0][None], **GREEDY)  # token by token, as at once:
+    out = model.generate(rows[0][None], **GREEDY)  # decoding token by token must agree with one call
     assert model(input_ids=out[:, :-1]).logits[:, -NEW:].argmax(-1).tolist() == out[:, -NEW:].tolist()
     assert len(out[0, -NEW:].unique()) > NEW // 3
 
@@ -159,7 +159,7 @@ def test_every_kind_of_export(name, tmp_path, rows):
 def test_experts(experts_folder, tmp_path):
     shutil.copytree(experts_folder, tmp_path / "experts")
     text = tmp_path / "text"
-    text.write_text("qjxzvkqzxj" * 20)  # letters that make no longer token: the model knows 256
+    text.write_text("qjxzvkqzxj" * 20)  # these letters never merge into a longer token, and the model has only 256 ids
     source = tmp_path / "experts" / "onnx" / "model_q4.onnx"
     _, _, quality = quantize_cache.quantize_cache(source, text, chunks=6, length=32)
     assert 0 < quality.kl_divergence < 1e-2
@@ -199,7 +199,7 @@ def test_a_failure_leaves_the_folder(folder, tmp_path, monkeypatch):
 
 
 def test_weights_that_are_links_are_refused(folder, tmp_path):
-    """As in the Hub's cache: onnxruntime follows a model that is a link, and then no link from a new file beside it."""
+    """The Hub's cache consists of links. `tests/test_claims.py` shows which of them onnxruntime follows."""
     snapshot = tmp_path / "snapshot"
     snapshot.mkdir()
     for path in folder.iterdir():
