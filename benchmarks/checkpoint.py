@@ -116,7 +116,7 @@ def _random(name: str, shape: tuple[int, ...], generator: torch.Generator) -> to
 
 
 def add_tokenizer(path: Path) -> Path:
-    """Copy the demo's tokenizer there. onnxruntime-genai does not load a folder without a tokenizer.
+    """Copy the demo's tokenizer there. onnxruntime-genai 0.18 does not load a folder without a tokenizer.
 
     The demo's tokenizer knows only the first ids of the vocabulary.
     """

@@ -60,7 +60,7 @@ def test_sigmoid_is_wrong_for_small_scores(tmp_path):
     x = np.linspace(-30, 0, 1001, dtype=np.float32)
     exact = 1 / (1 + np.exp(-x.astype(np.float64)))
     (own,) = load(save(fused, [scores], [output_of(fused, "y")], tmp_path / "fused.onnx")).run(None, {"x": x})
-    assert relative_error(own, exact) > 0.9, "it gives 0 for a score of 1e-8"
+    assert relative_error(own[x < -15], exact[x < -15]) > 0.9, "it gives 0 for a score of 1e-8"
 
     scores = value("x", ["n"])
     spelt = [ir.node("Neg", [scores])]

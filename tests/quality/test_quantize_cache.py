@@ -1,4 +1,4 @@
-"""`optimum-cli lfm2 quantize-cache`: the graph's results, independent rows, failures that leave the folder as it was."""
+"""`optimum-cli lfm2 quantize-cache`: the graph's results, independent rows, failures that leave the folder alone."""
 
 from __future__ import annotations
 
