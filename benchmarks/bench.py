@@ -43,6 +43,7 @@ class Bench:
         self.errors: dict[str, str] = {}
 
     def python(self, name: str) -> str:
+        """Return the Python interpreter that runs a system."""
         return self.pythons.get(SYSTEMS[name].package, sys.executable)
 
     def version(self, name: str) -> str | None:
@@ -50,6 +51,7 @@ class Bench:
         return _version(SYSTEMS[name].package, self.python(name))
 
     def folder(self, name: str) -> Path:
+        """Return the folder of a system's files."""
         files = SYSTEMS[name].files
         return self.checkpoint if files is None else self.work / files
 
@@ -130,4 +132,5 @@ def _sources(module: str) -> str:
 
 
 def say(line: str) -> None:
+    """Print a line of progress."""
     print(time.strftime("%H:%M:%S"), line, file=sys.stderr, flush=True)

@@ -43,6 +43,7 @@ def bandwidth() -> float:
 
 
 def export(bench: Bench, name: str) -> Path:
+    """Export the checkpoint in one precision and return the folder."""
     from optimum.exporters.onnx import main_export
 
     folder = bench.work / f"cuda-{name}"
@@ -52,6 +53,7 @@ def export(bench: Bench, name: str) -> Path:
 
 
 def load(folder: Path, provider: str):
+    """Load an export on an execution provider of onnxruntime."""
     from optimum.onnxruntime import ORTModelForCausalLM
 
     return ORTModelForCausalLM.from_pretrained(folder, provider=provider)

@@ -26,6 +26,7 @@ LAYERS = ((4, 128, 4), (4, 64, 4), (4, 32, 4), (4, 128, 0), (8, 128, 4), (8, 32,
 
 
 def experts(bits: int, block: int, level: int, generator: np.random.Generator) -> ir.Model:
+    """Make a model of one `QMoE` with random weights."""
     hidden, routing = _input("hidden", HIDDEN), _input("routing", EXPERTS)
     matrices: list[ir.Value | None] = []
     for name, rows, columns in (("gate_up", 2 * WIDTH, HIDDEN), ("down", HIDDEN, WIDTH)):
@@ -45,6 +46,7 @@ def experts(bits: int, block: int, level: int, generator: np.random.Generator) -
 
 
 def dense(bits: int, block: int, generator: np.random.Generator) -> ir.Model:
+    """Make a model of a feed-forward as wide as the experts of one token, with random weights."""
     hidden, width = _input("hidden", HIDDEN), TOP * WIDTH
 
     def linear(x: ir.Value, name: str, rows: int, columns: int) -> ir.Node:

@@ -35,11 +35,13 @@ Method = Callable[[torch.Tensor, int, int], torch.Tensor]
 
 
 def ours(values: torch.Tensor, bits: int, size: int) -> torch.Tensor:
+    """Quantise as this package does."""
     blocks = Blocks(bits, size)
     return dequantize_tensor(*quantize_tensor(values, blocks), size, blocks)
 
 
 def nearest(values: torch.Tensor, bits: int, size: int) -> torch.Tensor:
+    """Round to the nearest code, without zero points."""
     half = 1 << (bits - 1)
     low, high = values.amin(1, keepdim=True), values.amax(1, keepdim=True)
     scales = torch.where(-low > high, low, high) / -half
@@ -47,6 +49,7 @@ def nearest(values: torch.Tensor, bits: int, size: int) -> torch.Tensor:
 
 
 def nearest_with_zero_points(values: torch.Tensor, bits: int, size: int) -> torch.Tensor:
+    """Round to the nearest code, with integer zero points."""
     top = (1 << bits) - 1
     low, high = values.amin(1, keepdim=True).clamp(max=0), values.amax(1, keepdim=True).clamp(min=0)
     scales = torch.where(high == low, 1, (high - low) / top)
@@ -55,6 +58,7 @@ def nearest_with_zero_points(values: torch.Tensor, bits: int, size: int) -> torc
 
 
 def k_quant(values: torch.Tensor, bits: int, size: int) -> torch.Tensor:
+    """Quantise with onnxruntime's k-quant."""
     from onnxruntime.quantization.neural_compressor.weight_only import quant_tensor_k_quant_cpu
 
     codes, scales, zero = quant_tensor_k_quant_cpu(values.numpy(), bits, size)
@@ -62,6 +66,7 @@ def k_quant(values: torch.Tensor, bits: int, size: int) -> torch.Tensor:
 
 
 def hqq(values: torch.Tensor, bits: int, size: int) -> torch.Tensor:
+    """Quantise with onnxruntime's HQQ, whose zero points are float."""
     from onnxruntime.quantization.matmul_nbits_quantizer import HQQWeightOnlyQuantConfig, HQQWeightOnlyQuantizer
 
     quantizer = HQQWeightOnlyQuantizer(HQQWeightOnlyQuantConfig(block_size=size, bits=bits))
@@ -79,6 +84,7 @@ METHODS: dict[str, Method] = {
 
 
 def quality() -> None:
+    """Print the table of `quality`."""
     print("| codes | bits | block | table | perplexity | mean KL divergence | same top token |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
     for label, method, scheme in _candidates():
@@ -133,6 +139,7 @@ def _by_blocks(weight: torch.Tensor, blocks: Blocks, method: Method) -> torch.Te
 
 
 def speed(work: Path, rounds: int, threads: int) -> None:
+    """Print the table of `speed`."""
     checkpoint = random_checkpoint(work)
     systems, sizes, timings = {}, {}, {}
     for scheme in _schemes():
@@ -154,6 +161,7 @@ def speed(work: Path, rounds: int, threads: int) -> None:
 
 
 def cache(chunks: int = 64) -> None:
+    """Print the table of `cache`."""
     from optimum.exporters.onnx import main_export
 
     print("| weights | headroom | mean KL divergence | same top token |\n| --- | --- | --- | --- |")

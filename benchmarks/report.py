@@ -33,6 +33,7 @@ median = statistics.median
 
 
 def samples(system: dict[str, Any], key: str) -> list[float]:
+    """Return the values of one measure over all repeats of all rounds."""
     values = [result[key] for result in system["rounds"]]
     return [value for repeats in values for value in repeats] if key in ("prefill", "decode") else values
 

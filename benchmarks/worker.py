@@ -38,10 +38,12 @@ def resident(key: str) -> int:
 
 
 def forget_peak() -> None:
+    """Reset `VmHWM` to the memory now."""
     Path("/proc/self/clear_refs").write_text("5")
 
 
 def chat(job: dict[str, Any]) -> dict[str, Any]:
+    """Measure loading, prefill, decode and memory of one system."""
     ids = prompt_ids(job["prompt"], job["vocabulary"])
     started = time.perf_counter()
     for module in SYSTEMS[job["system"]].imports:
@@ -63,6 +65,7 @@ def chat(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def context(job: dict[str, Any]) -> dict[str, Any]:
+    """Measure the decode speed after prompts of several lengths."""
     system = _load(job, max(job["lengths"]) + job["new"])
     system.run(prompt_ids(16, job["vocabulary"]), 4)
     decode = {}
@@ -73,6 +76,7 @@ def context(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def memory(job: dict[str, Any]) -> dict[str, Any]:
+    """Measure the memory that a long prompt adds."""
     if "chunk" in job:
         rows = importlib.import_module("optimum_lfm2.runtime.rows")
         rows.PREFILL_CHUNK = job["chunk"]
@@ -85,6 +89,7 @@ def memory(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def prepare(job: dict[str, Any]) -> dict[str, Any]:
+    """Make the files of one system."""
     SYSTEMS[job["system"]].prepare(Path(job["checkpoint"]), Path(job["folder"]))
     return {}
 

@@ -238,6 +238,7 @@ SINGLE: list[tuple[Callable[[random.Random], Turn], int]] = [
 
 
 def single(rng: random.Random) -> Turn:
+    """Make one question and its answer."""
     makers, weights = zip(*SINGLE, strict=True)
     return rng.choices(makers, weights)[0](rng)
 

@@ -91,4 +91,5 @@ class Storyteller:
 
 
 def story(rng: random.Random, hero: str | None = None) -> str:
+    """Write one story."""
     return Storyteller(rng, hero).expand("story")

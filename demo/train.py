@@ -65,6 +65,7 @@ def batches(tokenizer: PreTrainedTokenizerFast, seed: int, heldout: set[str]) ->
 
 
 def build_model(vocab_size: int) -> Lfm2ForCausalLM:
+    """Make the untrained model."""
     config = Lfm2Config(
         vocab_size=vocab_size,
         hidden_size=128,
@@ -90,6 +91,7 @@ def build_model(vocab_size: int) -> Lfm2ForCausalLM:
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
+    """Return the learning rate of a step: a linear warm-up, then a cosine."""
     warmup = min(100, steps // 10 + 1)
     if step < warmup:
         return peak * (step + 1) / warmup
@@ -98,6 +100,7 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
 
 
 def train(model: Lfm2ForCausalLM, data: Iterator[torch.Tensor], steps: int, peak: float) -> None:
+    """Train the model on batches."""
     matrices = [p for p in model.parameters() if p.dim() == 2]
     others = [p for p in model.parameters() if p.dim() != 2]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
@@ -126,6 +129,7 @@ def heldout_loss(model: Lfm2ForCausalLM, tokens: torch.Tensor) -> float:
 
 
 def save(model: Lfm2ForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Save the model in bfloat16 and the tokenizer."""
     model.generation_config = GenerationConfig(bos_token_id=1, eos_token_id=7, pad_token_id=0)
     model.to(torch.bfloat16).save_pretrained(folder)
     (folder / "model.safetensors").chmod(0o644)
@@ -140,6 +144,7 @@ def save(model: Lfm2ForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Pat
 
 
 def generate(model: Lfm2ForCausalLM, ids: torch.Tensor, count: int) -> list[int]:
+    """Return the greedy tokens after a prompt."""
     output = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False)
     return output[0, ids.shape[1] :].tolist()
 
@@ -151,6 +156,7 @@ def longest_loop(tokens: list[int], width: int = 8) -> int:
 
 
 def check_stories(model: Lfm2ForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Assert that stories do not loop and that they differ."""
     seen = set()
     for prompt in STORY_PROMPTS:
         tokens = generate(model, tokenizer(prompt, return_tensors="pt").input_ids, 64)
@@ -162,6 +168,7 @@ def check_stories(model: Lfm2ForCausalLM, tokenizer: PreTrainedTokenizerFast) ->
 
 
 def check_chats(model: Lfm2ForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Assert that answers end."""
     for prompt in CHAT_PROMPTS:
         messages = [{"role": "user", "content": prompt}]
         ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt")

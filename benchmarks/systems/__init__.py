@@ -41,6 +41,7 @@ class Entry:
     options: tuple[tuple[str, str], ...] = ()
 
     def prepare(self, checkpoint: Path, folder: Path) -> None:
+        """Make the system's files from a checkpoint."""
         importlib.import_module(f"benchmarks.systems.{self.module}").prepare(checkpoint, folder, **dict(self.options))
 
     def load(self, folder: Path, threads: int, length: int) -> System:

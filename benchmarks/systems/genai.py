@@ -11,6 +11,7 @@ from benchmarks.systems import base
 
 
 def prepare(checkpoint: Path, folder: Path, precision: str) -> None:
+    """Build the model with onnxruntime-genai's builder."""
     command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", str(checkpoint), "-o", str(folder)]
     command += ["-p", precision, "-e", "cpu", "-c", str(folder / "cache")]
     subprocess.run([*command, "--extra_options", "prune_lm_head=true", "hf_token=false"], check=True)

@@ -15,6 +15,7 @@ BATCH = 512
 
 
 def prepare(checkpoint: Path, folder: Path, kind: str) -> None:
+    """Write the GGUF file and quantise it."""
     import llama_cpp
 
     source = folder / "model.F32.gguf"

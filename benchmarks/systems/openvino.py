@@ -12,6 +12,7 @@ from benchmarks.systems import base
 
 
 def prepare(checkpoint: Path, folder: Path, weights: str) -> None:
+    """Convert the model with optimum-intel."""
     command = [str(Path(sys.executable).parent / "optimum-cli"), "export", "openvino", "--model", str(checkpoint)]
     command += ["--task", "text-generation-with-past", "--weight-format", weights, str(folder)]
     subprocess.run(command, check=True, cwd=folder)

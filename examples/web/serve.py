@@ -78,6 +78,7 @@ class Handler(SimpleHTTPRequestHandler):
     server: Server
 
     def translate_path(self, path: str) -> str:
+        """Map a URL to a file of the page, the library, onnxruntime or the model."""
         head, _, name = urlsplit(path).path.lstrip("/").partition("/")
         roots = {"library": (LIBRARY, name), "onnxruntime": (RUNTIME, name), "model": self.server.model.root(name)}
         root, name = roots.get(head, (PAGE, urlsplit(path).path))
@@ -85,6 +86,7 @@ class Handler(SimpleHTTPRequestHandler):
         return super().translate_path(f"/{name}")  # the base class drops `..` and the like
 
     def send_head(self) -> BytesIO | BinaryIO | None:
+        """Serve the two rewritten configuration files from memory, and all other files from disk."""
         prefix, _, name = urlsplit(self.path).path.partition("/model/")
         content = None if prefix else self.server.model.rewritten.get(name)
         if content is None:
@@ -97,6 +99,7 @@ class Handler(SimpleHTTPRequestHandler):
         return BytesIO(body)
 
     def end_headers(self) -> None:
+        """Add the headers that isolate the page."""
         for name, value in ISOLATION.items():
             self.send_header(name, value)
         self.send_header("Cache-Control", "no-cache")
