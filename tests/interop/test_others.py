@@ -65,7 +65,7 @@ def test_a_genai_config_that_says_something_else_is_refused(content, says, expor
     with pytest.raises(Lfm2Error) as error:
         ORTModelForCausalLM.from_pretrained(folder)
     assert says in str(error.value)
-    assert "config.json of the checkpoint" in str(error.value)
+    assert "Copy the checkpoint's config.json" in str(error.value)
     assert "\n" not in str(error.value)
 
 
