@@ -1,4 +1,4 @@
-"""The shapes of LFM2-350M and LFM2-8B-A1B with seeded random weights: speed does not depend on values."""
+"""Checkpoints of LFM2-350M's and LFM2-8B-A1B's shape with seeded random weights. Speed does not depend on values."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ LAYERS = 24  # of LFM2-8B-A1B
 
 
 def random_checkpoint(work: Path, shape: str = SHAPES[0], layers: int | None = None) -> Path:
-    """A checkpoint of one of `SHAPES` with a tokenizer, in a folder under `work`, made if need be."""
+    """Return the folder of a checkpoint of one of `SHAPES`, with a tokenizer. It is made under `work` if missing."""
     experts = shape == "lfm2-8b-a1b"
     path = work / (f"{shape}-{layers or LAYERS}" if experts else shape)
-    if not (path / "tokenizer.json").exists():  # the last of its files
+    if not (path / "tokenizer.json").exists():  # this file is written last
         print(f"making {path}", file=sys.stderr, flush=True)
         work.mkdir(parents=True, exist_ok=True)
         add_tokenizer(make_8b_a1b(path, layers or LAYERS) if experts else make_350m(path))
@@ -56,16 +56,16 @@ def make_350m(path: Path) -> Path:
 
 def make_8b_a1b(path: Path, layers: int = LAYERS) -> Path:
     """Save a checkpoint of LFM2-8B-A1B's shape, or of its first layers, under `path`: 0.7 GB a layer."""
-    from transformers import Lfm2MoeConfig  # of transformers 5
+    from transformers import Lfm2MoeConfig  # transformers 4 does not have it
 
     kinds = [ATTENTION if i in (2, 6, 10, 14, 18, 21) else CONV for i in range(layers)]
     return write_moe(path, Lfm2MoeConfig(num_hidden_layers=layers, layer_types=kinds, eos_token_id=7))
 
 
 def write_moe(path: Path, config: PretrainedConfig) -> Path:
-    """Save random weights for a config with experts in bfloat16: a file a layer, each made and written before the next.
+    """Save random bfloat16 weights for a configuration with experts. Each layer is a file, made and written in turn.
 
-    The experts lie one by one, as on the Hub.
+    Each expert has tensors of its own, as on the Hub.
     """
     config.architectures = ["Lfm2MoeForCausalLM"]
     config.save_pretrained(path)
@@ -116,7 +116,10 @@ def _random(name: str, shape: tuple[int, ...], generator: torch.Generator) -> to
 
 
 def add_tokenizer(path: Path) -> Path:
-    """The demo's tokenizer, which knows the first ids only: onnxruntime-genai does not load a folder without one."""
+    """Copy the demo's tokenizer there. onnxruntime-genai 0.18 does not load a folder without a tokenizer.
+
+    The demo's tokenizer knows only the first ids of the vocabulary.
+    """
     for file in TOKENIZER.glob("*token*"):
         shutil.copy(file, path)
     return path

@@ -1,7 +1,7 @@
-"""How many tokens of a prompt to read at once: `python -m benchmarks.chunks`.
+"""Measure how long the chunks of a prompt should be: `python -m benchmarks.chunks`.
 
-For each size of chunk, the speed at which q4 of LFM2-350M's shape reads a prompt through `generate()`, and the memory
-that this adds to the process. Each figure is of a process of its own; the sizes take turns.
+The model is LFM2-350M's shape in q4. For each size of chunk, the table has the prefill speed of `generate()` and the
+memory that the prompt adds to the process. Each figure is measured in a process of its own, and the sizes take turns.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ def main(argv: list[str] | None = None) -> None:
     add = parser.add_argument
     add("--work", type=Path, default=Path(".benchmarks"), help="folder for the models, kept between runs")
     add("--checkpoint", type=Path, help="an LFM2 checkpoint instead of the random one")
-    add("--sizes", type=int, nargs="+", default=[128, 256, 512, 1024, 2048], help="of a chunk, in tokens")
-    add("--prompts", type=int, nargs="+", default=[2048, 8192], help="lengths, in tokens")
+    add("--sizes", type=int, nargs="+", default=[128, 256, 512, 1024, 2048], help="tokens of a chunk")
+    add("--prompts", type=int, nargs="+", default=[2048, 8192], help="tokens of the prompts")
     add("--rounds", type=int, default=3, help="fresh processes for each size and prompt")
     add("--threads", type=int, default=2)
     args = parser.parse_args(argv)

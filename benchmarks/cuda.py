@@ -1,6 +1,8 @@
-"""fp16 and q4f16 on a GPU: tokens against the CPU's, decode speed against the memory's: `python -m benchmarks.cuda`.
+"""Check and measure fp16 and q4f16 on a GPU: `python -m benchmarks.cuda`.
 
-Needs onnxruntime-gpu and a CUDA build of torch. Exits 1 where there is no GPU, or where the logits do not agree.
+The logits are compared with those of the CPU, the decode speed with the bound that the memory's bandwidth sets.
+
+It needs onnxruntime-gpu and a CUDA build of torch. The exit code is 1 without a GPU, and where the logits disagree.
 """
 
 from __future__ import annotations
@@ -20,12 +22,13 @@ from benchmarks.worker import prompt_ids
 
 
 GRAPHS = {"fp16": {"dtype": "fp16"}, "q4f16": {"dtype": "fp16", "_variant": "q4"}}
-TOLERANCE = 0.05  # of the largest logit: half precision, and in q4f16 a CPU that rounds activations to 8 bits
+# Relative to the largest logit. A GPU computes in half precision, and in q4f16 a CPU rounds activations to 8 bits.
+TOLERANCE = 0.05
 COPY_BYTES = 2**30
 
 
 def bandwidth() -> float:
-    """Bytes a second that this GPU's memory gives to a copy, reads and writes counted."""
+    """Measure this GPU's memory bandwidth by a copy, in bytes per second. Reads and writes are counted."""
     source = torch.empty(COPY_BYTES, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
     best = 0.0
@@ -40,6 +43,7 @@ def bandwidth() -> float:
 
 
 def export(bench: Bench, name: str) -> Path:
+    """Export the checkpoint in one precision and return the folder."""
     from optimum.exporters.onnx import main_export
 
     folder = bench.work / f"cuda-{name}"
@@ -49,13 +53,17 @@ def export(bench: Bench, name: str) -> Path:
 
 
 def load(folder: Path, provider: str):
+    """Load an export on an execution provider of onnxruntime."""
     from optimum.onnxruntime import ORTModelForCausalLM
 
     return ORTModelForCausalLM.from_pretrained(folder, provider=provider)
 
 
 def compare(folder: Path, ids: list[int]) -> float:
-    """The largest difference of the GPU's logits from the CPU's, of prompt and step, relative to the largest logit."""
+    """Return the largest difference of the GPU's logits from the CPU's, relative to the largest logit.
+
+    A prompt and one decoding step are compared.
+    """
     inputs = torch.tensor([ids])
     logits = []
     for provider, device in (("CPUExecutionProvider", "cpu"), ("CUDAExecutionProvider", "cuda")):
@@ -97,7 +105,7 @@ def main() -> None:
         runs = [run_generate(model, ids, args.new) for _ in range(args.repeats)]
         prefill = sorted(len(ids) / run.prefill for run in runs)[len(runs) // 2]
         decode = sorted(args.new / run.decode for run in runs)[len(runs) // 2]
-        bound = peak / sum(path.stat().st_size for path in folder.glob("*.onnx*"))  # each token reads every weight once
+        bound = peak / sum(path.stat().st_size for path in folder.glob("*.onnx*"))  # a token reads every weight once
         cells = f"{difference:.1e} | {prefill:.0f} | {decode:.1f} | {bound:.0f} | {decode / bound:.0%}"
         print(f"| {name} | {cells} |", flush=True)
     if worst > TOLERANCE:

@@ -1,6 +1,9 @@
-"""What decided how experts run: one layer of LFM2-8B-A1B's as QMoE, beside dense layers of the size that a token uses.
+"""Measure one layer of LFM2-8B-A1B's experts as QMoE, which decided how experts are quantised.
 
-`python -m benchmarks.experts` prints milliseconds for 1 token and for 512. Values are random; their speed is not.
+It is compared with a dense layer as wide as the experts that one token uses.
+
+`python -m benchmarks.experts` prints the milliseconds for 1 token and for 512 tokens. The weights are random, since the
+speed does not depend on their values.
 """
 
 from __future__ import annotations
@@ -16,13 +19,14 @@ import onnxruntime
 
 EXPERTS, TOP, HIDDEN, WIDTH = 32, 4, 2048, 1792
 TOKENS = (1, 512)
-INPUTS = 16  # of one token each, taken in turn: they choose other experts
+INPUTS = 16  # inputs of one token each, which choose different experts; they are run in turn
 
 # bits, block size, accuracy level
 LAYERS = ((4, 128, 4), (4, 64, 4), (4, 32, 4), (4, 128, 0), (8, 128, 4), (8, 32, 4))
 
 
 def experts(bits: int, block: int, level: int, generator: np.random.Generator) -> ir.Model:
+    """Make a model of one `QMoE` with random weights."""
     hidden, routing = _input("hidden", HIDDEN), _input("routing", EXPERTS)
     matrices: list[ir.Value | None] = []
     for name, rows, columns in (("gate_up", 2 * WIDTH, HIDDEN), ("down", HIDDEN, WIDTH)):
@@ -42,6 +46,7 @@ def experts(bits: int, block: int, level: int, generator: np.random.Generator) -
 
 
 def dense(bits: int, block: int, generator: np.random.Generator) -> ir.Model:
+    """Make a model of a feed-forward as wide as the experts of one token, with random weights."""
     hidden, width = _input("hidden", HIDDEN), TOP * WIDTH
 
     def linear(x: ir.Value, name: str, rows: int, columns: int) -> ir.Node:
@@ -78,7 +83,7 @@ def _model(nodes: list[ir.Node], inputs: list[ir.Value]) -> ir.Model:
 
 
 def measure(model: ir.Model, threads: int, rounds: int, generator: np.random.Generator) -> list[float]:
-    """Median milliseconds for each of `TOKENS`."""
+    """Return the median milliseconds for each count of `TOKENS`."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = threads, 3
     session = onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString(), options)

@@ -1,7 +1,7 @@
-"""What a cache in 8 bits changes in decoding: `python -m benchmarks.kv_cache_bits`.
+"""Measure how much the 8-bit KV cache changes the decode speed: `python -m benchmarks.kv_cache_bits`.
 
-q4 of LFM2-350M's shape, with keys and values in float and in 8 bits, in one process. After each length of prompt each
-decodes some tokens, in turn, round after round: a slow minute of a shared machine meets all of them alike.
+The model is LFM2-350M's shape in q4, once with a float KV cache and once with the 8-bit one, both in one process. They
+take turns to decode some tokens after each prompt, round after round. So a slow minute of the machine affects both.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ FILES = {"float": "model.onnx", "8 bits": "model_kv8.onnx"}
 def measure(
     folder: Path, lengths: list[int], rounds: int, new: int, threads: int, vocabulary: int
 ) -> dict[tuple[str, int], list[float]]:
-    """By cache and length of the prompt, for each round the median seconds of a step."""
+    """Return the median seconds of a decoding step in each round, by cache and length of the prompt."""
     import optimum_lfm2  # noqa: F401  before anything of optimum: transformers 5 needs it so
 
     # isort: split
@@ -59,7 +59,7 @@ def measure(
                     started = time.perf_counter()
                     models[key[0]](input_ids=prompt[:, column : column + 1], logits_to_keep=1, **{compat.CACHE: past})
                     steps.append(time.perf_counter() - started)
-                if number:  # the first makes the buffers
+                if number:  # round 0 is not counted, since it makes the buffers
                     seconds.setdefault(key, []).append(statistics.median(steps))
     return seconds
 
@@ -69,9 +69,15 @@ def main(argv: list[str] | None = None) -> None:
     add = parser.add_argument
     add("--work", type=Path, default=Path(".benchmarks"), help="folder for the models, kept between runs")
     add("--checkpoint", type=Path, help="an LFM2 checkpoint instead of the random one; it needs the demo's tokenizer")
-    add("--lengths", type=int, nargs="+", default=[128, 4096], help="of the prompts; ratios are of the first")
+    add(
+        "--lengths",
+        type=int,
+        nargs="+",
+        default=[128, 4096],
+        help="tokens of the prompts, the first is the base",
+    )
     add("--rounds", type=int, default=12)
-    add("--new", type=int, default=16, help="tokens of each round")
+    add("--new", type=int, default=16, help="new tokens in each round")
     add("--threads", type=int, default=2)
     args = parser.parse_args(argv)
     if min(*args.lengths, args.rounds, args.new, args.threads) < 1:
@@ -84,7 +90,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def table(seconds: Mapping[tuple[str, int], list[float]], first: int) -> list[str]:
-    """The lines of the table of what `measure` gives; ratios are medians over rounds."""
+    """Format the result of `measure` as the lines of a table. Ratios are medians over rounds."""
     lines = [
         "| cache | after tokens | decode tok/s | by its own after the first length | by the float cache's |",
         "| --- | --- | --- | --- | --- |",

@@ -1,8 +1,8 @@
-"""What decided how weights and caches are quantised: `python -m benchmarks.quantization quality`, `speed` and `cache`.
+"""Measure the choices for quantised weights and KV caches: `python -m benchmarks.quantization quality|speed|cache`.
 
-`quality` rounds the trained checkpoint's weights in several ways and compares each with the checkpoint; activations
-stay in float. `speed` exports the shape of LFM2-350M with several block sizes and runs the graphs in turn. `cache`
-gives the scales of a cache in 8 bits more and less headroom, and compares each with the export that it is made of.
+`quality` quantises the trained checkpoint's weights in several ways and compares each result with the checkpoint. The
+activations stay in float. `speed` exports the shape of LFM2-350M with several block sizes and runs the graphs in turn.
+`cache` quantises the KV cache with more and less headroom, and compares each file with the export it was made of.
 """
 
 from __future__ import annotations
@@ -30,17 +30,18 @@ DEMO = Path(__file__).parent.parent / "demo"
 SIZES = (32, 64, 128)
 HEADROOMS = (0.8, 1.0, 1.25, 1.5)
 
-Method = Callable[
-    [torch.Tensor, int, int], torch.Tensor
-]  # blocks (rows, block_size), bits, block size → what is stored
+# Takes blocks (rows, block_size), bits and block size. Returns the blocks after quantisation and dequantisation.
+Method = Callable[[torch.Tensor, int, int], torch.Tensor]
 
 
 def ours(values: torch.Tensor, bits: int, size: int) -> torch.Tensor:
+    """Quantise as this package does."""
     blocks = Blocks(bits, size)
     return dequantize_tensor(*quantize_tensor(values, blocks), size, blocks)
 
 
 def nearest(values: torch.Tensor, bits: int, size: int) -> torch.Tensor:
+    """Round to the nearest code, without zero points."""
     half = 1 << (bits - 1)
     low, high = values.amin(1, keepdim=True), values.amax(1, keepdim=True)
     scales = torch.where(-low > high, low, high) / -half
@@ -48,6 +49,7 @@ def nearest(values: torch.Tensor, bits: int, size: int) -> torch.Tensor:
 
 
 def nearest_with_zero_points(values: torch.Tensor, bits: int, size: int) -> torch.Tensor:
+    """Round to the nearest code, with integer zero points."""
     top = (1 << bits) - 1
     low, high = values.amin(1, keepdim=True).clamp(max=0), values.amax(1, keepdim=True).clamp(min=0)
     scales = torch.where(high == low, 1, (high - low) / top)
@@ -56,6 +58,7 @@ def nearest_with_zero_points(values: torch.Tensor, bits: int, size: int) -> torc
 
 
 def k_quant(values: torch.Tensor, bits: int, size: int) -> torch.Tensor:
+    """Quantise with onnxruntime's k-quant."""
     from onnxruntime.quantization.neural_compressor.weight_only import quant_tensor_k_quant_cpu
 
     codes, scales, zero = quant_tensor_k_quant_cpu(values.numpy(), bits, size)
@@ -63,6 +66,7 @@ def k_quant(values: torch.Tensor, bits: int, size: int) -> torch.Tensor:
 
 
 def hqq(values: torch.Tensor, bits: int, size: int) -> torch.Tensor:
+    """Quantise with onnxruntime's HQQ, whose zero points are float."""
     from onnxruntime.quantization.matmul_nbits_quantizer import HQQWeightOnlyQuantConfig, HQQWeightOnlyQuantizer
 
     quantizer = HQQWeightOnlyQuantizer(HQQWeightOnlyQuantConfig(block_size=size, bits=bits))
@@ -80,6 +84,7 @@ METHODS: dict[str, Method] = {
 
 
 def quality() -> None:
+    """Print the table of `quality`."""
     print("| codes | bits | block | table | perplexity | mean KL divergence | same top token |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
     for label, method, scheme in _candidates():
@@ -101,7 +106,7 @@ def _candidates() -> Iterator[tuple[str, Method, Scheme]]:
 
 
 def _schemes() -> Iterator[Scheme]:
-    """What `--variant` might be: ours are among them."""
+    """Return the schemes that are compared. Those of `--variant` are among them."""
     for bits, table in ((4, 4), (4, 8), (8, 8)):
         for size in SIZES:
             yield Scheme(Blocks(bits, size), Blocks(table, size))
@@ -110,7 +115,7 @@ def _schemes() -> Iterator[Scheme]:
 
 
 def _cells(scheme: Scheme) -> str:
-    """Bits, block and table, as cells of a row."""
+    """Format bits, block size and table as cells of a row."""
     linear, table = scheme.linear, scheme.table
     own = "" if table.block_size == linear.block_size else f", blocks of {table.block_size}"
     return f"{linear.bits} | {linear.block_size} | {table.bits} bits{own}"
@@ -134,6 +139,7 @@ def _by_blocks(weight: torch.Tensor, blocks: Blocks, method: Method) -> torch.Te
 
 
 def speed(work: Path, rounds: int, threads: int) -> None:
+    """Print the table of `speed`."""
     checkpoint = random_checkpoint(work)
     systems, sizes, timings = {}, {}, {}
     for scheme in _schemes():
@@ -155,6 +161,7 @@ def speed(work: Path, rounds: int, threads: int) -> None:
 
 
 def cache(chunks: int = 64) -> None:
+    """Print the table of `cache`."""
     from optimum.exporters.onnx import main_export
 
     print("| weights | headroom | mean KL divergence | same top token |\n| --- | --- | --- | --- |")
@@ -182,8 +189,8 @@ def main() -> None:
     parser.add_argument(
         "--work", type=Path, default=Path(".benchmarks"), help="folder for the models of `speed` (3 GB)"
     )
-    parser.add_argument("--rounds", type=int, default=7, help="of `speed`")
-    parser.add_argument("--threads", type=int, default=2, help="of `speed`")
+    parser.add_argument("--rounds", type=int, default=7, help="rounds of `speed`")
+    parser.add_argument("--threads", type=int, default=2, help="threads of `speed`")
     args = parser.parse_args()
     if args.what == "quality":
         quality()

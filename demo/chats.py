@@ -1,4 +1,4 @@
-"""Seeded generator of short chats: questions about everyday things, small sums, stories on request, small talk."""
+"""A seeded generator of short chats: questions about everyday things, small sums, stories on request, small talk."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ MONTHS = [
 
 
 def pick(rng: random.Random, options: list[str], topic: str) -> str:
-    """One phrasing; which one is most likely depends on the topic."""
+    """Pick one phrasing. The topic decides which phrasing is the most likely."""
     return skewed_choice(rng, options, topic)
 
 
@@ -238,12 +238,13 @@ SINGLE: list[tuple[Callable[[random.Random], Turn], int]] = [
 
 
 def single(rng: random.Random) -> Turn:
+    """Make one question and its answer."""
     makers, weights = zip(*SINGLE, strict=True)
     return rng.choices(makers, weights)[0](rng)
 
 
 def chat(rng: random.Random) -> list[Message]:
-    """One chat of one to four turns, sometimes with a system message and a polite end."""
+    """Make a chat of one to four turns, sometimes with a system message and a polite end."""
     turns = small_talk(rng) if rng.random() < 0.2 else [single(rng) for _ in range(rng.choice([1, 1, 2, 2, 3]))]
     if rng.random() < 0.15:
         turns.append(("Thank you!", "You are welcome!"))
@@ -254,6 +255,6 @@ def chat(rng: random.Random) -> list[Message]:
 
 
 def fact_page(rng: random.Random) -> str:
-    """A paragraph of plain statements, the same facts that the chats ask for."""
+    """Make a paragraph of plain statements. The chats ask for the same facts."""
     makers = [animal_fact, animal_fact, table_fact, table_fact, table_fact, size_question, calendar, small_sum]
     return " ".join(rng.choice(makers)(rng)[1] for _ in range(rng.randint(4, 9)))

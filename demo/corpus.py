@@ -18,21 +18,21 @@ MAKERS: list[Callable[[random.Random], Document]] = [story, chat, fact_page]
 
 
 def documents(seed: int) -> Iterator[Document]:
-    """Endless stream of documents: a string is plain text, a list of messages is a chat."""
+    """Yield documents without end. A string is plain text, a list of messages is a chat."""
     rng = random.Random(seed)
     while True:
         yield rng.choices(MAKERS, [40, 50, 10])[0](rng)
 
 
 def render(document: Document, tokenizer: PreTrainedTokenizerFast) -> str:
-    """The text of a document with its special tokens: plain text ends like a chat turn does."""
+    """Return the text of a document with its special tokens. Plain text ends as a turn of a chat does."""
     if isinstance(document, str):
         return f"{BOS}{document}{EOS}\n"
     return str(tokenizer.apply_chat_template(document, tokenize=False))
 
 
 def plain_texts(seed: int, count: int) -> Iterator[str]:
-    """Text without special tokens, which is what the tokenizer is trained on."""
+    """Yield text without special tokens, on which the tokenizer is trained."""
     for document in islice(documents(seed), count):
         yield document if isinstance(document, str) else "\n".join(message["content"] for message in document)
 

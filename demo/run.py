@@ -1,4 +1,4 @@
-"""Print what an exported model writes: `python demo/run.py FOLDER [PROMPT]`."""
+"""Generate text with an export and print it: `python demo/run.py FOLDER [PROMPT]`."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Seeded generator of short stories from the word lists and templates in ``grammar/``.
+"""A seeded generator of short stories from the word lists and templates in ``grammar/``.
 
-Choices follow a skewed distribution whose order depends on the hero of the story: what happens next is partly
-predictable from what came before, as in ordinary text.
+Choices follow a skewed distribution whose order depends on the hero of the story. So the next event is partly
+predictable from the story so far, as in ordinary text.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Grammar = dict[str, list[str]]
 
 
 def read_grammar(*paths: Path) -> Grammar:
-    """Read ``[rule]`` sections; alternatives stand on lines of their own or are separated by `` | ``."""
+    """Read ``[rule]`` sections. Each alternative has a line of its own, or `` | `` separates several on one line."""
     grammar: Grammar = {}
     rule = ""
     for path in paths:
@@ -48,7 +48,7 @@ def with_article(text: str) -> str:
 
 
 def skewed_choice(rng: random.Random, options: list[str], key: str, skew: float = 1.4) -> str:
-    """Pick one option, the first ones much more often; ``key`` decides the order of the options."""
+    """Pick one option. ``key`` decides the order of the options, and the first ones are picked much more often."""
     order = list(options)
     random.Random(zlib.crc32(key.encode())).shuffle(order)
     weights = [(rank + 1) ** -skew for rank in range(len(order))]
@@ -91,4 +91,5 @@ class Storyteller:
 
 
 def story(rng: random.Random, hero: str | None = None) -> str:
+    """Write one story."""
     return Storyteller(rng, hero).expand("story")

@@ -1,4 +1,4 @@
-"""Byte-level BPE tokenizer with the special tokens and the chat template conventions of LFM2."""
+"""A byte-level BPE tokenizer with the special tokens and the chat template conventions of LFM2."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ CHAT_TEMPLATE = (
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, max_length: int) -> PreTrainedTokenizerFast:
+    """Train the tokenizer on texts and return it."""
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.Sequence(
         [

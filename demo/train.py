@@ -3,7 +3,7 @@
     python demo/train.py                      # the shipped checkpoint, about twelve minutes on two cores
     python demo/train.py --steps 300 --output ../quick
 
-Everything is derived from the seed, so a second run on the same machine and library versions gives the same model.
+Everything follows from the seed. A second run on the same machine with the same library versions gives the same model.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ CHAT_PROMPTS = [
 
 
 def batches(tokenizer: PreTrainedTokenizerFast, seed: int, heldout: set[str]) -> Iterator[torch.Tensor]:
-    """Endless packed batches of fresh text; a document that is also held out is skipped."""
+    """Yield packed batches of fresh text without end. A document that is also held out is skipped."""
     stream: list[int] = []
     need = BATCH * SEQUENCE
     for document in documents(seed):
@@ -65,10 +65,11 @@ def batches(tokenizer: PreTrainedTokenizerFast, seed: int, heldout: set[str]) ->
 
 
 def build_model(vocab_size: int) -> Lfm2ForCausalLM:
+    """Make the untrained model."""
     config = Lfm2Config(
         vocab_size=vocab_size,
         hidden_size=128,
-        intermediate_size=384,  # the MLP is two thirds of it, rounded up to a multiple of 128: 256
+        intermediate_size=384,  # the MLP takes two thirds of it, rounded up to a multiple of 128, which is 256
         block_auto_adjust_ff_dim=True,
         block_ffn_dim_multiplier=1.0,
         block_multiple_of=128,
@@ -90,6 +91,7 @@ def build_model(vocab_size: int) -> Lfm2ForCausalLM:
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
+    """Return the learning rate of a step: a linear warm-up, then a cosine."""
     warmup = min(100, steps // 10 + 1)
     if step < warmup:
         return peak * (step + 1) / warmup
@@ -98,6 +100,7 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
 
 
 def train(model: Lfm2ForCausalLM, data: Iterator[torch.Tensor], steps: int, peak: float) -> None:
+    """Train the model on batches."""
     matrices = [p for p in model.parameters() if p.dim() == 2]
     others = [p for p in model.parameters() if p.dim() != 2]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
@@ -118,7 +121,7 @@ def train(model: Lfm2ForCausalLM, data: Iterator[torch.Tensor], steps: int, peak
 
 @torch.inference_mode()
 def heldout_loss(model: Lfm2ForCausalLM, tokens: torch.Tensor) -> float:
-    """Mean cross-entropy over 512-token chunks of the held-out text."""
+    """Return the mean cross-entropy over 512-token chunks of the held-out text."""
     model.eval()
     chunks = tokens[: len(tokens) // CHUNK * CHUNK].view(-1, CHUNK)
     losses = [model(input_ids=part, labels=part, use_cache=False).loss * len(part) for part in chunks.split(8)]
@@ -126,10 +129,12 @@ def heldout_loss(model: Lfm2ForCausalLM, tokens: torch.Tensor) -> float:
 
 
 def save(model: Lfm2ForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Save the model in bfloat16 and the tokenizer."""
     model.generation_config = GenerationConfig(bos_token_id=1, eos_token_id=7, pad_token_id=0)
     model.to(torch.bfloat16).save_pretrained(folder)
     (folder / "model.safetensors").chmod(0o644)
-    tokenizer.save_pretrained(folder)  # writes chat_template.jinja; the published LFM2 configs also hold the template
+    # This writes chat_template.jinja. The tokenizer configs of published LFM2 checkpoints contain the template as well.
+    tokenizer.save_pretrained(folder)
     path = folder / "tokenizer_config.json"
     settings = json.loads(path.read_text(encoding="utf-8")) | {"chat_template": tokenizer.chat_template}
     path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
@@ -139,17 +144,19 @@ def save(model: Lfm2ForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Pat
 
 
 def generate(model: Lfm2ForCausalLM, ids: torch.Tensor, count: int) -> list[int]:
+    """Return the greedy tokens after a prompt."""
     output = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False)
     return output[0, ids.shape[1] :].tolist()
 
 
 def longest_loop(tokens: list[int], width: int = 8) -> int:
-    """How often the most frequent run of ``width`` tokens occurs."""
+    """Return how often the most frequent run of ``width`` tokens occurs."""
     runs = [tuple(tokens[i : i + width]) for i in range(len(tokens) - width + 1)]
     return max((runs.count(run) for run in runs), default=0)
 
 
 def check_stories(model: Lfm2ForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Assert that stories do not loop and that they differ."""
     seen = set()
     for prompt in STORY_PROMPTS:
         tokens = generate(model, tokenizer(prompt, return_tensors="pt").input_ids, 64)
@@ -161,6 +168,7 @@ def check_stories(model: Lfm2ForCausalLM, tokenizer: PreTrainedTokenizerFast) ->
 
 
 def check_chats(model: Lfm2ForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Assert that answers end."""
     for prompt in CHAT_PROMPTS:
         messages = [{"role": "user", "content": prompt}]
         ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt")

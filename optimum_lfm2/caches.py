@@ -1,8 +1,8 @@
-"""Names, axes and order of the cache tensors of an LFM2 graph: the one place that knows them.
+"""Names, axes and order of the cache tensors of a graph. No other module spells them.
 
-A convolution layer keeps the last `conv_L_cache` columns of `B * x` (the conv state), an attention layer keeps keys
-and values that grow by one column a token. In the graph's inputs and outputs the layers follow each other in layer
-order, so that a loop which knows nothing can zip present to past by position.
+A convolution layer keeps a conv state: the last `conv_L_cache` columns of `B * x`. An attention layer keeps a KV
+cache, which grows by one column a token. The cache inputs follow each other in layer order, and the cache outputs in
+the same order. So a caller can feed each output back to the input at the same position.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ TOTAL = "past_sequence_length + sequence_length"
 
 LOGITS_TO_KEEP = "num_logits_to_keep"
 
-# What the name of a graph ends in whose keys and values are int8, beside the one in float that it was made of.
+# `model_kv8.onnx` is a copy of the graph `model.onnx` with an int8 KV cache. Both files share the same weights.
 QUANTIZED_CACHE = "_kv8"
 
 CONV = "conv"
-GROWS = None  # in place of a size: the axis that grows with the sequence
+GROWS = None  # stands in place of a size, for the axis that grows with the sequence
 
 
 @dataclass(frozen=True)
 class Kept:
-    """A tensor that a layer keeps from call to call.
+    """A tensor that a layer keeps from one call to the next.
 
     Attributes:
         kind: `conv`, `key` or `value`.
-        axes: the sizes of its axes after the batch, `GROWS` for the one that grows with the sequence.
+        axes: the size of each axis after the batch axis. `GROWS` marks the axis that grows with the sequence.
     """
 
     kind: str
@@ -51,10 +51,10 @@ class CacheTensor:
     """A cache tensor of a graph.
 
     Attributes:
-        layer: the layer that keeps it.
+        layer: the index of the layer that keeps it.
         kind: `conv`, `key` or `value`.
         past, present: its names among the graph's inputs and outputs.
-        axes: the sizes of its axes after the batch; None for a size that the graph does not fix.
+        axes: the size of each axis after the batch axis. None marks a size that the graph does not fix.
     """
 
     layer: int
@@ -65,18 +65,18 @@ class CacheTensor:
 
     @property
     def grows(self) -> bool:
-        """Whether axis 2 grows with the sequence, as that of keys and values; conv states have a fixed width."""
+        """Whether axis 2 grows with the sequence. It does for keys and values; a conv state has a fixed width."""
         return self.kind != CONV and self.axes[1] is GROWS
 
     def shape(self, length: int | str) -> tuple[int | str, ...]:
-        """Its shape where the axis that grows has this size or symbol."""
+        """Return the whole shape, batch axis included; `length` is the size or symbol of the axis that grows."""
         return (BATCH, *(length if size is GROWS else size for size in self.axes))
 
 
-# The conventions that people use, by the names of a conv state's input and output. Keys and values are named alike.
+# The naming conventions in use. They differ only in the names of a conv state's input and output.
 CACHE_NAMES = {
-    "hub": ("past_conv.{}", "present_conv.{}"),
-    "genai": ("past.{}.conv", "present.{}.conv"),  # of onnxruntime-genai's builder
+    "hub": ("past_conv.{}", "present_conv.{}"),  # exports on the Hub, and Transformers.js
+    "genai": ("past.{}.conv", "present.{}.conv"),  # the builder of onnxruntime-genai
 }
 _NAMES = (
     re.compile(r"(?P<time>past|present)_(?P<kind>conv)\.(?P<layer>\d+)"),
@@ -86,14 +86,17 @@ _NAMES = (
 
 
 def read_cache_tensors(inputs: Mapping[str, Sequence[Any]], outputs: Iterable[str]) -> list[CacheTensor]:
-    """The cache tensors that a graph declares, in the order of its inputs, whichever convention names them.
+    """Find the cache tensors that a graph declares, under either naming convention.
 
     Args:
-        inputs: the shape of each input by name; a symbol is anything but an int.
-        outputs: the names of the outputs.
+        inputs: the shape of each graph input, by name. An axis that is not an int is symbolic.
+        outputs: the names of the graph outputs.
+
+    Returns:
+        The cache tensors in the order of the inputs.
 
     Raises:
-        Lfm2Error: for a cache input without its output, or the reverse.
+        Lfm2Error: a cache input has no matching output, or a cache output has no matching input.
     """
     past, present = _recognised(inputs, "past"), _recognised(outputs, "present")
     if past and (unmatched := past.keys() ^ present.keys()):
@@ -116,11 +119,14 @@ def _sizes(shape: Sequence[Any]) -> tuple[int | None, ...]:
 
 
 def cache_tensors(layers: Sequence[Sequence[Kept]], names: str = "hub") -> list[CacheTensor]:
-    """The cache tensors of a model, in the order of the graph's inputs (and of its outputs after the first).
+    """List the cache tensors of a model.
 
     Args:
-        layers: what each layer keeps.
-        names: the convention, a key of `CACHE_NAMES`.
+        layers: for each layer, the tensors that it keeps.
+        names: the naming convention, a key of `CACHE_NAMES`.
+
+    Returns:
+        The cache tensors in the order of the graph's inputs. The outputs have the same order, after `logits`.
     """
     past_conv, present_conv = CACHE_NAMES[names]
     tensors = []
@@ -135,21 +141,25 @@ def cache_tensors(layers: Sequence[Sequence[Kept]], names: str = "hub") -> list[
 
 
 def head_dim(config: PretrainedConfig) -> int:
+    """Return the width of an attention head."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def flatten(layers: Iterable[Sequence[Any]]) -> list[Any]:
-    """`[(conv,), (key, value), ...]`, one tuple a layer, as the flat list that `cache_tensors` describes."""
+    """Flatten `[(conv,), (key, value), ...]`, one tuple a layer, to a list in the order of `cache_tensors`."""
     return [tensor for layer in layers for tensor in layer]
 
 
 def unflatten(values: Sequence[Any], tensors: Sequence[CacheTensor]) -> list[tuple[Any, ...]]:
-    """The inverse of `flatten`: a value for each of the cache tensors, as one tuple a layer."""
+    """Undo `flatten`: group `values`, one for each of `tensors`, into one tuple a layer."""
     pairs = zip(tensors, values, strict=True)
     return [tuple(value for _, value in layer) for _, layer in groupby(pairs, key=lambda pair: pair[0].layer)]
 
 
 def with_float_caches(files: Iterable[Path]) -> list[Path]:
-    """The files that stand for a folder: not those beside the one that they were made of, which are taken by name."""
+    """Return the sorted files without the ones that have an int8 KV cache, or all files where nothing else is left.
+
+    A folder's name stands for its float graph. A user asks for the graph with the int8 KV cache by its file name.
+    """
     files = sorted(files)
     return [file for file in files if not file.stem.endswith(QUANTIZED_CACHE)] or files

@@ -220,7 +220,7 @@ if TRANSFORMERS_5:
             return self.length + query_length, 0
 
     def hybrid_cache(model: PreTrainedModel, caches: Caches | None) -> Any:
-        """A cache of one row for transformers' own forward in float32, filled with `caches` (a tuple a layer) or empty."""
+        """A cache of one row for transformers' forward in float32, with `caches` (a tuple a layer) or empty."""
         cache: Any = _HybridCache(config=model.config)
         for layer, tensors in enumerate(caches or ()):
             update = cache.update_conv_state if len(tensors) == 1 else cache.update
@@ -257,7 +257,7 @@ else:
             return self.length
 
     def hybrid_cache(model: PreTrainedModel, caches: Caches | None) -> Any:
-        """A cache of one row for transformers' own forward in float32, filled with `caches` (a tuple a layer) or empty."""
+        """A cache of one row for transformers' forward in float32, with `caches` (a tuple a layer) or empty."""
         config = model.config
         cache = _ConvCache(model)
         nothing, empty_state = torch.zeros(0), torch.zeros(1, config.hidden_size, config.conv_L_cache)

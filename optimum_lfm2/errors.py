@@ -1,10 +1,13 @@
-"""Errors that a user can act on."""
+"""The error for bad input, whose message a user can act on."""
 
 
 class Lfm2Error(ValueError):
-    """Bad input: one line that names the thing and the remedy. The command line prints it alone and exits with 1."""
+    """Bad input. The message is one line: it names the cause and says what to do.
+
+    The command line prints this line without a traceback and exits with 1.
+    """
 
 
 def first_line(error: Exception) -> str:
-    """What another library's error says, without what it says after that."""
+    """Return the first line of the message of another library's error."""
     return str(error).strip().split("\n")[0]

@@ -1,4 +1,8 @@
-"""`genai_config.json`: what onnxruntime-genai knows of a folder. Exports have one; its builder writes it alone."""
+"""`genai_config.json`, from which onnxruntime-genai learns how to run a folder.
+
+An export writes it next to `config.json`. A folder made by onnxruntime-genai's own builder has no `config.json`, so
+loading such a folder reads the model's configuration from this file.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +24,8 @@ GENAI_CONFIG = "genai_config.json"
 TOKENIZER = "tokenizer.json"
 LAYER = "%d"
 MODEL_TYPE = "lfm2"
-# The builder's operator, which keeps a column less than transformers does: the newest is never needed again.
+# The operator that onnxruntime-genai's builder writes (0.18; onnxruntime has it since 1.25.1). Its conv state has
+# `conv_L_cache - 1` columns, one less than transformers keeps (tests/interop/test_others.py).
 NARROW_CONV = "CausalConvWithState"
 
 
@@ -28,12 +33,14 @@ def write_genai_config(folder: Path, filename: str, config: PretrainedConfig, ca
     """Write `genai_config.json` beside the tokenizer.
 
     Args:
-        folder: where the tokenizer and `config.json` lie.
-        filename: the model's file, relative to `folder`.
+        folder: the folder of the tokenizer and of `config.json`.
+        filename: the ONNX file, relative to `folder`.
+        config: the model's configuration.
         caches: the graph's cache tensors.
 
     Returns:
-        Whether the file was written: not without a tokenizer, nor for a model that onnxruntime-genai does not know.
+        Whether the file was written. It is not written without a tokenizer, nor for a model that onnxruntime-genai
+        does not support.
     """
     if MEMBERS[config.model_type].genai_type is None or not (folder / TOKENIZER).is_file():
         return False
@@ -46,12 +53,17 @@ def write_genai_config(folder: Path, filename: str, config: PretrainedConfig, ca
 def genai_config(
     filename: str, config: PretrainedConfig, caches: Iterable[CacheTensor], generation: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The contents of `genai_config.json`.
+    """Build the contents of `genai_config.json`.
 
-    `num_logits_to_keep` is not named: it has a default in the graph, which keeps all that onnxruntime-genai expects.
+    The contents do not name `num_logits_to_keep`. Its default in the graph keeps the logits of all tokens, which
+    onnxruntime-genai expects. Where the graph has no default, onnxruntime-genai 0.18 feeds the same value, 0.
 
     Args:
-        generation: the checkpoint's `generation_config.json`: its tokens and sampling settings go before the config's.
+        filename: the ONNX file, relative to the folder.
+        config: the model's configuration.
+        caches: the graph's cache tensors.
+        generation: the checkpoint's `generation_config.json`. Its special tokens and sampling settings take
+            precedence over those of `config`.
     """
     past: dict[str, str] = {}
     present: dict[str, str] = {}
@@ -90,20 +102,21 @@ def genai_config(
 
 
 def read_genai_config(folder: Path) -> Lfm2Config:
-    """The configuration of a folder that has no `config.json`, from its `genai_config.json` and the graph named there.
+    """Read the configuration of a folder that has no `config.json`.
 
-    Neither says what only weights are for, such as the width of the feed-forward: that has transformers' defaults.
+    It comes from `genai_config.json` and from the graph that this file names. Neither of them has the sizes that only
+    the weights need, such as the width of the feed-forward. These keep the defaults of transformers.
 
     Raises:
-        Lfm2Error: for a model of another type, and for a file that is not as onnxruntime-genai writes it.
+        Lfm2Error: the model is of another type, or the file is not as onnxruntime-genai writes it.
     """
     path = folder / GENAI_CONFIG
     try:
         model = _read(path)["model"]
         if model["type"] != MODEL_TYPE:
             raise Lfm2Error(
-                f"{path} is of a model of type {model['type']}, not {MODEL_TYPE}. "
-                "Copy the config.json of the checkpoint there."
+                f"{path} describes a model of type {model['type']}, not {MODEL_TYPE}. "
+                "Copy the checkpoint's config.json into that folder."
             )
         decoder = model["decoder"]
         return Lfm2Config(
@@ -117,7 +130,7 @@ def read_genai_config(folder: Path) -> Lfm2Config:
         )
     except (KeyError, TypeError, json.JSONDecodeError, OSError) as error:
         raise Lfm2Error(
-            f"{path} does not describe its model ({error!r}). Copy the config.json of the checkpoint there."
+            f"{path} does not describe its model ({error!r}). Copy the checkpoint's config.json into that folder."
         ) from error
 
 
@@ -130,7 +143,7 @@ def is_of_our_type(path: Path) -> bool:
 
 
 def _conv_width(path: Path) -> int:
-    """`conv_L_cache` of a graph; transformers' default where it has no convolution states."""
+    """Return `conv_L_cache` of a graph, or transformers' default where the graph has no conv states."""
     graph = ir.load(path).graph
     caches = graph_cache_tensors(graph)
     narrow = any(node.op_type == NARROW_CONV for node in graph)
@@ -140,7 +153,7 @@ def _conv_width(path: Path) -> int:
 
 
 def _template(name: str, layer: int) -> str:
-    """A cache's name with a place for the layer's number; no other part of a name is a number."""
+    """Replace the layer's number in a cache name by `%d`. No other part of a cache name is a number."""
     return name.replace(str(layer), LAYER)
 
 

@@ -1,4 +1,4 @@
-"""The table of tiny checkpoints that the tests share, and the gold: transformers alone, one unpadded row at a time."""
+"""The table of tiny checkpoints that the tests share, and the gold: transformers on one unpadded row at a time."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ BASE = {
     "eos_token_id": 7,
 }
 
-# What each differs in from BASE. One knob of Lfm2Config at a time, with values that a mistake would not survive.
+# How each checkpoint differs from BASE: in one knob of Lfm2Config, with a value that a mistake would not survive.
 CHECKPOINTS: dict[str, dict] = {
     "hybrid": {},
     "conv_width_2": {"conv_L_cache": 2},
@@ -49,7 +49,7 @@ CHECKPOINTS: dict[str, dict] = {
     "norm_eps": {"norm_eps": 0.1},
 }
 
-# The same for models with experts, on top of these.
+# The same for models with experts. They have these options besides BASE.
 MOE = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "num_dense_layers": 1}
 
 MOE_CHECKPOINTS: dict[str, dict] = {
@@ -71,7 +71,7 @@ CHECKPOINTS |= {name: MOE | options for name, options in MOE_CHECKPOINTS.items()
 def make_checkpoint(
     name: str, folder: Path, seed: int = 1, dtype: torch.dtype = torch.float32, **changes: object
 ) -> Path:
-    """Save a checkpoint of the table, with weights whose greedy text varies, under `folder`."""
+    """Save a checkpoint of the table under `folder`. Its weights are such that greedy text varies."""
     options = {**BASE, **CHECKPOINTS[name], **changes}
     torch.manual_seed(seed)
     model = (_moe_model(options) if "num_experts" in options else Lfm2ForCausalLM(Lfm2Config(**options))).eval()
@@ -103,14 +103,14 @@ def _moe_model(options: dict) -> PreTrainedModel:
 
 
 def prompts(lengths: list[int], vocab_size: int = 256, seed: int = 1) -> list[torch.Tensor]:
-    """Random token ids of the given lengths, without the special ones."""
+    """Return random token ids of the given lengths, each int64 (length). None of them is a special token."""
     generator = torch.Generator().manual_seed(seed)
     return [torch.randint(8, vocab_size, (length,), generator=generator) for length in lengths]
 
 
 @torch.no_grad()
 def gold_tokens(model: PreTrainedModel, prompt: torch.Tensor, new_tokens: int) -> list[int]:
-    """Greedy continuation by transformers, alone and without a cache, so that no cache can be wrong."""
+    """Return transformers' greedy tokens after one unpadded row. It runs without a cache, so no cache can be wrong."""
     ids = prompt[None]
     for _ in range(new_tokens):
         logits = model(input_ids=ids, use_cache=False).logits

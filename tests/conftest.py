@@ -1,4 +1,4 @@
-"""Session fixtures: each checkpoint of the table is made, exported and loaded once."""
+"""Session fixtures. Each checkpoint of the table is made, exported and loaded once."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from checkpoints import make_checkpoint
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
-import optimum_lfm2  # noqa: F401  registers LFM2 with Optimum, and comes before it: it provides what Optimum imports
+# This import comes before Optimum's. It registers LFM2, and on transformers 5 it provides names that Optimum imports.
+import optimum_lfm2  # noqa: F401
 
 
 torch.set_num_threads(1)
@@ -30,7 +31,7 @@ TRAINED = Path(__file__).parent.parent / "demo" / "checkpoint"
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """`checkpoint(name)`: the folder of a checkpoint of `tests.checkpoints`, or `trained`. Never write to it."""
+    """`checkpoint(name)` gives the folder of a checkpoint of `tests.checkpoints`, or `trained`. Never write to it."""
     folder = tmp_path_factory.mktemp("checkpoints")
 
     @cache
@@ -42,7 +43,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
 @pytest.fixture(scope="session")
 def exported(checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """`exported(name, **options)`: the folder of its export, with options of `main_export`. Never write to it."""
+    """`exported(name, **options)` gives the folder of an export by `main_export(**options)`. Never write to it."""
     folder = tmp_path_factory.mktemp("exports")
 
     @cache
@@ -58,7 +59,7 @@ def exported(checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPat
 
 @pytest.fixture(scope="session")
 def gold_model(checkpoint: Callable[[str], Path]) -> Callable[[str], PreTrainedModel]:
-    """`gold_model(name)`: the checkpoint as transformers loads it."""
+    """`gold_model(name)` gives the checkpoint as transformers loads it."""
 
     @cache
     def gold_model(name: str) -> PreTrainedModel:
@@ -69,7 +70,7 @@ def gold_model(checkpoint: Callable[[str], Path]) -> Callable[[str], PreTrainedM
 
 @pytest.fixture(scope="session")
 def hub_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What `optimum-cli export lfm2` writes of the trained checkpoint: every precision, measured. Never write to it."""
+    """What `optimum-cli export lfm2` wrote for the trained checkpoint, in every precision. Never write to it."""
     from publishing import TEXT, run
 
     from optimum_lfm2.export.loading import _Materialize
@@ -84,7 +85,7 @@ def hub_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def experts_folder(checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same of a tiny model with experts, which takes transformers 5."""
+    """The same folder for a tiny model with experts, which needs transformers 5. Never write to it."""
     from publishing import run
 
     from benchmarks.checkpoint import add_tokenizer
@@ -92,6 +93,6 @@ def experts_folder(checkpoint: Callable[[str], Path], tmp_path_factory: pytest.T
     source = tmp_path_factory.mktemp("experts") / "checkpoint"
     add_tokenizer(shutil.copytree(checkpoint("moe"), source))
     folder, text = source.with_name("lfm2-moe"), source.with_name("text")
-    text.write_text("qjxzvkqzxj" * 20)  # letters that make no longer token: the model knows 256
+    text.write_text("qjxzvkqzxj" * 20)  # these letters never merge into a longer token, and the model has only 256 ids
     assert run("--model", source, folder, "--text", text, "--chunks", 2, "--length", 32) == 0
     return folder

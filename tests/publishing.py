@@ -1,4 +1,4 @@
-"""What the tests of `optimum-cli export lfm2` share: to run it, and to read what it wrote."""
+"""Helpers for the tests of `optimum-cli export lfm2`: they run it and read what it wrote."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ STORY = "Once upon a time there was a girl named Nora"
 
 
 def run(*arguments: object) -> int:
-    """`optimum-cli export lfm2` in this process: its exit code."""
+    """Run `optimum-cli export lfm2` in this process and return its exit code."""
     parser = ArgumentParser()
     ExportLfm2Command.parse_args(parser)
     command = object.__new__(ExportLfm2Command)
@@ -43,7 +43,7 @@ def js_config(folder: Path) -> dict:
 
 
 def rows(folder: Path) -> dict[str, list[str]]:
-    """The card's table, by precision."""
+    """Return the rows of the card's table, by precision."""
     table = [line.strip("| ").split(" | ") for line in (folder / "README.md").read_text().splitlines() if "|" in line]
     return {cells[0]: cells for cells in table if cells[0] in PRECISIONS}
 

@@ -1,4 +1,4 @@
-"""The benchmarks on a tiny checkpoint: every job runs, ours agree with transformers, the pages are written."""
+"""The benchmarks on a tiny checkpoint: every job runs, our systems agree with transformers, the pages are written."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def test_bad_options_are_refused(options, message, capsys):
 
 
 def test_a_package_that_is_missing_is_left_out(checkpoint, tmp_path, capsys):
-    """`python` with an interpreter that has nothing: no system is measured, and every one is told of."""
+    """The given interpreter has no packages: no system is measured, and each one is reported."""
     empty = tmp_path / "python"
     empty.write_text("#!/bin/sh\nexit 1\n")
     empty.chmod(0o755)
@@ -227,7 +227,7 @@ def test_a_job_may_say_how_long_chunks_are(exported, monkeypatch):
     monkeypatch.setattr(
         GraphSession, "run", lambda self, ids, *rest: lengths.append(ids.shape[1]) or run_(self, ids, *rest)
     )
-    monkeypatch.setattr(rows, "PREFILL_CHUNK", 512)  # to be put back: the job sets it
+    monkeypatch.setattr(rows, "PREFILL_CHUNK", 512)  # the job changes it, and monkeypatch restores it
     folder = str(exported("hybrid", _variant="q4"))
     job = {"system": "ours-q4", "folder": folder, "threads": 1, "vocabulary": 256, "prompt": 20, "new": 1}
     for chunk, calls in ((8, [8, 8, 4, 1]), (32, [20, 1])):

@@ -1,4 +1,4 @@
-"""`optimum-cli export onnx` as a user meets it: options, refusals, bad checkpoints, what is left on the disk."""
+"""`optimum-cli export onnx` for a user: options, refusals, bad checkpoints, and the files that are left on the disk."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ CLI = [sys.executable, "-c", "from optimum.commands.optimum_cli import main; mai
 
 @pytest.fixture
 def cli(monkeypatch, capfd):
-    """Run `optimum-cli` in this process: exit code, standard error."""
+    """`cli(*arguments)` runs `optimum-cli` in this process and returns the exit code and standard error."""
 
     def run(*args: object) -> tuple[int, str]:
         monkeypatch.setattr(sys, "argv", ["optimum-cli", *map(str, args)])
@@ -47,7 +47,7 @@ def cli(monkeypatch, capfd):
 
 @pytest.fixture
 def out(tmp_path) -> Path:
-    """An OUT from before, which a failure must leave as it is."""
+    """An output folder with older files. A failure must leave them as they are."""
     folder = tmp_path / "work" / "out"
     folder.mkdir(parents=True)
     (folder / "model.onnx").write_text("old")
@@ -61,7 +61,7 @@ def assert_unharmed(out: Path) -> None:
 
 
 def run_file(folder: Path) -> np.ndarray:
-    """The first output of the model in `folder` for one prompt on empty caches."""
+    """Return the first output of the model in `folder`, for one prompt on empty caches."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(folder / "model.onnx", options)
@@ -454,7 +454,7 @@ def test_other_models_go_to_optimum_untouched(cli, tmp_path):
 
 @pytest.mark.skipif(TRANSFORMERS_5, reason="optimum-onnx 0.1.0 is not imported before us there: it would fail")
 def test_ours_wins_over_a_config_of_optimum(checkpoint, tmp_path):
-    """If optimum-onnx brings its own one day."""
+    """A later optimum-onnx may bring a configuration of its own."""
     code = """
 from optimum.exporters.tasks import TasksManager
 import optimum.exporters.onnx.model_configs as theirs

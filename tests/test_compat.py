@@ -1,4 +1,4 @@
-"""Checkpoints as transformers 5 saves them and folders that it reads, with either release of transformers."""
+"""Checkpoints that transformers 5 saved, and folders that it reads, work with transformers 4 and 5."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def rewrite(path: Path, drop: tuple[str, ...] = (), **values: object) -> None:
 
 @pytest.fixture(scope="module")
 def saved_by_5(checkpoint, tmp_path_factory):
-    """A checkpoint with the three spellings of transformers 5, and a tokenizer with a special token of its own."""
+    """A checkpoint with three settings spelled as in transformers 5, and a tokenizer with an extra special token."""
     folder = tmp_path_factory.mktemp("five") / "checkpoint"
     shutil.copytree(checkpoint("rope_theta"), folder)
     for file in ("tokenizer.json", "tokenizer_config.json"):
@@ -60,7 +60,7 @@ def test_nested_rope_theta_is_honoured(checkpoint, exported):
     tokens = ours.generate(prompt[None], max_new_tokens=32, do_sample=False, eos_token_id=None)
     assert tokens[0, len(prompt) :].tolist() == gold
 
-    # The default theta would give other tokens, or the test proves nothing.
+    # The default theta must give other tokens, otherwise the test proves nothing.
     config = Lfm2Config.from_pretrained(checkpoint("rope_theta"))
     config.rope_theta = 1e6
     if compat.TRANSFORMERS_5:

@@ -37,7 +37,7 @@ def either(request, model) -> ORTLfm2ForCausalLM:
 
 @pytest.fixture(scope="session")
 def gold(gold_model):
-    """Greedy tokens of random prompts of the given lengths, by transformers alone."""
+    """Random prompts of the given lengths, and transformers' greedy tokens for each of them alone."""
     known: dict[tuple[str, int, int], tuple[torch.Tensor, list[int]]] = {}
 
     def find(length: int, name: str = "hybrid", seed: int = 1) -> tuple[torch.Tensor, list[int]]:
@@ -52,7 +52,7 @@ def gold(gold_model):
 
 def pad(rows_: list[torch.Tensor], side: str) -> dict[str, torch.Tensor]:
     width = max(len(row) for row in rows_)
-    ids = torch.full((len(rows_), width), 9)  # not the pad token: nothing may hang on its embedding
+    ids = torch.full((len(rows_), width), 9)  # not the pad token, since no result may depend on the padding's embedding
     mask = torch.zeros_like(ids)
     for i, row in enumerate(rows_):
         columns = slice(width - len(row), width) if side == "left" else slice(0, len(row))
@@ -61,7 +61,7 @@ def pad(rows_: list[torch.Tensor], side: str) -> dict[str, torch.Tensor]:
 
 
 def decode(model: ORTLfm2ForCausalLM, out, mask: torch.Tensor, tokens: torch.Tensor, count: int) -> list[list[int]]:
-    """Go on greedily from a forward's cache, by hand."""
+    """Continue greedily from the cache of a `forward`, without `generate`."""
     taken = [tokens]
     while len(taken) < count:
         mask = torch.cat([mask, torch.ones(len(mask), 1, dtype=torch.int64)], dim=1)
@@ -128,12 +128,12 @@ def test_chat_goes_on_from_the_returned_cache(either, gold, gold_model):
     again = either.generate(chat[None], past_key_values=copy.deepcopy(out.past_key_values), **GREEDY)
     assert again[0, len(chat) :].tolist() == expected
     assert out.sequences[0, len(turn) :].tolist() == reply
-    # once more from the same point: the copy left the first cache alone
+    # Repeat from the same point: using the copy did not change the first cache.
     assert either.generate(chat[None], cache=out.past_key_values, **GREEDY)[0].tolist() == again[0].tolist()
 
 
 def test_chats_of_several_rows_with_padding_in_every_turn(either, gold_model):
-    """Second turns of unequal length, padded on the left of a full cache: no call of the graph takes them."""
+    """Second turns of unequal length, left-padded on a full cache. The graph cannot take them in one call."""
     first, second = prompts([9, 2, 5]), prompts([3, 12, 1], seed=3)
     golds = [gold_tokens(gold_model("hybrid"), torch.cat(pair), NEW) for pair in zip(first, second, strict=True)]
     for side in ("left", "right"):
@@ -160,7 +160,7 @@ def test_sampling_with_a_seed(model, gold, gold_model):
 )
 def test_beams(settings, either, gold, gold_model):
     prompt, _ = gold(9)
-    # transformers' own beams need use_cache=False in 4.57
+    # In transformers 4.57 its own beam search crashes with a cache.
     expected = gold_model("hybrid").generate(prompt[None], use_cache=False, **GREEDY, **settings)
     assert either.generate(prompt[None], **GREEDY, **settings).tolist() == expected.tolist()
 
@@ -299,7 +299,7 @@ def test_session_options_and_providers(exported, gold):
 
 
 def test_the_trained_checkpoint_tells_stories(exported, gold_model):
-    """Real text, unequal rows: the words that transformers writes for each prompt alone."""
+    """Rows of unequal length get the words that transformers writes for each prompt alone."""
     tokenizer = AutoTokenizer.from_pretrained(exported("trained"), padding_side="left")
     texts = [
         "Once upon a time there was a girl named Nora",

@@ -1,4 +1,4 @@
-"""What is installed: the wheel's files, what the plugin costs when `optimum-cli` starts, failures that stay its own."""
+"""The installed package: the wheel's files, the start time of `optimum-cli`, failures that harm no other command."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def run(code: str, *path: Path) -> subprocess.CompletedProcess[str]:
 
 
 def test_no_init_in_the_namespace():
-    """One of them would hide all of Optimum."""
+    """An `__init__.py` there would hide all of Optimum."""
     assert (ROOT / "optimum" / "commands" / "register" / "register_lfm2.py").is_file()
     assert not list((ROOT / "optimum").rglob("__init__.py"))
 
@@ -70,7 +70,7 @@ print(ONNXExportCommand.run.__globals__["__name__"])
 
 @pytest.mark.skipif(not is_installed(), reason="optimum-lfm2 is not installed, only on the path")
 def test_the_installed_package_reaches_the_command_line(tmp_path):
-    """Also from an editable install, where a finder of setuptools has to join the namespace's parts."""
+    """The same holds for an editable install, where a finder of setuptools joins the parts of the namespace."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     command = [sys.executable, "-c", SHOW_RUN]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
@@ -143,12 +143,12 @@ print(*(set(sys.modules) - before))
     seconds, *modules = run(code).stdout.split()
     assert not {name.split(".")[0] for name in modules} & set(HEAVY)
     assert "optimum.commands.register.register_lfm2" in modules
-    assert float(seconds) < 0.03 * 10  # 2 ms where it was measured; a busy machine may take its time
+    assert float(seconds) < 0.03 * 10  # it took 2 ms when measured; a busy machine may need longer
 
 
 @pytest.fixture
 def broken(tmp_path) -> Path:
-    """The plugin with a defect in one of its light modules."""
+    """A copy of the plugin with a defect in one of its light modules."""
     shutil.copytree(ROOT / "optimum", tmp_path / "optimum")
     path = tmp_path / "optimum" / "commands" / "lfm2" / "export_onnx.py"
     path.write_text("raise RuntimeError('a defect')\n")

@@ -1,4 +1,4 @@
-"""The README's snippets, run as they stand."""
+"""The README's snippets run without changes, and its links lead to files."""
 
 from __future__ import annotations
 

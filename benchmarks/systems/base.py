@@ -1,4 +1,4 @@
-"""What a system must be able to do to be measured."""
+"""The interface of a system that is measured."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 
 @dataclass
 class Timing:
-    """Tokens of a greedy continuation, and the seconds at the start and after each of them."""
+    """The tokens of a greedy continuation, and the clock in seconds at the start and after each token."""
 
     tokens: list[int] = field(default_factory=list)
     stamps: list[float] = field(default_factory=lambda: [time.perf_counter()])
@@ -23,12 +23,12 @@ class Timing:
 
     @property
     def prefill(self) -> float:
-        """Seconds until the first token."""
+        """The seconds until the first token."""
         return self.stamps[1] - self.stamps[0]
 
     @property
     def decode(self) -> float:
-        """Seconds from the first token to the last."""
+        """The seconds from the first token to the last."""
         return self.stamps[-1] - self.stamps[1]
 
     @property
@@ -38,22 +38,22 @@ class Timing:
 
 
 class System:
-    """A system that takes one step at a time; one that has only a `generate` overrides `run`."""
+    """A system that decodes step by step. A system that has only a `generate` overrides `run` instead."""
 
     def logits(self, ids: list[int]) -> np.ndarray:
         """The logits at each of `ids`, read from an empty cache, (length, vocabulary)."""
         raise NotImplementedError
 
     def start(self, ids: list[int]) -> int:
-        """Forget everything, read the prompt, return the first token."""
+        """Start anew, read the prompt, and return the first token."""
         raise NotImplementedError
 
     def step(self, token: int) -> int:
-        """Read one token, return the next."""
+        """Read one token and return the next one."""
         raise NotImplementedError
 
     def run(self, ids: list[int], new: int) -> Timing:
-        """The first token and `new` more, greedily; no token ends the text."""
+        """Generate the first token and `new` more, greedily. No token ends the text."""
         timing = Timing()
         token = self.start(ids)
         timing.add(token)
@@ -64,7 +64,7 @@ class System:
 
 
 class Stamps:
-    """A transformers streamer that notes when each token comes."""
+    """A streamer for transformers that notes the time of each token."""
 
     def __init__(self) -> None:
         self.timing = Timing()
@@ -88,7 +88,7 @@ def forward_logits(model, ids: list[int]) -> np.ndarray:
 
 
 def run_generate(model, ids: list[int], new: int) -> Timing:
-    """`System.run` for whatever has transformers' `generate`."""
+    """Implement `System.run` for a model that has transformers' `generate`."""
     import torch
 
     model.generation_config.eos_token_id = None

@@ -1,4 +1,4 @@
-"""The same graph as `ours`, in the barest loop that onnxruntime allows: no torch, no copy, buffers bound once."""
+"""Our graph in a bare session loop: no torch, no copies, every buffer bound once."""
 
 from __future__ import annotations
 
@@ -32,7 +32,8 @@ class System(base.System):
         self.kept = np.ones(1, np.int64)
         self.logits = np.empty(vocabulary, DTYPES[self.session.get_outputs()[0].type])
         self.caches = []
-        # Keys and values lie in place; conv states alternate between two buffers: so a binding for even and odd calls.
+        # Keys and values are updated in place. Conv states alternate between two buffers, so even and odd calls have a
+        # binding each.
         self.bindings = [self.session.io_binding() for _ in range(2)]
         for value, present in zip(pasts, presents, strict=True):
             grows = len(value.shape) == 4

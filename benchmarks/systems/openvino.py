@@ -12,6 +12,7 @@ from benchmarks.systems import base
 
 
 def prepare(checkpoint: Path, folder: Path, weights: str) -> None:
+    """Convert the model with optimum-intel."""
     command = [str(Path(sys.executable).parent / "optimum-cli"), "export", "openvino", "--model", str(checkpoint)]
     command += ["--task", "text-generation-with-past", "--weight-format", weights, str(folder)]
     subprocess.run(command, check=True, cwd=folder)
@@ -24,7 +25,8 @@ class System(base.System):
 
         self.folder, self.openvino = folder, openvino
         self.api = openvino_genai
-        # Its default backend, paged attention, gives wrong tokens for LFM2. Float weights it would turn into bfloat16.
+        # The default backend, paged attention, gives wrong tokens for LFM2 (openvino-genai 2026.4). By default it would
+        # compute in bfloat16 with float weights.
         precision = {"INFERENCE_PRECISION_HINT": "f32"} if weights == "fp32" else {}
         self.pipe = openvino_genai.LLMPipeline(
             str(folder), "CPU", ATTENTION_BACKEND="SDPA", INFERENCE_NUM_THREADS=threads, **precision

@@ -1,4 +1,4 @@
-"""transformers itself."""
+"""transformers alone."""
 
 from __future__ import annotations
 

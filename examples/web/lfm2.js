@@ -1,4 +1,4 @@
-// The model in the browser: load it from /model/, answer a chat.
+// Load the model from /model/ and answer chats, in the browser.
 import { AutoModelForCausalLM, AutoTokenizer, TextStreamer, env } from "/library/transformers.min.js";
 
 const RUNTIME = "/onnxruntime/ort-wasm-simd-threaded.asyncify";
@@ -6,18 +6,18 @@ const RUNTIME = "/onnxruntime/ort-wasm-simd-threaded.asyncify";
 env.allowRemoteModels = false;
 env.allowLocalModels = true;
 env.localModelPath = "/";
-env.useBrowserCache = false; // the folder may be exported anew; the server answers 304 where it was not
+env.useBrowserCache = false; // the folder may have been exported again; for an unchanged file the server answers 304
 env.useWasmCache = false;
 env.backends.onnx.wasm.wasmPaths = { mjs: `${RUNTIME}.mjs`, wasm: `${RUNTIME}.wasm` };
 
-/** "webgpu" where the browser has an adapter for it, else "wasm". */
+/** Return "webgpu" where the browser has a WebGPU adapter, else "wasm". */
 export async function chooseDevice() {
   const adapter = await navigator.gpu?.requestAdapter().catch(() => null);
   return adapter ? "webgpu" : "wasm";
 }
 
 /**
- * Load the tokenizer and onnx/model{suffix of dtype}.onnx.
+ * Load the tokenizer and the file of `dtype`, onnx/model{suffix}.onnx.
  *
  * @param {{dtype?: string, device?: string | null, onProgress?: (loaded: number, total: number) => void}} options
  * @returns {Promise<{tokenizer: object, model: object, dtype: string, device: string}>}
@@ -38,14 +38,14 @@ export async function load({ dtype = "fp32", device = null, onProgress = () => {
 }
 
 /**
- * The next message of a chat, by the generation config of the export.
+ * Generate the next message of a chat, with the settings of the export's generation config.
  *
- * @param {{tokenizer: object, model: object}} loaded what `load` returned
- * @param {{role: string, content: string}[]} chat the turns so far, a user's last
+ * @param {{tokenizer: object, model: object}} loaded the result of `load`
+ * @param {{role: string, content: string}[]} chat the turns so far; the last one is the user's
  * @param {{maxNewTokens?: number, onText?: (piece: string, tokens: number, seconds: number) => void}} options
- *   `onText` gets each new piece of text, and the tokens and seconds since the first token
- * @returns {Promise<{text: string, ids: number[], speed: number | null}>} `ids` are the new tokens, the end of turn too;
- *   `speed` is in tokens per second from the first token on, null for an answer of one token
+ *   `onText` gets each new piece of text, and the number of tokens and seconds since the first token
+ * @returns {Promise<{text: string, ids: number[], speed: number | null}>} `ids` are the new tokens, with the end of turn.
+ *   `speed` is in tokens per second after the first token; it is null for an answer of one token
  */
 export async function answer({ tokenizer, model }, chat, { maxNewTokens = 512, onText = () => {} } = {}) {
   const inputs = tokenizer.apply_chat_template(chat, { add_generation_prompt: true, return_dict: true });

@@ -1,4 +1,4 @@
-// The chat page: its state is the list of turns; the model lives in a worker.
+// The chat page. Its state is the list of turns. The model runs in a worker.
 const element = (id) => document.getElementById(id);
 const [log, form, prompt, send, status, bar, speed] =
   ["log", "form", "prompt", "send", "status", "bar", "speed"].map(element);
@@ -6,9 +6,9 @@ const query = new URLSearchParams(location.search);
 const worker = new Worker("/worker.js", { type: "module" });
 
 let turns = [];
-let bubble = null; // of the answer that is being written
+let bubble = null; // the element of the answer that is being written
 let ready = false;
-let failed = false; // a failed load may still report the progress of other files
+let failed = false; // after a failed load, other files may still report progress
 
 const megabytes = (bytes) => (bytes / 1e6).toFixed(1);
 const showSpeed = (value) => (speed.textContent = `${value.toFixed(1)} tokens/s`);
@@ -67,7 +67,7 @@ const handlers = {
     status.textContent = message;
     status.classList.add("error");
     if (!ready) return;
-    // The question stays out of the chat, and back in the box: it can be asked again.
+    // Take the question out of the chat and put it back into the box, so that the user can ask again.
     bubble.closest("li").remove();
     log.lastElementChild.remove();
     prompt.value = turns.pop().content;
@@ -76,7 +76,7 @@ const handlers = {
 };
 
 worker.onmessage = ({ data }) => handlers[data.type](data);
-worker.onerror = (event) => handlers.error({ message: event.message ?? "The model's script did not load." });
+worker.onerror = (event) => handlers.error({ message: event.message ?? "The model's script did not load. Reload the page." });
 
 form.addEventListener("submit", (event) => {
   event.preventDefault();

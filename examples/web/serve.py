@@ -1,6 +1,6 @@
-"""Serve the chat page with a model: `python examples/web/serve.py FOLDER [--port 8000]`. Python alone, no package.
+"""Serve the chat page with a model: `python examples/web/serve.py FOLDER [--port 8000]`. It needs no packages.
 
-FOLDER is what `optimum-cli export onnx` wrote, or a folder laid out as on the Hub, its graphs under `onnx/`.
+FOLDER was written by `optimum-cli export onnx`, or is laid out as on the Hub, with the graphs under `onnx/`.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from urllib.parse import urlsplit
 PAGE = Path(__file__).resolve().parent
 LIBRARY = PAGE / "node_modules/@huggingface/transformers/dist"
 RUNTIME = PAGE / "node_modules/onnxruntime-web/dist"
-# Browsers give WebAssembly threads only to pages that no other site can reach into.
+# Browsers allow threads in WebAssembly only on a page that is isolated from other sites by these headers.
 ISOLATION = {"Cross-Origin-Opener-Policy": "same-origin", "Cross-Origin-Embedder-Policy": "require-corp"}
 NEEDED = ("config.json", "tokenizer.json", "tokenizer_config.json")
 
 
 class Model:
-    """An exported folder, as Transformers.js reads one: graphs under `onnx/`, the rest where its configuration says.
+    """An exported folder, served as Transformers.js expects it, with the graphs under `onnx/`.
 
     Args:
         folder: the export. Nothing is written to it.
 
     Raises:
-        ValueError: where it is not an export; one line that says what to do.
+        ValueError: the folder is not an export. The message is one line that says what to do.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -58,16 +58,16 @@ class Model:
         if "chat_template" not in config and template.is_file():
             config["chat_template"] = template.read_text(encoding="utf-8")
         if "chat_template" not in config:
-            raise ValueError(f"{self.folder} has no chat template: export a checkpoint that is tuned for chats.")
+            raise ValueError(f"{self.folder} has no chat template. Export a checkpoint that is tuned for chats.")
         return config
 
     def root(self, name: str) -> tuple[Path, str]:
-        """Where the file asked for as `name` lies: a folder, and the name in it."""
+        """Return the folder of the file that is requested as `name`, and its name in that folder."""
         return self.folder, name.removeprefix("onnx/") if self.flat else name
 
 
 class Handler(SimpleHTTPRequestHandler):
-    """The page at /, the library at /library/, its wasm files at /onnxruntime/, the model at /model/."""
+    """Serves the page at /, the library at /library/, its wasm files at /onnxruntime/ and the model at /model/."""
 
     protocol_version = "HTTP/1.1"
     extensions_map = SimpleHTTPRequestHandler.extensions_map | {
@@ -78,13 +78,15 @@ class Handler(SimpleHTTPRequestHandler):
     server: Server
 
     def translate_path(self, path: str) -> str:
+        """Map a URL to a file of the page, the library, onnxruntime or the model."""
         head, _, name = urlsplit(path).path.lstrip("/").partition("/")
         roots = {"library": (LIBRARY, name), "onnxruntime": (RUNTIME, name), "model": self.server.model.root(name)}
         root, name = roots.get(head, (PAGE, urlsplit(path).path))
         self.directory = str(root)
-        return super().translate_path(f"/{name}")  # drops whatever leads out of the folder
+        return super().translate_path(f"/{name}")  # the base class drops `..` and the like
 
     def send_head(self) -> BytesIO | BinaryIO | None:
+        """Serve the two rewritten configuration files from memory, and all other files from disk."""
         prefix, _, name = urlsplit(self.path).path.partition("/model/")
         content = None if prefix else self.server.model.rewritten.get(name)
         if content is None:
@@ -97,20 +99,21 @@ class Handler(SimpleHTTPRequestHandler):
         return BytesIO(body)
 
     def end_headers(self) -> None:
+        """Add the headers that isolate the page."""
         for name, value in ISOLATION.items():
             self.send_header(name, value)
         self.send_header("Cache-Control", "no-cache")
         super().end_headers()
 
     def log_message(self, format: str, *args: Any) -> None:  # noqa: A002  the base class calls it so
-        """Errors alone."""
+        """Log nothing for a request that worked. `log_error` logs the others."""
 
     def log_error(self, format: str, *args: Any) -> None:  # noqa: A002  the base class calls it so
         super().log_message(f"{format}: %s", *args, self.path)
 
 
 class Server(ThreadingHTTPServer):
-    """Serves the page with `model`; port 0 takes a free one."""
+    """Serves the page with `model`. Port 0 takes a free port."""
 
     daemon_threads = True
 
@@ -120,11 +123,11 @@ class Server(ThreadingHTTPServer):
 
 
 def make_server(folder: str | Path, host: str = "localhost", port: int = 0) -> Server:
-    """A server for an export, bound and not yet running.
+    """Make a server for an export. It is bound to its port and not yet running.
 
     Raises:
-        ValueError: where the library is not installed, or the folder is not an export; one line.
-        OSError: where the port is taken.
+        ValueError: the library is not installed, or the folder is not an export. The message is one line.
+        OSError: the port is taken.
     """
     if not (LIBRARY.is_dir() and RUNTIME.is_dir()):
         raise ValueError(f"Transformers.js is not installed. Run `npm ci --ignore-scripts` in {PAGE}.")
@@ -133,7 +136,7 @@ def make_server(folder: str | Path, host: str = "localhost", port: int = 0) -> S
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Serve the chat page with an exported model.")
-    parser.add_argument("folder", help="what `optimum-cli export onnx` wrote")
+    parser.add_argument("folder", help="a folder that `optimum-cli export onnx` or `export lfm2` wrote")
     parser.add_argument("--host", default="localhost")
     parser.add_argument("--port", type=int, default=8000)
     args = parser.parse_args()

@@ -1,4 +1,4 @@
-// The model, away from the page's thread, so that the page stays alive while it computes.
+// The worker that runs the model, so that the page stays responsive while the model computes.
 import { answer, load } from "/lfm2.js";
 
 let loaded;

@@ -1,1 +1,1 @@
-"""The folder for the Hub: every precision, what each runtime has to know, and a model card."""
+"""Writing a folder for the Hub: ONNX files in several precisions, the runtimes' configuration and a model card."""

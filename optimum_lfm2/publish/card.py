@@ -1,4 +1,4 @@
-"""The model card of a published folder: how to run it, and what each precision costs."""
+"""The model card of a published folder. It shows how to run the files and how much quality each precision loses."""
 
 from __future__ import annotations
 
@@ -62,8 +62,8 @@ out = model.generate(**inputs, max_new_tokens=64, do_sample=False)
 print(tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 ```
 
-With [ONNX Runtime GenAI](https://github.com/microsoft/onnxruntime-genai); `decoder.filename` in `genai_config.json`
-says which file it takes:
+With [ONNX Runtime GenAI](https://github.com/microsoft/onnxruntime-genai). It runs the file that `decoder.filename` in
+`genai_config.json` names:
 
 ```python
 {% if chat -%}
@@ -108,10 +108,10 @@ console.log(generated_text);
 {%- endif %}
 ```
 {% if unread %}
-It cannot read {{ unread }}, whose experts take onnxruntime 1.31.
+It cannot run {{ unread }}: their experts need onnxruntime 1.31, and Transformers.js 4.3 has 1.30.
 {% endif %}{% endif %}
-With `onnxruntime` alone. The caches start out empty, and each present is the next past; `num_logits_to_keep` says
-of how many of the last tokens to compute the logits (0: of all):
+With `onnxruntime` alone. The caches start out empty, and each `present` output is the next call's `past` input.
+`num_logits_to_keep` is the number of last tokens whose logits are computed; 0 means all of them:
 
 ```python
 import numpy as np
@@ -145,12 +145,12 @@ print(tokenizer.decode(answer))
 
 @dataclass(frozen=True)
 class CardOptions:
-    """What the user wants the card to say; None: what the older card says, or the checkpoint's own.
+    """What the user wants the card to say. None takes the value of the folder's older card or of the checkpoint's card.
 
     Attributes:
-        repo_id: what the examples load.
+        repo_id: the id on the Hub that the examples load.
         base_model: the checkpoint's id on the Hub.
-        license: of the checkpoint.
+        license: the checkpoint's licence.
     """
 
     repo_id: str | None
@@ -162,30 +162,34 @@ def write_card(folder: Path, files: list[Published], old: Path, model: str, opti
     """Write README.md, and copy the checkpoint's LICENSE.
 
     Args:
-        folder: where to write; it has the tokenizer.
-        files: those of the published folder.
-        old: the published folder as it was.
+        folder: the folder to write to. It has the tokenizer.
+        files: the ONNX files that the published folder will have.
+        old: the published folder before this run.
         model: the checkpoint's folder, or its id on the Hub.
-        hub: `cache_dir` and the like.
+        options: what the user wants the card to say.
+        hub: arguments of `transformers.utils.cached_file`, such as `cache_dir`.
     """
     before = _load(old / CARD)
     if license_ := _checkpoint_file(model, LICENSE, hub):
         shutil.copyfile(license_, folder / LICENSE)
     data = _data(model, before, _load(_checkpoint_file(model, CARD, hub)), options)
     if any(map(_javascript_reads, files)):
-        data.library_name = JAVASCRIPT  # the Hub then shows how to load it: it knows this layout by that name
+        data.library_name = JAVASCRIPT  # the Hub shows how to load this layout under this library's name
         data.tags = [*data.tags, JAVASCRIPT]
     name = options.repo_id or _repo_id(before) or old.resolve().name
     ModelCard.from_template(data, template_str=TEMPLATE, **_values(folder, files, name, data)).save(folder / CARD)
 
 
 def _javascript_reads(file: Published) -> bool:
-    """Whether Transformers.js 4 does: it knows the Hub's names for caches alone, and its onnxruntime is 1.30."""
+    """Return whether Transformers.js 4.3 can run the file.
+
+    It knows only the Hub's cache names, and its onnxruntime is 1.30, whose `QMoE` does not round activations.
+    """
     return file.cache_names == "hub" and not file.rounds_in_experts
 
 
 def _load(path: Path | None) -> ModelCard | None:
-    """A card, if there is one that can be read."""
+    """Load a card. Return None where there is no card or it cannot be read."""
     if path is None or not path.is_file():
         return None
     try:
@@ -200,14 +204,15 @@ def _checkpoint_file(model: str, name: str, hub: dict[str, Any]) -> Path | None:
 
 
 def _repo_id(card: ModelCard | None) -> str | None:
-    """The heading of a card that an earlier run wrote, if it is an id of the Hub."""
+    """Return the heading of an earlier run's card if it is an id on the Hub."""
     found = re.search(r"^# ([\w.-]+/[\w.-]+)$", card.text, flags=re.MULTILINE) if card else None
     return found[1] if found else None
 
 
 def _data(model: str, before: ModelCard | None, own: ModelCard | None, options: CardOptions) -> ModelCardData:
-    """The metadata: by the user, else by the folder's older card, else by the checkpoint's own."""
-    # Not the checkpoint's base_model: it was made of that, and this of the checkpoint.
+    """Collect the card's metadata. The user's word comes first, then the older card's, then the checkpoint's."""
+    # The `base_model` of the checkpoint's card is left out. It names the model that the checkpoint was made of, and the
+    # base model of this export is the checkpoint.
     sources = ((own, LICENSE_FIELDS), (before, (*LICENSE_FIELDS, "base_model")))
     fields = {name: value for card, names in sources if card for name in names if (value := card.data.get(name))}
     if not Path(model).is_dir():
@@ -215,21 +220,21 @@ def _data(model: str, before: ModelCard | None, own: ModelCard | None, options: 
     given = {"base_model": options.base_model, "license": options.license}
     fields |= {name: value for name, value in given.items() if value is not None}
     if "base_model" in fields:
-        fields["base_model_relation"] = "quantized"  # the Hub's word for a conversion
+        fields["base_model_relation"] = "quantized"  # the Hub calls every conversion so
     return ModelCardData(pipeline_tag="text-generation", tags=TAGS, **fields)
 
 
 def _values(folder: Path, files: list[Published], name: str, data: ModelCardData) -> dict[str, Any]:
-    """What the template asks for."""
+    """Return the values that the template asks for."""
     tokenizer = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
     chosen = preferred(files)
-    online = "/" in name  # an id of the Hub
+    online = "/" in name  # an id on the Hub, not the name of a folder
     read = [file for file in files if _javascript_reads(file)]
     return {
         "name": name,
         "base_model": data.base_model,
         "file": chosen.path.name,
-        # Its examples take the same file, or else the one that is read soonest.
+        # The JavaScript example takes the same file if Transformers.js can run it, else the smallest one that it can.
         "dtype": (chosen if chosen in read else min(read, key=lambda file: file.size)).precision if read else None,
         "unread": " or ".join(file.precision for file in files if file not in read),
         "chat": "chat_template" in tokenizer,
@@ -241,7 +246,7 @@ def _values(folder: Path, files: list[Published], name: str, data: ModelCardData
 
 
 def _table(files: list[Published]) -> Iterator[str]:
-    """A row for each file; the columns of what was measured only where something was."""
+    """Yield the table's rows, one per file. The quality columns appear only where some file has been measured."""
     qualities = [file.quality for file in files if file.quality]
     columns = ["precision", "file", "MB", "weights", "differs by"]
     yield _row(columns + ["perplexity", "KL divergence", "same top token"] * bool(qualities))
@@ -262,7 +267,7 @@ def _row(cells: Iterable[str]) -> str:
 
 
 def _measured(files: list[Published]) -> Iterator[str]:
-    """How the figures of the table came about."""
+    """Yield sentences on how the table's figures were measured."""
     for compared in dict.fromkeys(file.compared for file in files):
         yield f"Each file was {compared}."
     texts = {(file.text, file.quality.tokens): file.quality.reference_perplexity for file in files if file.quality}

@@ -1,4 +1,4 @@
-"""`optimum-cli export lfm2`."""
+"""The entry point of `optimum-cli export lfm2`."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ def run_publish(args: Namespace, config: Mapping[str, Any]) -> None:
     """Write the folder that `optimum-cli export lfm2` asks for.
 
     Args:
-        args: what it parsed.
-        config: the checkpoint's `config.json`.
+        args: the parsed arguments.
+        config: the contents of the checkpoint's `config.json`.
 
     Raises:
-        SystemExit: 1 after one line on stderr for bad input and for each precision that failed, 130 when interrupted.
+        SystemExit: 1 for bad input or a failed precision, after one line on stderr for each; 130 when interrupted.
     """
     with reported():
         job = Job.read(args, config)

@@ -1,4 +1,4 @@
-"""One folder that every runtime reads: a file for each precision, what each runtime has to know of it, and a card."""
+"""Write one folder that several runtimes read: an ONNX file per precision, their configuration, and a model card."""
 
 from __future__ import annotations
 
@@ -47,7 +47,8 @@ COMPARISON = (
     "same input, with the values that the file's weights stand for: the largest difference for a token, as a share of "
     "what the layer adds for it"
 )
-TRACED = {"batch_size": 1, "sequence_length": 2}  # any shape gives the same graph, and half precision is slow on a CPU
+# The traced graph is the same for any shape. A small one is chosen since a CPU is slow in half precision.
+TRACED = {"batch_size": 1, "sequence_length": 2}
 TOKENIZER = "tokenizer.json"
 JS_CONFIG = "transformers.js_config"
 EXTERNAL_DATA = "use_external_data_format"
@@ -55,15 +56,18 @@ EXTERNAL_DATA = "use_external_data_format"
 
 @dataclass(frozen=True)
 class Job:
-    """What `optimum-cli export lfm2` was asked for.
+    """A request to `optimum-cli export lfm2`.
 
     Attributes:
         model: the checkpoint's folder, or its id on the Hub.
         output: the folder to write.
         precisions: keys of `PRECISIONS`.
-        cache_names: a key of `CACHE_NAMES`.
-        atol: as in `validate`.
-        text: what to measure the quality on, in `chunks` of `length` tokens at most; None: nothing is measured.
+        cache_names: the naming convention of the caches, a key of `CACHE_NAMES`.
+        atol: the tolerance of the check, as `validate` takes it.
+        text: the text file on which the quality is measured; None measures nothing.
+        chunks, length: the largest number of chunks of that text, and the tokens of a chunk.
+        cache_dir: the folder of the Hub's cache; None is its default.
+        card: what the user wants the model card to say.
     """
 
     model: str
@@ -79,12 +83,16 @@ class Job:
 
     @classmethod
     def read(cls, args: Namespace, config: Mapping[str, Any]) -> Job:
-        """Raises `Lfm2Error` for a request that would fail, before any work."""
+        """Read the request from parsed arguments and the checkpoint's `config.json`.
+
+        Raises:
+            Lfm2Error: the request cannot work. It is refused before any work.
+        """
         check_model(args.model, config)
         if unknown := sorted(set(args.precisions or ()) - PRECISIONS.keys()):
-            raise Lfm2Error(f"--precisions {' '.join(unknown)}: there are {', '.join(PRECISIONS)}.")
+            raise Lfm2Error(f"--precisions {' '.join(unknown)} is not known. Choose among {', '.join(PRECISIONS)}.")
         if args.cache_names not in CACHE_NAMES:
-            raise Lfm2Error(f"--cache-names {args.cache_names}: there are {', '.join(CACHE_NAMES)}.")
+            raise Lfm2Error(f"--cache-names {args.cache_names} is not known. Choose among {', '.join(CACHE_NAMES)}.")
         check_atol(args.atol)
         if Path(args.model).is_dir() and args.output.resolve() == Path(args.model).resolve():
             raise Lfm2Error(f"{args.output} is the checkpoint itself. Give another folder to write to.")
@@ -103,14 +111,16 @@ class Job:
 
 
 def publish(job: Job) -> list[str]:
-    """Write the folder: each precision that computes what transformers computes, beside those that it has already.
+    """Write the requested precisions into the folder, each after a check against transformers.
+
+    Precisions that the folder has already stay there.
 
     Returns:
-        A line for each precision that failed; the folder has none of these.
+        A line for each precision that failed. The folder does not contain these.
 
     Raises:
-        Lfm2Error: for what cannot be exported, for a folder of another checkpoint, and where every precision failed:
-            the folder is as it was.
+        Lfm2Error: the checkpoint cannot be exported, the folder belongs to another checkpoint, or every precision
+            failed. The folder stays as it was.
     """
     with staged(job.output) as folder:
         config = _save_configuration(job, folder)
@@ -131,27 +141,27 @@ def publish(job: Job) -> list[str]:
 
 
 def _save_configuration(job: Job, folder: Path) -> PretrainedConfig:
-    """config.json, generation_config.json and the tokenizer's files, as every runtime reads them."""
+    """Write config.json, generation_config.json and the tokenizer's files, in a form that every runtime reads."""
     config = AutoConfig.from_pretrained(job.model, cache_dir=job.cache_dir)
     compat.spell_rope_for_both(config)
     if not is_causal(config):
         raise Lfm2Error(
-            f"{job.model} has no language model's head. Use optimum-cli export onnx --task feature-extraction."
+            f"{job.model} has no language modelling head. Use optimum-cli export onnx --task feature-extraction."
         )
     config.save_pretrained(folder)
     _load(job, "fp32").generation_config.save_pretrained(folder)
     maybe_save_preprocessors(job.model, folder)
     if not (folder / TOKENIZER).is_file():
-        raise Lfm2Error(f"{job.model} has no tokenizer, without which no runtime can use it. Copy {TOKENIZER} there.")
+        raise Lfm2Error(f"{job.model} has no tokenizer, and every runtime needs one. Copy {TOKENIZER} there.")
     compat.spell_tokenizer_for_both(folder)
     compat.repeat_chat_template(folder)
     return config
 
 
 def _check_output(job: Job, folder: Path, checkpoint: str) -> None:
-    """What is there already must be of the same checkpoint, and its caches named alike."""
+    """Refuse a folder whose files are of another checkpoint or name their caches differently."""
     if (job.output / "model.onnx").exists():
-        raise Lfm2Error(f"{job.output} is an export of another layout: it has a model.onnx. Give another folder.")
+        raise Lfm2Error(f"{job.output} has a model.onnx of optimum-cli export onnx. Give another folder.")
     old, new = (_read_config(path) for path in (job.output, folder))
     if old and (different := sorted(name for name in old.keys() & new.keys() if old[name] != new[name])):
         raise Lfm2Error(
@@ -159,16 +169,16 @@ def _check_output(job: Job, folder: Path, checkpoint: str) -> None:
         )
     for file in published(job.output):
         if file.checkpoint != checkpoint:
-            raise Lfm2Error(f"{file.path} was made of other weights than those of {job.model}. Give another folder.")
+            raise Lfm2Error(f"{file.path} was made of other weights than {job.model} has. Give another folder.")
         if file.cache_names != job.cache_names:
             raise Lfm2Error(
-                f"{file.path} names its caches by the convention {file.cache_names}. "
+                f"{file.path} names its caches by the convention {file.cache_names}, not {job.cache_names}. "
                 f"Use --cache-names {file.cache_names}, or another folder."
             )
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
-    """The folder's config.json without what does not tell models apart; empty where there is none."""
+    """Read config.json without the entries in which files of one model may differ; empty where there is no file."""
     path = folder / "config.json"
     config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     return {name: value for name, value in config.items() if name not in (JS_CONFIG, "transformers_version")}
@@ -181,7 +191,7 @@ def _read_text(job: Job, folder: Path) -> list[torch.Tensor] | None:
 
 
 def _write_files(job: Job, folder: Path, checkpoint: str) -> list[str]:
-    """Each precision's file, checked; the weights are loaded once for each dtype. Returns a line for each failure."""
+    """Write and check the file of each precision. Weights are loaded once per dtype. Return a line per failure."""
     failed = []
     for dtype in DTYPES:
         precisions = {name: PRECISIONS[name] for name in job.precisions if PRECISIONS[name].dtype == dtype}
@@ -203,7 +213,7 @@ def _write_files(job: Job, folder: Path, checkpoint: str) -> list[str]:
 
 
 def _removed(name: str, path: Path, error: Lfm2Error) -> str:
-    """The line of a precision that failed, whose file is not left behind."""
+    """Remove the file of a precision that failed, and return the line that reports it."""
     for written in path.parent.glob(f"{path.name}*"):
         written.unlink()
     return f"{name}: {' '.join(str(error).split())}"
@@ -216,7 +226,7 @@ def _load(job: Job, dtype: str) -> Any:
 
 
 def _write_file(job: Job, model: Any, precision: Precision, path: Path) -> dict[str, str]:
-    """Export to `path` and check the file; returns what the check found, for the file's metadata."""
+    """Export to `path` and check the file. Return what the check found, as entries for the file's metadata."""
     constructor: Any = TasksManager.get_exporter_config_constructor(
         "onnx", model=model, task=TASK, library_name="transformers"
     )
@@ -224,9 +234,10 @@ def _write_file(job: Job, model: Any, precision: Precision, path: Path) -> dict[
         model.config, task=TASK, float_dtype=precision.dtype, use_past=True, use_past_in_inputs=True
     )
     config.variant = precision.variant
-    # Declared without a default, Transformers.js and onnxruntime-genai fill it: a browser has no room for all logits.
+    # Transformers.js 4.3 and onnxruntime-genai 0.18 feed `num_logits_to_keep` only where it has no default. With a
+    # default, a browser would compute the logits of the whole prompt and run out of memory.
     config.logits_default = False
-    # Builds for the browser have no kernel for the fused one.
+    # Builds of onnxruntime for the browser have no kernel for the fused embedding (see `EMBEDDINGS`).
     options = {"embedding": "portable", "cache_names": job.cache_names}
     convert.export(model, config, path, dtype=precision.dtype, input_shapes=dict(TRACED), model_kwargs=dict(options))
     differences = validate(config, model, path, job.atol)
@@ -234,7 +245,7 @@ def _write_file(job: Job, model: Any, precision: Precision, path: Path) -> dict[
 
 
 def _measure(job: Job, files: list[Published], text: list[torch.Tensor]) -> list[str]:
-    """Add to each file how far it is from the checkpoint in float. Returns a line for each failure."""
+    """Compare each file with the checkpoint in float32 and note the result in it. Return a line per failure."""
     failed = []
     gold = reference_model(_load(job, "fp32")) if files else None
     for file in files:
@@ -249,7 +260,7 @@ def _measure(job: Job, files: list[Published], text: list[torch.Tensor]) -> list
 
 
 def _declare_external_data(job: Job, folder: Path, files: Iterable[Published]) -> None:
-    """Tell Transformers.js which files have their weights beside them; what it was told besides stays."""
+    """Declare to Transformers.js which files have external weights. Its other settings in an older folder stay."""
     path, before = folder / "config.json", job.output / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     old = json.loads(before.read_text(encoding="utf-8")).get(JS_CONFIG, {}) if before.is_file() else {}

@@ -1,4 +1,4 @@
-"""The files of a published folder: their names, and what each says of itself."""
+"""The ONNX files of a published folder: their names, and what their metadata says."""
 
 from __future__ import annotations
 
@@ -20,7 +20,14 @@ ONNX_FOLDER = "onnx"
 
 @dataclass(frozen=True)
 class Precision:
-    """One way to store a checkpoint: the file, by the name that Transformers.js looks for, and how it is made."""
+    """One way to store a checkpoint.
+
+    Attributes:
+        file: the file's name, as Transformers.js looks for it.
+        dtype: the dtype of the export, `fp32` or `fp16`.
+        variant: the variant of the export, such as `q4`.
+        weights: how the model card describes the weights.
+    """
 
     file: str
     dtype: str
@@ -35,22 +42,26 @@ PRECISIONS = {
     "q4": Precision("model_q4.onnx", "fp32", "q4", "4 bits"),
     "q4f16": Precision("model_q4f16.onnx", "fp16", "q4", "4 bits, computes in 16"),
 }
-# What a CPU runs best, by its speed: onnxruntime-genai takes the first that is there, and the card's examples too.
+# The precisions in the order of their speed on a CPU. The first one in the folder is the default of onnxruntime-genai
+# and of the examples in the model card.
 PREFERRED = ("q4", "q8", "fp32", "q4f16", "fp16")
 
 
 @dataclass(frozen=True)
 class Published:
-    """A file of a published folder.
+    """An ONNX file of a published folder.
 
     Attributes:
-        caches: its cache tensors, by the names of its inputs and outputs.
-        difference: from transformers, the largest when it was checked.
-        compared: what that is a difference of.
-        quality: as `optimum_lfm2.quality.evaluate` measured it, None where no text was given.
-        text: the name of that text's file.
-        checkpoint: the fingerprint of the checkpoint that it was made of.
-        rounds_in_experts: whether activations are rounded to 8 bits in experts, for which onnxruntime has to be 1.31.
+        precision: a key of `PRECISIONS`.
+        path: the file.
+        caches: the graph's cache tensors.
+        difference: the largest difference from transformers that the check of the file found.
+        compared: how that difference was measured, in words.
+        quality: what `optimum_lfm2.quality.evaluate` measured; None where no text was given.
+        text: the name of the text file that the quality was measured on.
+        checkpoint: the fingerprint of the checkpoint that the file was made of.
+        rounds_in_experts: whether `QMoE` rounds its activations to 8 bits. onnxruntime runs such a file from 1.31 on;
+            1.30 refuses it (tests/interop/test_node.py).
     """
 
     precision: str
@@ -65,6 +76,7 @@ class Published:
 
     @classmethod
     def read(cls, precision: str, path: Path) -> Published:
+        """Read the description of a file from its graph and metadata."""
         model = ir.load(path)
         notes = model.metadata_props
         caches = graph_cache_tensors(model.graph)
@@ -82,17 +94,17 @@ class Published:
 
     @property
     def data(self) -> Path:
-        """Where its weights lie, if they are not in the file itself."""
+        """The file of its weights. It does not exist where the weights are in the ONNX file itself."""
         return self.path.with_name(f"{self.path.name}_data")
 
     @property
     def size(self) -> int:
-        """Bytes, with its weights."""
+        """The bytes of the ONNX file and of its weights."""
         return sum(path.stat().st_size for path in (self.path, self.data) if path.is_file())
 
     @property
     def cache_names(self) -> str:
-        """The convention of its caches' names; the Hub's where it has no convolution."""
+        """The naming convention of its caches. Without conv states both conventions agree, and it is the Hub's."""
         states = [tensor for tensor in self.caches if tensor.kind == CONV]
         conventions = (
             name for name, (past, _) in CACHE_NAMES.items() if past.format(states[0].layer) == states[0].past
@@ -101,14 +113,17 @@ class Published:
 
 
 def annotate(path: Path, notes: Mapping[str, str]) -> None:
-    """Add to the metadata of a file, whose weights stay where they are."""
+    """Add entries to the metadata of an ONNX file. The file of its weights is not touched."""
     model = ir.load(path)
     model.metadata_props.update(notes)
     ir.save(model, path)
 
 
 def published(*folders: Path) -> list[Published]:
-    """The files of a published folder, in the order of `PRECISIONS`; where several folders have one, the last."""
+    """List the ONNX files of published folders, in the order of `PRECISIONS`.
+
+    Where several folders have a file of the same precision, the file of the last such folder is listed.
+    """
     found = []
     for name, precision in PRECISIONS.items():
         paths = [path for folder in folders if (path := folder / ONNX_FOLDER / precision.file).is_file()]
@@ -117,5 +132,5 @@ def published(*folders: Path) -> list[Published]:
 
 
 def preferred(files: Iterable[Published]) -> Published:
-    """The file that a CPU runs best."""
+    """Return the file that a CPU runs fastest, in the order of `PREFERRED`."""
     return min(files, key=lambda file: PREFERRED.index(file.precision))

@@ -1,1 +1,1 @@
-"""What a precision costs, and the KV cache in 8 bits, which is chosen by that."""
+"""Measuring how much quality an export loses, and the 8-bit KV cache, whose scales are chosen on a text."""

@@ -1,6 +1,7 @@
-"""How far an export is from its checkpoint: perplexity, KL divergence and top-1 agreement on chunks of text.
+"""Compare an export with its checkpoint on a text: perplexity, KL divergence and top-1 agreement.
 
-Both models read the same chunks; the second half of each is scored, where the model has seen enough to predict.
+Both models read the same chunks of the text. Only the second half of each chunk is scored, since the first half gives
+the model the context from which it predicts.
 """
 
 from __future__ import annotations
@@ -20,19 +21,20 @@ from optimum_lfm2.errors import Lfm2Error, first_line
 from optimum_lfm2.quality.scoring import Model, load
 
 
-TOKENS_AT_ONCE = 64  # in double precision: bounds the memory of the comparison
+TOKENS_AT_ONCE = 64  # tokens compared at a time in double precision; bounds the memory of the comparison
 
 
 @dataclass(frozen=True)
 class Quality:
-    """What `evaluate` measures; divergences are in nats, from the reference.
+    """The figures that `evaluate` measures.
 
     Attributes:
-        perplexity, reference_perplexity: of the text under each model.
-        kl_divergence: mean over the scored tokens.
-        kl_divergence_error: its standard error, from the means of the chunks: tokens of one chunk are not independent.
-        top1_agreement: share of the scored tokens for which both models find the same token most likely.
-        chunks, tokens: how many of each were scored.
+        perplexity, reference_perplexity: the perplexity of the text under the model and under the reference.
+        kl_divergence: the KL divergence from the reference in nats, as a mean over the scored tokens.
+        kl_divergence_error: its standard error. It is computed over the means of the chunks, since the tokens of one
+            chunk are not independent.
+        top1_agreement: the share of the scored tokens for which both models find the same token most likely.
+        chunks, tokens: how many chunks and tokens were scored.
     """
 
     perplexity: float
@@ -44,9 +46,11 @@ class Quality:
     tokens: int
 
     def as_dict(self) -> dict[str, float | int]:
+        """Return the figures by name, ready for JSON."""
         return asdict(self)
 
     def table(self) -> str:
+        """Return the figures as lines of text for a terminal."""
         rows = [
             ("", "reference", "this model"),
             ("perplexity", f"{self.reference_perplexity:.4f}", f"{self.perplexity:.4f}"),
@@ -63,13 +67,13 @@ def evaluate(
     """Compare two models on a text file.
 
     Args:
-        model, reference: an ONNX file, a folder with one, or a checkpoint that transformers loads.
-        text: a file in UTF-8. Special tokens that it spells are read as such.
-        chunks: how many to read at most. Less text, fewer chunks; two at least.
-        length: tokens of a chunk.
+        model, reference: an ONNX file, a folder with one ONNX file, or a checkpoint that transformers loads.
+        text: a text file in UTF-8. The name of a special token in it is read as that token.
+        chunks: the largest number of chunks to read. A short text gives fewer; two are the least.
+        length: the tokens of a chunk.
 
     Raises:
-        Lfm2Error: for a model or text that cannot be used.
+        Lfm2Error: a model or the text cannot be used.
     """
     model, reference = Path(model), Path(reference)
     pieces = read_chunks(text, find_tokenizer(reference, model), chunks, length)
@@ -77,7 +81,11 @@ def evaluate(
 
 
 def measure(own: Model, gold: Model, pieces: Sequence[torch.Tensor]) -> Quality:
-    """Compare two models on chunks, each int64 (1, length)."""
+    """Compare the model `own` with the reference `gold` on chunks of ids, each int64 (1, length).
+
+    Raises:
+        Lfm2Error: the vocabularies differ, or logits are not finite.
+    """
     progress = tqdm(pieces, desc="Comparing", unit="chunk", disable=None, leave=False)
     compared = zip(progress, own(pieces), gold(pieces), strict=True)
     return summarise(compare(logits, reference, ids[0]) for ids, logits, reference in compared)
@@ -85,7 +93,14 @@ def measure(own: Model, gold: Model, pieces: Sequence[torch.Tensor]) -> Quality:
 
 @dataclass(frozen=True)
 class Sums:
-    """Of one chunk: sums over its scored tokens."""
+    """Sums over the scored tokens of one chunk.
+
+    Attributes:
+        tokens: how many tokens were scored.
+        loss, reference_loss: the negative log-likelihood under the model and under the reference, in nats.
+        divergence: the KL divergence from the reference, in nats.
+        agreements: for how many tokens both models find the same token most likely.
+    """
 
     tokens: int
     loss: float
@@ -95,13 +110,21 @@ class Sums:
 
 
 def compare(logits: torch.Tensor, reference: torch.Tensor, ids: torch.Tensor) -> Sums:
-    """Score a chunk: `logits` and `reference`, float (count, vocabulary), are those of its last `count` tokens."""
+    """Score a chunk.
+
+    Args:
+        logits, reference: the logits of the chunk's last `count` tokens under each model, float (count, vocabulary).
+        ids: the chunk, int64 (length).
+
+    Raises:
+        Lfm2Error: the vocabularies differ, or logits are not finite.
+    """
     if logits.shape != reference.shape:
         raise Lfm2Error(
-            f"The models differ in vocabulary, {logits.shape[1]} and {reference.shape[1]} tokens. "
+            f"The vocabularies of the two models differ: {logits.shape[1]} and {reference.shape[1]} tokens. "
             "Compare an export with its own checkpoint."
         )
-    count = len(logits) - 1  # the last token's successor is not known
+    count = len(logits) - 1  # the text does not say which token follows the last one
     targets = ids[len(ids) - count :]
     loss = reference_loss = divergence = 0.0
     agreements = 0
@@ -112,12 +135,12 @@ def compare(logits: torch.Tensor, reference: torch.Tensor, ids: torch.Tensor) ->
         divergence += float((gold.exp() * (gold - own)).sum())
         agreements += int((own.argmax(-1) == gold.argmax(-1)).sum())
     if not math.isfinite(loss + reference_loss + divergence):
-        raise Lfm2Error("The logits are not finite numbers. A file in half precision may have overflowed: export fp32.")
+        raise Lfm2Error("The logits are not finite numbers. A float16 model may have overflowed: export it in fp32.")
     return Sums(count, loss, reference_loss, divergence, agreements)
 
 
 def summarise(parts: Iterable[Sums]) -> Quality:
-    """Means over all chunks, each of the same size."""
+    """Turn the sums of all chunks into means. All chunks have the same number of tokens."""
     chunks = list(parts)
     tokens = sum(chunk.tokens for chunk in chunks)
     divergences = np.array([chunk.divergence / chunk.tokens for chunk in chunks])
@@ -133,12 +156,16 @@ def summarise(parts: Iterable[Sums]) -> Quality:
 
 
 def _exp(x: float) -> float:
-    """Infinite where `math.exp` fails: a broken file may lose any number of nats a token."""
+    """Return e to the power of x, or infinity where `math.exp` would fail. A broken model can have any loss."""
     return float(torch.tensor(x, dtype=torch.float64).exp())
 
 
 def find_tokenizer(*folders: Path) -> Any:
-    """The first tokenizer that lies with a model. Raises `Lfm2Error` where there is none."""
+    """Load the first tokenizer that is found in or beside the given folders and files.
+
+    Raises:
+        Lfm2Error: there is no tokenizer, or it cannot be loaded.
+    """
     for path in map(Path.absolute, folders):
         candidates = (path, path.parent) if path.is_dir() else (path.parent, path.parent.parent)
         for folder in candidates:
@@ -146,22 +173,36 @@ def find_tokenizer(*folders: Path) -> Any:
                 try:
                     return AutoTokenizer.from_pretrained(folder)
                 except (OSError, ValueError) as error:
-                    raise Lfm2Error(f"The tokenizer in {folder} cannot be loaded ({first_line(error)}).") from None
-    raise Lfm2Error(f"No tokenizer lies beside {' or '.join(map(str, folders))}. Copy the checkpoint's there.")
+                    raise Lfm2Error(
+                        f"The tokenizer in {folder} cannot be loaded ({first_line(error)}). "
+                        "Copy the checkpoint's tokenizer there."
+                    ) from None
+    raise Lfm2Error(
+        f"There is no tokenizer in {' or '.join(map(str, folders))}. Copy the checkpoint's tokenizer there."
+    )
 
 
 def read_chunks(text: str | Path, tokenizer: Any, chunks: int, length: int) -> list[torch.Tensor]:
-    """Ids (1, length), one after the other in the text, each headed by the tokenizer's first token if it has one.
+    """Cut a text file into chunks of ids. Each chunk begins with the tokenizer's BOS token, if it has one.
+
+    Args:
+        text: a text file in UTF-8.
+        tokenizer: a tokenizer of transformers.
+        chunks: the largest number of chunks; two are the least.
+        length: the tokens of a chunk, BOS included; two are the least.
+
+    Returns:
+        Ids of consecutive chunks of the text, each int64 (1, length).
 
     Raises:
-        Lfm2Error: for fewer than two chunks of two tokens, in what is asked for or in the text.
+        Lfm2Error: the text cannot be read, or fewer than two chunks are asked for or fit into the text.
     """
     if chunks < 2 or length < 2:
-        raise Lfm2Error(f"{chunks} chunks of {length} tokens cannot be compared: two of each are the least.")
+        raise Lfm2Error(f"{chunks} chunks of {length} tokens cannot be compared. Ask for two or more of each.")
     try:
         written = Path(text).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise Lfm2Error(f"{text} cannot be read as a text ({error}).") from None
+        raise Lfm2Error(f"{text} cannot be read ({error}). Give a text file in UTF-8.") from None
     first = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     ids = torch.tensor(tokenizer(written, add_special_tokens=False, verbose=False).input_ids, dtype=torch.int64)
     step = length - len(first)
@@ -170,6 +211,6 @@ def read_chunks(text: str | Path, tokenizer: Any, chunks: int, length: int) -> l
         pieces.pop()
     if len(pieces) < 2:
         raise Lfm2Error(
-            f"{text} has {len(ids)} tokens, and two chunks of {length} are the least. Give more text or shorter chunks."
+            f"{text} has {len(ids)} tokens, too few for two chunks of {length}. Give more text or shorter chunks."
         )
     return pieces

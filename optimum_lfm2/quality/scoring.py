@@ -1,4 +1,4 @@
-"""Models as `evaluate` reads them: an ONNX file, or a checkpoint, gives the logits to score of chunks of text."""
+"""The models that `evaluate` compares. An ONNX file or a checkpoint is called with chunks and gives their logits."""
 
 from __future__ import annotations
 
@@ -23,24 +23,32 @@ from optimum_lfm2.export.streamed import StandIns, streamed
 from optimum_lfm2.genai_config import GENAI_CONFIG, read_genai_config
 
 
-# chunks, ids (1, length) each → of each in turn the logits to score, float (scored(ids), vocabulary)
+# A model takes chunks of ids, int64 (1, length) each. For each chunk it yields the logits that are scored, float
+# (scored(ids), vocabulary).
 Model = Callable[[Sequence[torch.Tensor]], Iterator[torch.Tensor]]
 
 MOE = "lfm2_moe"
-TOKENS_A_PASS = 8192  # through a model that is read layer by layer: bounds the memory of what a layer computes
+TOKENS_A_PASS = 8192  # tokens that go through a streamed layer at a time; bounds the memory of its hidden states
 DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int8)": np.int8}
 
 
 def scored(ids: torch.Tensor) -> int:
-    """How many logits the second half of a chunk takes: those before each of its tokens, and after the last."""
+    """Return how many logits of a chunk are scored.
+
+    The second half of the chunk needs the logits before each of its tokens. The logits of the last token are counted
+    too, though nothing is compared with them.
+
+    Args:
+        ids: the chunk, int64 (1, length).
+    """
     return ids.shape[1] - ids.shape[1] // 2 + 1
 
 
 def load(path: Path) -> Model:
-    """The model of an ONNX file, of a folder that holds one, or of a checkpoint.
+    """Load an ONNX file, a folder that holds one, or a checkpoint.
 
     Raises:
-        Lfm2Error: for a path that holds none of these, or several ONNX files.
+        Lfm2Error: the path holds none of these or several ONNX files, or the model cannot be loaded.
     """
     if not path.exists():
         raise Lfm2Error(f"{path} does not exist. Give an exported folder, an .onnx file or a checkpoint's folder.")
@@ -51,7 +59,11 @@ def load(path: Path) -> Model:
 
 
 def onnx_file(folder: Path) -> Path | None:
-    """The only ONNX file of a folder and its `onnx` folder; None for none. Raises `Lfm2Error` for several."""
+    """Find the only ONNX file in a folder and its subfolder `onnx`, or None.
+
+    Raises:
+        Lfm2Error: there are several.
+    """
     files = with_float_caches([*folder.glob("*.onnx"), *folder.glob("onnx/*.onnx")])
     if len(files) > 1:
         raise Lfm2Error(f"{folder} holds several models. Give one of them: {', '.join(map(str, files))}.")
@@ -59,16 +71,24 @@ def onnx_file(folder: Path) -> Path | None:
 
 
 class OnnxModel:
-    """A decoder with or without caches, of this package or others': the caches start out empty."""
+    """An ONNX decoder, by this exporter or another, with cache inputs or without. Every chunk starts on empty caches.
+
+    Args:
+        path: the ONNX file.
+
+    Raises:
+        Lfm2Error: the file cannot be loaded or has no output `logits`. Calling the model raises it where the graph
+            fails or gives too few logits.
+    """
 
     def __init__(self, path: Path) -> None:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
-        # torch computes between the calls: threads that spin would hold the cores
+        # torch computes between the calls, and onnxruntime's threads would hold the cores while they spin.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         try:
             self._session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # onnxruntime has a class for each status, and no common one
+        except Exception as error:  # onnxruntime's errors have no common class of their own
             raise Lfm2Error(f"{path} cannot be loaded ({' '.join(str(error).split())}). Export it again.") from None
         self._inputs = {value.name: value for value in self._session.get_inputs()}
         self._path = path
@@ -80,18 +100,28 @@ class OnnxModel:
             (logits,) = self.run(["logits"], ids)
             if logits.shape[1] < scored(ids):
                 raise Lfm2Error(
-                    f"{self._path} gives {logits.shape[1]} logits where {scored(ids)} are scored. Export it without "
+                    f"{self._path} gives {logits.shape[1]} logits, but {scored(ids)} are needed. Export it without "
                     "pruning the head."
                 )
             yield torch.from_numpy(logits[0, -scored(ids) :])
 
     def run(self, outputs: Sequence[str], ids: torch.Tensor) -> list[np.ndarray]:
-        """The outputs of these names for ids (1, length) on empty caches; of logits, those to score."""
+        """Run the graph on empty caches.
+
+        Args:
+            outputs: the names of the outputs to return. A graph that can limit its logits computes the scored ones.
+            ids: int64 (1, length).
+
+        Raises:
+            Lfm2Error: the graph fails.
+        """
         feeds = {name: self._feed(value, ids) for name, value in self._inputs.items()}
         try:
             return self._session.run(outputs, feeds)
-        except Exception as error:  # as above
-            raise Lfm2Error(f"{self._path} fails on a text with empty caches ({first_line(error)}).") from None
+        except Exception as error:  # onnxruntime's errors have no common class of their own
+            raise Lfm2Error(
+                f"{self._path} cannot run on empty caches ({first_line(error)}). Export it again."
+            ) from None
 
     def _feed(self, value: Any, ids: torch.Tensor) -> np.ndarray:
         if value.name == "input_ids":
@@ -107,16 +137,24 @@ class OnnxModel:
             if len(shape) == 4 and not isinstance(value.shape[3], int):
                 shape[3] = self._head_dim()
             return np.zeros(shape, dtype=DTYPES[value.type])
-        raise Lfm2Error(f"{self._path} has an input {value.name}, which no language model's export that we know has.")
+        raise Lfm2Error(
+            f"{self._path} has an input {value.name}, which is not supported here. "
+            "Give a text-generation model whose inputs are ids, mask, positions and caches."
+        )
 
     def _head_dim(self) -> int:
-        """For a graph that has a symbol there, as onnxruntime-genai's builder writes it."""
+        """Read the width of the heads from a configuration file beside the graph.
+
+        onnxruntime-genai's builder writes a symbol for this axis of the KV cache.
+        """
         for folder in list(self._path.absolute().parents)[:2]:
             if (folder / CONFIG_NAME).is_file():
                 return head_dim(AutoConfig.from_pretrained(folder))
             if (folder / GENAI_CONFIG).is_file():
                 return head_dim(read_genai_config(folder))
-        raise Lfm2Error(f"{self._path} does not say how wide its heads are. Copy the checkpoint's {CONFIG_NAME} there.")
+        raise Lfm2Error(
+            f"{self._path} does not say how wide its heads are. Copy the checkpoint's {CONFIG_NAME} beside it."
+        )
 
 
 def _transformers_model(folder: Path) -> Model:
@@ -131,12 +169,17 @@ def _transformers_model(folder: Path) -> Model:
     except Lfm2Error:
         raise
     except (OSError, ValueError) as error:
-        raise Lfm2Error(f"{folder} holds neither an ONNX file nor a checkpoint ({first_line(error)}).") from None
+        raise Lfm2Error(
+            f"{folder} holds neither an ONNX file nor a checkpoint ({first_line(error)}). Give a folder that does."
+        ) from None
     return _WholeModel(model)
 
 
 def reference_model(model: Any) -> Model:
-    """A model of `Lfm2TasksManager`, in float32: read as a whole, but for experts, which may be larger than memory."""
+    """Wrap a float32 model of `Lfm2TasksManager` as a reference for `measure`.
+
+    Weights with experts may be larger than memory. Such a model is read layer by layer, any other one as a whole.
+    """
     weights = getattr(model, "checkpoint", None)
     if model.config.model_type == MOE and weights is not None:
         return _StreamedModel(model, weights)
@@ -144,7 +187,7 @@ def reference_model(model: Any) -> Model:
 
 
 class _WholeModel:
-    """A model of transformers, as it is."""
+    """A model of transformers with all of its weights in memory."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._model = model
@@ -156,9 +199,10 @@ class _WholeModel:
 
 
 class _StreamedModel:
-    """A model of transformers on the meta device: many chunks go through each layer while its weights are there.
+    """A model of transformers on the meta device, whose layers are loaded one at a time.
 
-    They are read once, however many models are compared on the same chunks: the hidden states that are scored stay.
+    Many chunks go through a layer while its weights are in memory. The final hidden states of the scored tokens are
+    kept. So the weights are read once, even if several models are compared on the same chunks.
     """
 
     def __init__(self, model: Any, weights: Mapping[str, Any]) -> None:
@@ -177,7 +221,7 @@ class _StreamedModel:
             yield F.linear(hidden, head)
 
     def _read(self, chunks: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Of each chunk the hidden states whose logits are scored."""
+        """Return, for each chunk, the final hidden states of the scored tokens, float (scored(ids), hidden_size)."""
         groups = torch.cat(list(chunks)).split(max(1, TOKENS_A_PASS // chunks[0].shape[1]))
         total, count = len(groups) * len(self._model.model.layers), scored(chunks[0])
         with tqdm(total=total, desc="Reference", unit="layer", disable=None, leave=False) as bar:

@@ -1,1 +1,1 @@
-"""A checkpoint as it is stored, and its weights in few bits."""
+"""Reading the weights of a checkpoint, and quantising them to 4 or 8 bits."""

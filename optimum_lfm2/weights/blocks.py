@@ -1,6 +1,6 @@
-"""Weights in 4 or 8 bits: the arithmetic of one tensor, and which weights of a model are stored so.
+"""Quantised weights, 4 or 8 bits: the arithmetic for one tensor, and the choice of which weights are quantised.
 
-A row of a weight is cut into blocks, each with one scale and no zero point: w ≈ (code - 2^(bits - 1)) * scale.
+Each row of a weight is cut into blocks. A block has one scale and no zero point: w ≈ (code - 2^(bits - 1)) * scale.
 """
 
 from __future__ import annotations
@@ -15,30 +15,39 @@ import torch.nn.functional as F
 
 
 HEAD = "lm_head"
-INT8_ACTIVATIONS = 4  # MatMulNBits' accuracy_level: on a CPU much faster than without
-VALUES_AT_ONCE = 1 << 18  # what the arithmetic works on fits into a processor's cache
-# Codes tried for each block, by how far its largest value goes towards the end of the range; more of them gain nothing.
+# The `accuracy_level` of MatMulNBits at which a CPU rounds activations to int8. In onnxruntime 1.32, 4-bit weights
+# run about three times as fast with it as without. tests/test_claims.py shows the rounding.
+INT8_ACTIVATIONS = 4
+VALUES_AT_ONCE = 1 << 18  # the values of one step of the arithmetic fit into a processor's cache
+# The quantiser tries one step size per entry for each block: the block's largest value then gets 0.9, 1.0 or 1.1 times
+# the largest code. More entries gain nothing.
 STRETCHES = (0.9, 1.0, 1.1)
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """How one weight is stored: `bits` (4 or 8) a value, a scale for every `block_size` (a power of two from 16 on)."""
+    """How one weight is stored.
+
+    Attributes:
+        bits: 4 or 8, the bits of each code.
+        block_size: how many values share a scale: a power of two, 16 or more.
+    """
 
     bits: int
     block_size: int
 
     @property
     def zero_point(self) -> int:
+        """The code that stands for 0."""
         return 1 << (self.bits - 1)
 
     @property
     def blob_size(self) -> int:
-        """Bytes of a block."""
+        """The bytes of a block's codes."""
         return self.block_size * self.bits // 8
 
     def count(self, width: int) -> int:
-        """Blocks of a row; the last may be padded."""
+        """Return the number of blocks in a row of `width` values. The last block may be padded."""
         return -(-width // self.block_size)
 
 
@@ -47,9 +56,9 @@ class Scheme:
     """How a model is quantised.
 
     Attributes:
-        linear: the linear layers of the decoder.
-        table: the head and the embedding, tied or not.
-        embedding: one of `EMBEDDINGS`.
+        linear: how the linear layers of the decoder are stored.
+        table: how the head and the embedding are stored, tied or not.
+        embedding: how the graph reads the embedding, one of `EMBEDDINGS`.
     """
 
     linear: Blocks
@@ -57,11 +66,13 @@ class Scheme:
     embedding: str = "fused"
 
 
-# How the graph reads an embedding: by `GatherBlockQuantized`; by operators that every build of onnxruntime has; or the
-# table stays in float. The first two read the same bytes, the head's where the two are tied.
+# How the graph reads an embedding. `fused` is the operator `GatherBlockQuantized`. `portable` uses operators that every
+# build of onnxruntime has; the browser builds lack `GatherBlockQuantized` (Transformers.js 4.3.1, onnxruntime-web 1.31
+# in its asyncify build). Both read the same bytes, which are the head's where embedding and head are tied. `float`
+# leaves the embedding unquantised.
 EMBEDDINGS = ("fused", "portable", "float")
 
-# Decided by measurement: docs/quantization.md.
+# docs/quantization.md has the measurements that decided these block sizes and bits.
 SCHEMES = {
     "q4": Scheme(linear=Blocks(4, 128), table=Blocks(8, 128)),
     "q4s": Scheme(linear=Blocks(4, 128), table=Blocks(4, 32)),
@@ -70,7 +81,15 @@ SCHEMES = {
 
 
 def quantize_tensor(weight: torch.Tensor, blocks: Blocks) -> tuple[torch.Tensor, torch.Tensor]:
-    """(out, in), float → codes, uint8 (out, blocks, block_size), and scales (out, blocks) of the weight's dtype."""
+    """Quantise a weight.
+
+    Args:
+        weight: float (out, in).
+        blocks: how to store it.
+
+    Returns:
+        The codes, uint8 (out, blocks, block_size), and the scales, (out, blocks) of the weight's dtype.
+    """
     padded = F.pad(weight, (0, -weight.shape[1] % blocks.block_size)).unflatten(1, (-1, blocks.block_size))
     rows = max(1, VALUES_AT_ONCE // weight.shape[1])
     codes, scales = zip(*(_quantize(part.float(), blocks, weight.dtype) for part in padded.split(rows)), strict=True)
@@ -78,14 +97,15 @@ def quantize_tensor(weight: torch.Tensor, blocks: Blocks) -> tuple[torch.Tensor,
 
 
 def _quantize(values: torch.Tensor, blocks: Blocks, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """Several sets of codes, for each the scale of least squares, and of these the best."""
+    """For each block, compute the codes of several step sizes, fit a scale by least squares, and keep the best."""
     low, high = values.amin(-1), values.amax(-1)
-    extreme = torch.where(-low > high, low, high)  # gets the code 0, the one that has no opposite
+    # The value of largest magnitude gets the code 0, since the range has one more code on that side.
+    extreme = torch.where(-low > high, low, high)
     scales, best = torch.zeros_like(extreme), torch.zeros_like(extreme)
     for stretch in STRETCHES:
         codes = _codes(values, -extreme / (stretch * blocks.zero_point), blocks)
         along, length = torch.linalg.vecdot(codes, values), torch.linalg.vecdot(codes, codes)
-        gain = torch.where(length == 0, 0, along * along / length)  # the squares that the best scale explains
+        gain = torch.where(length == 0, 0, along * along / length)  # what the best scale takes off the squared error
         scales, best = torch.where(gain > best, along / length, scales), torch.maximum(gain, best)
     scales = scales.to(dtype)
     return _codes(values, scales.float(), blocks).add_(blocks.zero_point).to(torch.uint8), scales
@@ -97,25 +117,46 @@ def _codes(values: torch.Tensor, scales: torch.Tensor, blocks: Blocks) -> torch.
 
 
 def dequantize_tensor(codes: torch.Tensor, scales: torch.Tensor, width: int, blocks: Blocks) -> torch.Tensor:
-    """The inverse of `quantize_tensor`: (out, width), of the scales' dtype."""
+    """Undo `quantize_tensor`.
+
+    Args:
+        codes: uint8 (out, blocks, block_size).
+        scales: float (out, blocks).
+        width: the columns of the weight, without the padding of the last block.
+        blocks: how the weight is stored.
+
+    Returns:
+        The weight, (out, width), of the scales' dtype.
+    """
     values = (codes.to(scales.dtype) - blocks.zero_point) * scales[..., None]
     return values.flatten(1)[:, :width].contiguous()
 
 
 def rounded(weight: torch.Tensor, blocks: Blocks | None) -> torch.Tensor:
-    """A weight, (out, in), as it is once quantised; None: as it is."""
+    """Return a weight, float (out, in), with the values that it has after quantisation.
+
+    With `blocks` None the weight comes back unchanged.
+    """
     if blocks is None:
         return weight
     return dequantize_tensor(*quantize_tensor(weight, blocks), weight.shape[1], blocks)
 
 
 def pack(codes: torch.Tensor, blocks: Blocks) -> torch.Tensor:
-    """uint8 (out, blocks, block_size) → (out, blocks, blob_size): two codes of 4 bits a byte, the first one low."""
+    """Pack codes for the file: uint8 (out, blocks, block_size) to (out, blocks, blob_size).
+
+    A byte holds one code of 8 bits, or two codes of 4 bits with the first one in the low half.
+    """
     return codes if blocks.bits == 8 else codes[..., 0::2] | codes[..., 1::2] << 4
 
 
 def module_blocks(model: torch.nn.Module, scheme: Scheme) -> dict[Any, Blocks]:
-    """How the graph stores the weight of each module of transformers' model that it quantises."""
+    """Map each module whose weight the graph quantises to how that weight is stored.
+
+    Args:
+        model: a model of transformers.
+        scheme: how it is quantised.
+    """
     head, blocks = getattr(model, HEAD, None), {}
     for module in model.modules():
         embeds = isinstance(module, torch.nn.Embedding) and scheme.embedding != "float"
@@ -128,7 +169,10 @@ def module_blocks(model: torch.nn.Module, scheme: Scheme) -> dict[Any, Blocks]:
 
 @contextmanager
 def dequantized(model: torch.nn.Module, scheme: Scheme | None) -> Iterator[None]:
-    """Within the block, `model` computes with the values that its quantised graph stands for."""
+    """Within the `with` block, `model` computes with the dequantised values of its weights.
+
+    So it can be compared with the quantised graph. None as the scheme changes nothing.
+    """
     blocks = {} if scheme is None else module_blocks(model, scheme)
     originals = {module: module.weight for module in blocks}
     replaced: dict[int, torch.nn.Parameter] = {}

@@ -1,4 +1,4 @@
-"""A safetensors checkpoint, checked by its headers and read one tensor at a time."""
+"""Reading a safetensors checkpoint: its headers are checked first, then tensors are read one at a time."""
 
 from __future__ import annotations
 
@@ -20,14 +20,16 @@ FINGERPRINT_ROWS = 16
 
 
 class Checkpoint(Mapping[str, torch.Tensor]):
-    """The parameters of `model`, each read and converted when it is asked for, and not kept.
+    """The parameters of a model. Each is read from its file and converted when it is asked for; none is kept.
 
     Args:
-        files: the file of each tensor, by the tensor's name.
-        model: a model on the meta device: its parameters' names, shapes and dtype are what the files must hold.
+        files: for each stored tensor's name, its file.
+        model: a model on the meta device. Its parameters say which names and shapes the files must hold, and to which
+            dtype a tensor is converted.
 
     Raises:
-        Lfm2Error: for a tensor that is missing or has another shape, or a file that cannot be read.
+        Lfm2Error: a tensor is missing or has another shape, or a file cannot be read. Reading a tensor raises it where
+            the values are not finite in the wanted dtype.
     """
 
     def __init__(self, files: Mapping[str, Path], model: torch.nn.Module) -> None:
@@ -37,12 +39,16 @@ class Checkpoint(Mapping[str, torch.Tensor]):
         self._check_headers()
 
     def _stored_name(self, name: str) -> str:
-        """A decoder's parameters begin with `model.` where it was saved under a head."""
+        """Find the name under which a parameter is stored.
+
+        A decoder that was saved together with its head has the prefix `model.`, one saved alone has not.
+        """
         for candidate in (name, BASE_PREFIX + name, name.removeprefix(BASE_PREFIX)):
             if candidate in self._files:
                 return candidate
         raise Lfm2Error(
-            f"The checkpoint has no tensor {name}, which its config.json asks for. Is it complete, and of this model?"
+            f"The checkpoint has no tensor {name}, which its config.json asks for. "
+            "Download or copy the checkpoint again, with its own config.json."
         )
 
     def _check_headers(self) -> None:
@@ -62,15 +68,15 @@ class Checkpoint(Mapping[str, torch.Tensor]):
                 )
 
     def _needed(self, name: str) -> dict[str, tuple[int, ...]]:
-        """The shape of each stored tensor that a parameter is made of."""
+        """Return the stored tensors that a parameter is read from, each with the shape that it must have."""
         return {self._stored[name]: tuple(self._parameters[name].shape)}
 
     def __getitem__(self, name: str) -> Any:
         return self._read(self._stored[name], self._parameters[name].dtype)
 
     def _read(self, stored: str, dtype: torch.dtype, index: int | None = None) -> torch.Tensor:
-        """A stored tensor, or one entry of it along the first axis, as `dtype`."""
-        # Opened for each tensor: a mapping that lives on keeps every page that was read in memory.
+        """Read a stored tensor as `dtype`: all of it, or one entry along the first axis."""
+        # The file is opened anew for each tensor. A memory mapping that stays open keeps every page that was read.
         with _opened(self._files[stored]) as file:
             weight = file.get_tensor(stored) if index is None else file.get_slice(stored)[index]
         converted = weight.to(dtype, copy=True)
@@ -88,23 +94,33 @@ class Checkpoint(Mapping[str, torch.Tensor]):
 
 
 def stored_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """What a checkpoint of the model holds, by name: parameters, under each of their names, and lasting buffers."""
+    """Return the tensors that a checkpoint of the model holds, by name.
+
+    These are the persistent buffers and the parameters. A tied parameter is listed under each of its names.
+    """
     lasting = model.state_dict().keys()
     buffers = {name: buffer for name, buffer in model.named_buffers() if name in lasting}
     return {**dict(model.named_parameters(remove_duplicate=False)), **buffers}
 
 
 def tied_names(model: torch.nn.Module) -> dict[str, str]:
-    """For each stored tensor's name the first name of the same tensor: its own, unless it is tied."""
+    """Map the name of each stored tensor to the first name of the same tensor. Only tied names differ from it."""
     first: dict[int, str] = {}
     return {name: first.setdefault(id(tensor), name) for name, tensor in stored_tensors(model).items()}
 
 
 def find_tensors(model_name_or_path: str, **hub: Any) -> dict[str, Path] | None:
-    """The file of each tensor of a safetensors checkpoint, by name; None where it has no safetensors files.
+    """Find the file of each tensor of a safetensors checkpoint.
 
     Args:
-        hub: `subfolder`, `revision`, `cache_dir`, `token` and the like, as `transformers.utils.cached_file` takes them.
+        model_name_or_path: the checkpoint's folder, or its id on the Hub.
+        hub: arguments of `transformers.utils.cached_file`: `subfolder`, `revision`, `cache_dir`, `token` and so on.
+
+    Returns:
+        For each stored tensor's name its file, or None where the checkpoint has no safetensors files.
+
+    Raises:
+        Lfm2Error: a file that the index names is missing, or a file is not complete.
     """
 
     def found(name: str) -> Path | None:
@@ -116,7 +132,9 @@ def find_tensors(model_name_or_path: str, **hub: Any) -> dict[str, Path] | None:
         shards = {shard: found(shard) for shard in sorted(set(weight_map.values()))}
         for shard, path in shards.items():
             if path is None:
-                raise Lfm2Error(f"{model_name_or_path} has no file {shard}, which {index.name} names.")
+                raise Lfm2Error(
+                    f"{model_name_or_path} has no file {shard}, which {index.name} names. Download or copy it again."
+                )
         return {name: shards[shard] for name, shard in weight_map.items()}
     if (single := found(SAFE_WEIGHTS_NAME)) is not None:
         with _opened(single) as file:
@@ -125,7 +143,13 @@ def find_tensors(model_name_or_path: str, **hub: Any) -> dict[str, Path] | None:
 
 
 def fingerprint(files: Mapping[str, Path]) -> str:
-    """Tells checkpoints of one shape apart, a fine-tune and what it was made of: a hash of each tensor's first rows."""
+    """Return a hash of the first rows of every tensor, as 16 hexadecimal digits.
+
+    It tells checkpoints of one shape apart, such as a fine-tune and its base model.
+
+    Raises:
+        Lfm2Error: a file is not complete.
+    """
     digest = hashlib.sha256()
     for name in sorted(files):
         with _opened(files[name]) as file:

@@ -1,4 +1,8 @@
-"""The weights of experts: read one expert at a time, from either form of a checkpoint, and written so."""
+"""The weights of experts, read from a checkpoint and written to the ONNX file one expert at a time.
+
+A checkpoint stores experts in one of two forms: packed, with one tensor for all experts of a layer, or in parts, with
+tensors for each expert.
+"""
 
 from __future__ import annotations
 
@@ -14,18 +18,23 @@ from optimum_lfm2.weights.blocks import Blocks, pack, quantize_tensor
 from optimum_lfm2.weights.checkpoint import Checkpoint
 
 
-# What transformers packs into one parameter of all experts, by the names that each expert's own tensors have on disk.
+# For each parameter that transformers packs for all experts: the names of one expert's tensors in the other form.
 PACKED = {"gate_up_proj": ("w1", "w3"), "down_proj": ("w2",)}
 
 
 def is_packed(name: str) -> bool:
-    """Whether a parameter holds a matrix of every expert."""
+    """Return whether the parameter of this name holds a matrix of every expert."""
     owner, _, kind = name.rpartition(".")
     return kind in PACKED and owner.endswith(".experts")
 
 
 class ExpertWeights(Sequence[torch.Tensor]):
-    """One matrix of every expert, (experts, out, in): each is read when it is asked for, and not kept."""
+    """One matrix of every expert, (experts, out, in). Each matrix is read when it is asked for, and not kept.
+
+    Args:
+        read: reads the matrix of one expert, (out, in), by the expert's index.
+        shape: (experts, out, in).
+    """
 
     def __init__(self, read: Callable[[int], torch.Tensor], shape: torch.Size) -> None:
         self._read = read
@@ -41,15 +50,15 @@ class ExpertWeights(Sequence[torch.Tensor]):
 
 
 def whole(weight: torch.Tensor | ExpertWeights) -> torch.Tensor:
-    """A parameter with all its experts in memory."""
+    """Return a parameter as one tensor, with all its experts in memory: (experts, out, in)."""
     return torch.stack(list(weight)) if isinstance(weight, ExpertWeights) else weight
 
 
 class MoeCheckpoint(Checkpoint):
-    """A checkpoint with experts: `ExpertWeights` stand for a packed parameter, whether it lies packed or in parts."""
+    """A checkpoint with experts. Reading a packed parameter gives `ExpertWeights`, in either stored form."""
 
     def _stored_name(self, name: str) -> str:
-        """Of experts in parts the name up to the expert's number."""
+        """Find the stored name. For experts stored in parts this is the name before the expert's number."""
         if not is_packed(name):
             return super()._stored_name(name)
         try:
@@ -66,7 +75,8 @@ class MoeCheckpoint(Checkpoint):
         parts = [part for index in range(experts) for part in self._parts(name, index)]
         if missing := [part for part in parts if part not in self._files]:
             raise Lfm2Error(
-                f"The checkpoint has no tensor {missing[0]}, which its config.json asks for. Is it complete?"
+                f"The checkpoint has no tensor {missing[0]}, which its config.json asks for. "
+                "Download or copy the checkpoint again, with its own config.json."
             )
         return dict.fromkeys(parts, (outputs * experts // len(parts), inputs))
 
@@ -87,12 +97,24 @@ class MoeCheckpoint(Checkpoint):
 
 
 def interleaved(weight: torch.Tensor) -> torch.Tensor:
-    """Rows of gate then up, (2 * width, in) → a row of the one, a row of the other, as the operators read them."""
+    """Interleave the rows of gate and up, as MoE and QMoE read them.
+
+    Args:
+        weight: (2 * width, in), all rows of gate and then all rows of up.
+
+    Returns:
+        (2 * width, in), a row of gate and a row of up in turn.
+    """
     return weight.unflatten(0, (2, -1)).transpose(0, 1).flatten(0, 1).contiguous()
 
 
 class ExpertsTensor(ir.LazyTensor):
-    """An initializer of one part for each expert, written without holding more than one of them."""
+    """An initializer made of one part for each expert. Writing it holds one part in memory at a time.
+
+    Args:
+        parts: returns a new iterator over the parts with every call.
+        dtype, shape, name: of the whole initializer; its first axis counts the experts.
+    """
 
     def __init__(
         self, parts: Callable[[], Iterator[torch.Tensor]], dtype: ir.DataType, shape: ir.Shape, name: str
@@ -101,17 +123,19 @@ class ExpertsTensor(ir.LazyTensor):
         self._parts = parts
 
     def tofile(self, file: Any) -> None:
+        """Write the bytes of the parts to an open binary file."""
         for part in self._parts():
             TorchTensor(part).tofile(file)
 
 
 class QuantizedExperts:
-    """Codes and scales of one matrix of every expert.
+    """The codes and scales of one matrix of every expert, for two initializers.
 
-    Two initializers come of it, the codes first: until the scales are written, they are kept.
+    The codes are written first. The scales that come with them are kept until they are written too.
 
     Args:
-        matrices: an iterator over the experts, (out, in) each, with every call.
+        matrices: returns a new iterator over the experts' matrices, (out, in) each, with every call.
+        blocks: how a matrix is stored.
     """
 
     def __init__(self, matrices: Callable[[], Iterator[torch.Tensor]], blocks: Blocks) -> None:
@@ -120,7 +144,7 @@ class QuantizedExperts:
         self._scales: list[torch.Tensor] = []
 
     def codes(self) -> Iterator[torch.Tensor]:
-        """For each expert uint8, (out, in * bits / 8)."""
+        """Yield the packed codes of each expert, uint8 (out, in * bits / 8)."""
         self._scales = []
         for matrix in self._matrices():
             codes, scales = quantize_tensor(matrix, self._blocks)
@@ -128,7 +152,7 @@ class QuantizedExperts:
             yield pack(codes, self._blocks).flatten(1)
 
     def scales(self) -> Iterator[torch.Tensor]:
-        """For each expert (out, in / block_size)."""
+        """Yield the scales of each expert, (out, in / block_size) of the matrices' dtype."""
         if not self._scales:
             for _ in self.codes():
                 pass

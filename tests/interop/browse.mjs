@@ -1,8 +1,8 @@
-// Use the chat page as a person would, in headless Chromium: node browse.mjs CHROMIUM FOLDER < job > result, both JSON.
+// Use the chat page in headless Chromium as a person would: node browse.mjs CHROMIUM FOLDER < job > result, both JSON.
 //
-// The job is {url, gpu, chat, prompts, cases}: a key of GPU below, messages to type one after the other, chats to answer
-// for their token ids, what to ask the library by cases.mjs.
-// FOLDER gets the browser's profile and the screenshots.
+// The job is {url, gpu, chat, prompts, cases}. `gpu` is a key of GPU below. `chat` has messages that are typed one after
+// the other. `prompts` has chats whose answers are returned as token ids. `cases` has questions for cases.mjs.
+// The browser's profile and the screenshots go to FOLDER.
 import { readFileSync } from "node:fs";
 import { createRequire } from "node:module";
 import { fileURLToPath } from "node:url";
@@ -16,7 +16,7 @@ const FLAGS = [
 ];
 const GPU = {
   none: ["--disable-gpu"],
-  // WebGPU computed by the CPU: slow, and the same on every machine.
+  // The CPU computes WebGPU. This is slow, and the same on every machine.
   software: ["--enable-unsafe-webgpu", "--use-webgpu-adapter=swiftshader", "--enable-features=Vulkan", "--use-angle=swiftshader"],
 };
 const DESKTOP = { width: 900, height: 700 };
@@ -37,7 +37,7 @@ try {
   page.on("console", (message) => message.type() === "error" && errors.push(message.text()));
   context.on("request", (request) => requests.push(request.url()));
 
-  // What the page hands to the model: an answer alone would not show a turn that was lost.
+  // Record the messages that the page passes to the model. The answer alone would not show that a turn was lost.
   await page.addInitScript(() => {
     window.asked = [];
     const post = Worker.prototype.postMessage;

@@ -1,4 +1,4 @@
-// What the tests ask of Transformers.js, the same in node and in a browser; cases and answers are plain JSON.
+// The questions that the tests ask Transformers.js, in node and in a browser. Cases and answers are plain JSON.
 
 /**
  * @param {object} library Transformers.js
@@ -16,13 +16,13 @@ export async function makeClient(library, name, device) {
   const render = (chat, options) => tokenizer.apply_chat_template(chat, { add_generation_prompt: true, ...options });
 
   const actions = {
-    /** A chat as text, and as token ids. */
+    /** Return a chat as text and as token ids. */
     render({ chat, options = {} }) {
       const ids = render(chat, { ...options, return_tensor: false, return_dict: false });
       return { text: render(chat, { ...options, tokenize: false }), ids };
     },
 
-    /** The new tokens of each prompt, a chat or a text, as one batch that the tokenizer pads to `columns`. */
+    /** Return the new tokens of each prompt, a chat or a text, run as one batch. The tokenizer pads it to `columns`. */
     async generate({ dtype, prompts, max_new_tokens }) {
       const model = await load(dtype);
       const texts = prompts.map((prompt) => (typeof prompt === "string" ? prompt : render(prompt, { tokenize: false })));
@@ -33,7 +33,7 @@ export async function makeClient(library, name, device) {
       return { columns, rows: output.map((row) => row.slice(columns)) };
     },
 
-    /** The new tokens of each row of ids, as one batch with padding on the left. */
+    /** Return the new tokens of each row of ids, run as one batch with padding on the left. */
     async continue({ dtype, rows, max_new_tokens }) {
       const model = await load(dtype);
       const columns = Math.max(...rows.map((row) => row.length));
@@ -43,7 +43,7 @@ export async function makeClient(library, name, device) {
       return output.map((row) => row.slice(columns));
     },
 
-    /** The answer to each message of one chat; every turn goes on from the cache of the turn before. */
+    /** Return the answer to each message of one chat. Every turn continues from the cache of the previous turn. */
     async turns({ dtype, messages, max_new_tokens }) {
       const model = await load(dtype);
       const chat = [];
@@ -61,14 +61,14 @@ export async function makeClient(library, name, device) {
       return turns;
     },
 
-    /** The answer to a chat as text, by the library's pipeline. */
+    /** Return the answer to a chat as text, from the library's pipeline. */
     async pipeline({ dtype, chat, max_new_tokens }) {
       const generator = new TextGenerationPipeline({ task: "text-generation", model: await load(dtype), tokenizer });
       const [{ generated_text }] = await generator(chat, { max_new_tokens });
       return generated_text.at(-1).content;
     },
 
-    /** Logits of every token, one row, no padding. */
+    /** Return the logits of every token of one row without padding. */
     async logits({ dtype, ids }) {
       const model = await load(dtype);
       const { logits } = await model({ input_ids: matrix([ids]), attention_mask: matrix([ids.map(() => 1)]) });

@@ -1,4 +1,4 @@
-"""What clients are asked, and held against: the same file in onnxruntime for Python, in a loop that knows nothing."""
+"""The questions that the tests ask other clients, and a plain onnxruntime loop in Python that answers the same ones."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import onnx
 import onnxruntime
 
 
-END = 7  # the end of a turn
+END = 7  # the end-of-turn token
 NEW = 64
 
-# How far right logits of the trained checkpoint may lie apart; their standard deviation is 4.
-FLOAT32 = 1e-3  # the order of sums
-FLOAT16 = 0.1  # a logit of 20 is rounded to 1/64, as are the sums before it
-INT8 = 0.6  # MatMulNBits with accuracy_level 4 rounds activations, each processor's kernels in their own way
+# Tolerances for the logits of the trained checkpoint, whose standard deviation is 4. Correct clients differ so much:
+FLOAT32 = 1e-3  # the order of sums differs
+FLOAT16 = 0.1  # a logit of 20 is rounded to 1/64, and so are the sums before it
+INT8 = 0.6  # MatMulNBits with accuracy_level 4 rounds activations, and each processor's kernels round differently
 
 
 def chat(*contents: str, system: str | None = None) -> list[dict[str, str]]:
@@ -24,14 +24,14 @@ def chat(*contents: str, system: str | None = None) -> list[dict[str, str]]:
     return [{"role": "system", "content": system}, *turns] if system else turns
 
 
-# One ends soon, one asks to copy from afar, one has no end of its own for long; all lengths differ.
+# One answer ends soon, one copies from a distant place in the prompt, one does not end for long. All lengths differ.
 PROMPTS = [
     chat("What is 3 plus 4?"),
     chat("Ben put the silver key next to the well. Where is the silver key?"),
     "<|startoftext|>Once upon a time",
     chat("What is 3 plus 4?", "3 plus 4 is 7.", "Tell me a story.", system="Be kind."),
 ]
-# The turns of one chat.
+# The user's messages of one chat.
 MESSAGES = [
     "What is 3 plus 4?",
     "Ben put the silver key next to the well. Where is the silver key?",
@@ -49,13 +49,13 @@ def up_to_end(tokens: list[int]) -> list[int]:
 
 @dataclass(frozen=True)
 class Precision:
-    """A precision by Transformers.js's name for it.
+    """A precision, under its name in Transformers.js.
 
     Attributes:
-        suffix: of the file's name.
+        suffix: the suffix of the file's name.
         export: options of `main_export`.
-        exact: how far the logits of two clients may lie apart that round no activations.
-        rounded: the same for two clients that do.
+        exact: the tolerance for the logits of two clients that do not round activations.
+        rounded: the tolerance for the logits of two clients that round activations.
     """
 
     suffix: str
@@ -78,11 +78,13 @@ PRECISIONS = {
 
 
 class PlainModel:
-    """A graph run as the model cards show it: empty caches, then outputs zipped to inputs. Rows without padding.
+    """A graph that runs as in the model cards: caches start empty, and outputs are fed back to inputs in order.
+
+    It takes one row without padding.
 
     Args:
-        path: the file.
-        exact: without rounding activations to 8 bits, as WebAssembly computes it.
+        path: the ONNX file.
+        exact: compute without rounding activations to 8 bits, as WebAssembly does.
     """
 
     def __init__(self, path: Path, exact: bool = False) -> None:
@@ -98,11 +100,11 @@ class PlainModel:
         self.caches = [value for value in self.session.get_inputs() if value.name.startswith("past")]
 
     def logits(self, ids: list[int]) -> np.ndarray:
-        """Of every token, float32 (sequence_length, vocab_size), in one call."""
+        """Return the logits of every token, float32 (sequence_length, vocab_size), from one call."""
         return self._run(ids, len(ids), self._empty())[0]
 
     def assert_greedy(self, ids: list[int], tokens: list[int], tolerance: float) -> None:
-        """Each of `tokens` must be what this file likes best after `ids` and the tokens before, or as good as that."""
+        """Assert that each token is the most likely one after `ids` and the tokens before it, within `tolerance`."""
         logits = self.logits(ids + tokens[:-1])[len(ids) - 1 :]
         regret = logits.max(-1) - logits[np.arange(len(tokens)), tokens]
         assert regret.max() <= tolerance, f"token {regret.argmax()} of {tokens}: worse than the best by {regret.max()}"

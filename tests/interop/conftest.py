@@ -1,4 +1,4 @@
-"""What the tests with other clients share: files in a plain loop, and the gold for them."""
+"""Fixtures for the tests with other clients: exports in a plain onnxruntime loop, and the gold."""
 
 from __future__ import annotations
 
@@ -12,13 +12,16 @@ from transformers import AutoTokenizer
 
 @pytest.fixture(scope="session")
 def plain():
-    """`plain(path, exact=False)`: the `PlainModel` of a file."""
+    """`plain(path, exact=False)` gives the `PlainModel` of a file."""
     return cache(PlainModel)
 
 
 @pytest.fixture(scope="session")
 def gold_continuation(gold_model):
-    """`gold_continuation(ids, count)`: what transformers alone puts after one unpadded row, greedily, past any end."""
+    """`gold_continuation(ids, count)` gives transformers' greedy tokens after one unpadded row, run alone.
+
+    It does not stop at an end-of-turn token.
+    """
     model = gold_model("trained").float()
 
     @torch.no_grad()
@@ -53,7 +56,7 @@ def prompt_ids(tokenizer):
 
 @pytest.fixture(scope="session")
 def long_ids(prompt_ids, gold_continuation):
-    """A text to compare logits on."""
+    """A longer text on which logits are compared."""
     story = gold_continuation(prompt_ids[2], NEW)
     assert len(set(story)) > NEW // 3, "a gold that repeats itself proves nothing"
     return prompt_ids[2] + story

@@ -1,8 +1,8 @@
-"""Folders made by onnxruntime-genai's own builder from the demo checkpoint, for the tests of graphs made by others.
+"""Make folders with onnxruntime-genai's own builder from the demo checkpoint, for the tests of other exporters' graphs.
 
     python tests/interop/make_others.py FOLDER
 
-writes FOLDER/genai_fp32 and FOLDER/genai_int4. The builder needs transformers 5: run it in an environment of its own.
+This writes FOLDER/genai_fp32 and FOLDER/genai_int4. The builder needs transformers 5, in an environment of its own.
 """
 
 from __future__ import annotations

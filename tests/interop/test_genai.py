@@ -1,4 +1,4 @@
-"""onnxruntime-genai runs an exported folder unchanged: its tokens are those of transformers alone."""
+"""onnxruntime-genai runs an exported folder without changes and gives the tokens of transformers alone."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def model(folder):
 
 @pytest.fixture
 def assert_right(precision, folder, plain, gold_continuation):
-    """`assert_right(ids, tokens)`: up to the end of the turn, which onnxruntime-genai leaves out."""
+    """`assert_right(ids, tokens)` compares tokens up to the end of the turn, which onnxruntime-genai leaves out."""
 
     def assert_right(ids: list[int], tokens: list[int]) -> None:
         plain(folder / "model.onnx").assert_greedy(ids, tokens, precision.rounded)
@@ -63,7 +63,7 @@ def run(generator, count: int = NEW) -> None:
 
 
 def new_tokens(generator, row: int, columns: int) -> list[int]:
-    """What a row got after `columns`, with the end that is missing where it ended by itself."""
+    """Return the tokens of a row after `columns`. The end of turn is added where the answer ended by itself."""
     tokens = generator.get_sequence(row)[columns:].tolist()
     ended = generator.is_done() and END not in tokens
     return [*tokens, END] if ended else up_to_end(tokens)
@@ -95,7 +95,8 @@ def test_a_chat_goes_on_with_append_tokens(model, tokenizer, assert_right):
         turn = [{"role": "user", "content": message}]
         text = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        # The end of the answer before, which is missing, and its line's; the first token is the start of a text.
+        # onnxruntime-genai drops the end of the previous turn and its line break, so they are added here. The first id
+        # of the new turn is the start of a text, and is left out.
         new = [END, *tokenizer("\n", add_special_tokens=False)["input_ids"], *ids[1:]] if history else ids
         generator.append_tokens(new)
         history += new
@@ -113,7 +114,7 @@ def test_a_cache_of_8_bits(exported, tmp_path, prompt_ids, gold_continuation):
     config = json.loads((folder / "genai_config.json").read_text())
     config["model"]["decoder"]["filename"] = target.name
     (folder / "genai_config.json").write_text(json.dumps(config))
-    (folder / "model.onnx").unlink()  # so that nothing else can be what runs
+    (folder / "model.onnx").unlink()  # only the new file can run now
     model = og.Model(str(folder))
     for ids in prompt_ids:
         generator = make_generator(model)
@@ -130,7 +131,7 @@ def test_what_the_readme_says_it_cannot_do(exported, prompt_ids, gold_continuati
     with pytest.raises(Exception, match="RewindTo is currently not supported"):
         generator.rewind_to(5)
     with pytest.raises(Exception, match="total_sequence_length must equal past_sequence_length"):
-        generator.append_tokens(prompt_ids[1])  # it leaves out the last token of an answer that has not ended
+        generator.append_tokens(prompt_ids[1])  # it loses the last token of an answer that has not ended
 
     batch = make_generator(model, 2)
     batch.append_tokens(np.array([prompt_ids[0]] * 2, np.int32))
@@ -142,6 +143,5 @@ def test_what_the_readme_says_it_cannot_do(exported, prompt_ids, gold_continuati
     left = make_generator(model, len(prompt_ids))
     left.append_tokens(np.array([[PAD] * (columns - len(ids)) + ids for ids in prompt_ids], np.int32))
     run(left)
-    assert new_tokens(left, 0, columns) != up_to_end(
-        gold_continuation(prompt_ids[0], NEW)
-    )  # a sum, and not the right one
+    # The prompt is a sum, and the left-padded row gives a wrong one.
+    assert new_tokens(left, 0, columns) != up_to_end(gold_continuation(prompt_ids[0], NEW))

@@ -1,4 +1,4 @@
-"""Transformers.js in node runs an exported folder unchanged: its tokens are those of transformers alone."""
+"""Transformers.js in node runs an exported folder without changes and gives the tokens of transformers alone."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ RENDERED = [
 
 
 def start(folder: Path, cases: list[dict]) -> subprocess.CompletedProcess:
-    """One process for all of them: it takes a second to start."""
+    """Run node once for all cases, since it takes a second to start."""
     return subprocess.run(
         ["node", str(Path(__file__).with_name("node.mjs")), str(folder)],
         input=json.dumps(cases),
@@ -47,7 +47,7 @@ def start(folder: Path, cases: list[dict]) -> subprocess.CompletedProcess:
 
 
 def ask(folder: Path, cases: dict) -> dict:
-    """Answers by the names of the cases."""
+    """Return the answers by the names of the cases."""
     done = start(folder, list(cases.values()))
     assert done.returncode == 0, done.stderr
     return dict(zip(cases, json.loads(done.stdout), strict=True))
@@ -81,7 +81,7 @@ def test_a_row_is_that_of_transformers(answers, prompt_ids, gold_continuation, i
 
 
 def test_a_batch_is_its_rows_alone(answers, prompt_ids, gold_continuation):
-    """Transformers.js pads on the left, and goes on with a row after its end until all have ended."""
+    """Transformers.js pads on the left. It continues a row after its end until all rows have ended."""
     answer = answers["fp32", "batch"]
     assert answer["columns"] == max(map(len, prompt_ids)) > min(map(len, prompt_ids))
     golds = [gold_continuation(ids, NEW) for ids in prompt_ids]
@@ -91,7 +91,7 @@ def test_a_batch_is_its_rows_alone(answers, prompt_ids, gold_continuation):
 
 
 def turn_ids(tokenizer, turns: list[dict]) -> list[list[int]]:
-    """The chat up to each answer, with the answers that were given."""
+    """Return the ids of the chat up to each answer, with the given answers before it."""
     messages, ids = [], []
     for message, turn in zip(MESSAGES, turns, strict=True):
         messages.append({"role": "user", "content": message})
@@ -131,12 +131,12 @@ def test_tokens_are_those_of_python_on_the_same_file(answers, hub_folder, plain,
         model.assert_greedy(ids, tokens, precision.rounded)
 
 
-# Its onnxruntime has no int8 activations for experts, which these files ask for.
+# In these files QMoE rounds activations to int8. onnxruntime can do so from 1.31 on, and Transformers.js 4.3 has 1.30.
 NOT_WITH_EXPERTS = ("q8", "q4")
 
 
 def test_experts(experts_folder, gold_model, plain):
-    """Each row of a padded batch is that of transformers alone; every precision is that of Python."""
+    """Each row of a padded batch equals transformers alone, and every precision gives the logits of Python."""
     lengths = (9, 1, 30)
     rows = [row.tolist() for row in prompts(list(lengths))]
     golds = [up_to_end(gold_tokens(gold_model("moe"), torch.tensor(row), NEW)) for row in rows]

@@ -1,4 +1,4 @@
-"""Folders made by onnxruntime-genai's builder, which have no `config.json`, load and generate as transformers does."""
+"""Folders of onnxruntime-genai's builder, which have no `config.json`, load and give the tokens of transformers."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_a_genai_config_that_says_something_else_is_refused(content, says, expor
     with pytest.raises(Lfm2Error) as error:
         ORTLfm2ForCausalLM.from_pretrained(folder)
     assert says in str(error.value)
-    assert "config.json of the checkpoint" in str(error.value)
+    assert "Copy the checkpoint's config.json" in str(error.value)
     assert "\n" not in str(error.value)
 
 
@@ -99,7 +99,7 @@ def test_the_builders_fp32_gives_the_tokens_of_transformers(others, prompt_ids, 
     folder = others / "genai_fp32"
     assert not (folder / "config.json").exists()
     model = ORTModelForCausalLM.from_pretrained(folder)
-    assert model.config.conv_L_cache == 3  # the graph keeps two columns
+    assert model.config.conv_L_cache == 3  # the graph's conv state has one column less
     golds = [up_to_end(gold_continuation(ids, NEW)) for ids in prompt_ids]
     for ids, gold in zip(prompt_ids, golds, strict=True):
         assert model.generate(torch.tensor([ids]), **GREEDY)[0, len(ids) :].tolist() == gold
@@ -136,5 +136,5 @@ def test_the_builders_int4_gives_the_tokens_of_onnxruntime_genai(others, prompt_
     batch = padded(prompt_ids)
     for row, gold in zip(model.generate(**batch, **GREEDY)[:, batch["input_ids"].shape[1] :], golds, strict=True):
         tokens = up_to_end(row.tolist())
-        assert tokens[: len(gold)] == gold  # onnxruntime-genai leaves out the end
+        assert tokens[: len(gold)] == gold  # onnxruntime-genai leaves out the end of turn
         assert tokens[len(gold) :] in ([], [END])

@@ -1,4 +1,4 @@
-"""The chat page of `examples/web`, used in headless Chromium: what it answers is what transformers answers."""
+"""The chat page of `examples/web` in headless Chromium gives the answers of transformers."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def visit(exported, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def gold(checkpoint, gold_model):
-    """The new tokens that transformers gives for a chat, the end of turn too, and their text."""
+    """The new tokens that transformers gives for a chat, end of turn included, and their text."""
     tokenizer = AutoTokenizer.from_pretrained(checkpoint("trained"))
     model = gold_model("trained").float()
 
@@ -124,14 +124,14 @@ def test_the_page_says_what_it_does(visit):
         number, unit = speed.split()
         assert float(number) > 0
         assert unit == "tokens/s"
-    assert min(visit["pieces"]) > 3  # the answer grew, and did not come at once
+    assert min(visit["pieces"]) > 3  # the answer appeared piece by piece
 
 
 @installed
 @browser
 def test_the_page_fits_a_phone_and_stays_by_itself(visit):
     assert visit["phoneWidth"] == 360
-    assert visit["isolated"]  # or WebAssembly has one thread
+    assert visit["isolated"]  # otherwise WebAssembly has one thread
     assert visit["errors"] == []
     assert visit["elsewhere"] == []
     for name in ("desktop.png", "phone.png"):
@@ -224,7 +224,7 @@ def library(hub_folder, long_ids, tmp_path_factory):
 @browser
 @pytest.mark.parametrize("dtype", PRECISIONS)
 def test_a_file_computes_what_it_computes_in_python(library, hub_folder, plain, prompt_ids, long_ids, dtype):
-    """WebAssembly rounds no activations to 8 bits, so that Python must not either."""
+    """WebAssembly does not round activations to 8 bits, so the Python side computes without rounding too."""
     precision = PRECISIONS[dtype]
     model = plain(hub_folder / precision.file, exact=True)
     np.testing.assert_allclose(library[dtype, "logits"], model.logits(long_ids), atol=precision.exact, rtol=0)

@@ -1,4 +1,4 @@
-"""Folders of two precisions, as `optimum-cli export lfm2` writes them."""
+"""Fixtures: folders with two precisions that `optimum-cli export lfm2` wrote."""
 
 from __future__ import annotations
 
@@ -18,5 +18,5 @@ def two(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def small(two, tmp_path) -> Path:
-    """A folder with fp32 and q4, to write to."""
+    """A copy of a folder with fp32 and q4. A test may write to it."""
     return shutil.copytree(two, tmp_path / "work" / "small")

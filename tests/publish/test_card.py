@@ -1,4 +1,4 @@
-"""The model card of a published folder: its figures are measured, its snippets run."""
+"""The model card of a published folder has measured figures, and its snippets run."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_the_checkpoints_own_card_gives_the_license(tmp_path):
     assert run(*options, "fp16") == 0
     card = ModelCard.load(tmp_path / "out" / "README.md")
     assert (card.data.license_name, card.data.base_model) == ("lfm1.0", "me/mine")
-    assert '= snapshot_download("me/lfm2-onnx")' in card.text  # as the first run said
+    assert '= snapshot_download("me/lfm2-onnx")' in card.text  # the first run set this id
     assert list(rows(tmp_path / "out")) == ["fp16", "q8", "q4"]
 
 

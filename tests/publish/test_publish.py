@@ -1,4 +1,4 @@
-"""`optimum-cli export lfm2`: what the folder holds, and what another run adds to it."""
+"""`optimum-cli export lfm2`: the contents of the folder, and what a second run adds to it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ FILES = [
 
 
 def test_the_files(hub_folder):
-    written = set(tree(hub_folder)) - {"special_tokens_map.json"}  # which transformers 4 alone writes
+    written = set(tree(hub_folder)) - {"special_tokens_map.json"}  # only transformers 4 writes it
     assert sorted(written) == sorted(FILES)
     assert [path.name for path in hub_folder.parent.iterdir()] == ["lfm2"]
     assert "chat_template" in json.loads((hub_folder / "tokenizer_config.json").read_text())
@@ -44,7 +44,7 @@ def test_transformers_js_is_told_which_files_have_their_weights_beside_them(hub_
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_a_browser_can_run_it(hub_folder, precision):
-    """No operator that its builds lack, no default that Transformers.js would leave alone, caches named and shaped."""
+    """The graph has only operators that browser builds have, no default for the logits, and the Hub's caches."""
     model = ir.load(hub_folder / "onnx" / PRECISIONS[precision].file)
     assert "GatherBlockQuantized" not in {node.op_type for node in model.graph}
     inputs = {value.name: value for value in model.graph.inputs}
@@ -71,7 +71,7 @@ def test_num_logits_to_keep_is_a_scalar_or_a_vector(hub_folder, shape):
 
 
 def test_a_model_with_experts(experts_folder, gold_model):
-    """Each dtype twice at least: validation of the first file must not change what the second is made of."""
+    """Each dtype has two files or more: validating the first file must not change the weights of the second."""
     model = ORTModelForCausalLM.from_pretrained(experts_folder, subfolder="onnx", file_name="model.onnx")
     (row,) = prompts([9])
     tokens = model.generate(row[None], max_new_tokens=32, do_sample=False)[0, 9:].tolist()
@@ -79,8 +79,8 @@ def test_a_model_with_experts(experts_folder, gold_model):
     assert len(tokens) > 16
     card = (experts_folder / "README.md").read_text()
     assert "each layer compared with that of transformers" in card
-    assert '{ dtype: "q4f16" }' in card  # tests/interop has why
-    assert "It cannot read q8 or q4, " in card
+    assert '{ dtype: "q4f16" }' in card  # tests/interop/test_node.py shows why
+    assert "It cannot run q8 or q4: " in card
     found = {precision: float(cells[4]) for precision, cells in rows(experts_folder).items()}
     assert 0 < found["fp32"] < 1e-5 < found["fp16"] < 0.02
     assert all(found["fp32"] < found[precision] < 0.2 for precision in ("q8", "q4", "q4f16"))
@@ -93,7 +93,7 @@ def test_a_second_run_adds_and_leaves_the_others(hub_folder, tmp_path):
     assert run(*options, "q4", *TEXT) == 0
     assert js_config(out) == {"use_external_data_format": {"model_q4.onnx": True}}
     config = json.loads((out / "config.json").read_text())
-    config["transformers.js_config"]["dtype"] = "q4"  # a user's own word
+    config["transformers.js_config"]["dtype"] = "q4"  # a setting of the user
     (out / "config.json").write_text(json.dumps(config))
     (out / "notes.txt").write_text("mine")
     before = tree(out)
@@ -105,8 +105,8 @@ def test_a_second_run_adds_and_leaves_the_others(hub_folder, tmp_path):
     assert js_config(out) == {"dtype": "q4", "use_external_data_format": {"model.onnx": True, "model_q4.onnx": True}}
     cells = rows(out)
     assert list(cells) == ["fp32", "q4"]
-    assert cells["q4"] == rows(hub_folder)["q4"]  # measured by the first run
-    assert cells["fp32"][5:] != rows(hub_folder)["fp32"][5:]  # by none
+    assert cells["q4"] == rows(hub_folder)["q4"]  # the first run measured it
+    assert cells["fp32"][5:] != rows(hub_folder)["fp32"][5:]  # no run measured it
     assert [path.name for path in out.parent.iterdir()] == ["out"]
 
 

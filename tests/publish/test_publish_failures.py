@@ -1,4 +1,4 @@
-"""What `optimum-cli export lfm2` refuses and what fails: one line, and nothing left behind."""
+"""Refusals and failures of `optimum-cli export lfm2`: each is one line, and nothing is left behind."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 
 def overflowing(folder: Path) -> Path:
-    """The same function in fp32, with a weight that fp16 cannot hold."""
+    """Make a checkpoint that computes the same in fp32, with a weight that fp16 cannot hold."""
     source = shutil.copytree(TRAINED, folder / "overflowing")
     tensors = load_file(source / "model.safetensors")
     name = "model.layers.3"
@@ -107,8 +107,8 @@ def test_a_checkpoint_that_does_not_belong_here_is_refused(spoil, small, tmp_pat
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (["--precisions", "q4", "int3"], "--precisions int3: there are fp32, fp16, q8, q4, q4f16."),
-        (["--cache-names", "mine"], "--cache-names mine: there are hub, genai."),
+        (["--precisions", "q4", "int3"], "--precisions int3 is not known. Choose among fp32, fp16, q8, q4, q4f16."),
+        (["--cache-names", "mine"], "--cache-names mine is not known. Choose among hub, genai."),
         (["--atol", "nan"], "--atol"),
     ],
 )
@@ -123,4 +123,4 @@ def test_the_checkpoint_and_another_layout_are_not_written_to(exported, tmp_path
     assert run("--model", source, source) == 1
     assert "is the checkpoint itself" in capfd.readouterr().err
     assert run("--model", TRAINED, exported("trained")) == 1
-    assert "another layout" in capfd.readouterr().err
+    assert "has a model.onnx of optimum-cli export onnx" in capfd.readouterr().err

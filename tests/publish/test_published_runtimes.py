@@ -58,7 +58,10 @@ def test_one_of_several_files_is_not_chosen_by_chance(hub_folder, tmp_path):
 
 
 def _as_for_an_id(cls, name, subfolder="", **kwargs):
-    """Of a local folder transformers reads generation_config.json at the top whatever the subfolder; not on the Hub."""
+    """Look up generation_config.json as on the Hub, where transformers does look into the subfolder.
+
+    In a local folder it reads the file at the top, whatever the subfolder.
+    """
     if subfolder:
         raise OSError(f"{name} has no {subfolder}/generation_config.json")
     return cls.from_dict(json.loads((Path(name) / "generation_config.json").read_text()))
@@ -93,7 +96,7 @@ def test_genai_runs_the_folder(names, gold_model, tmp_path):
     out = ORTModelForCausalLM.from_pretrained(tmp_path / "out").generate(story(), max_new_tokens=60, do_sample=False)
     assert out[0, story().shape[1] :].tolist() == gold
     javascript = "```js" in (tmp_path / "out" / "README.md").read_text()
-    assert javascript == (names == "hub")  # it knows the Hub's names alone
+    assert javascript == (names == "hub")  # Transformers.js knows only the Hub's names
 
 
 def test_export_onnx_with_the_names_of_genais_builder(gold_model, tmp_path):

@@ -1,4 +1,4 @@
-"""`optimum-cli lfm2 evaluate`: the numbers, the exit codes, bad input."""
+"""`optimum-cli lfm2 evaluate`: its figures, exit codes and refusals."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_a_broken_file_fails(exported, tmp_path, capsys):
         ({"model": "nowhere"}, "nowhere does not exist"),
         ({"text": "nowhere.txt"}, "nowhere.txt cannot be read"),
         ({"length": 100_000}, "two chunks of 100000"),
-        ({"chunks": 1}, "two of each are the least"),
+        ({"chunks": 1}, "Ask for two or more of each"),
     ],
 )
 def test_bad_input(change, message, exported):
@@ -121,7 +121,7 @@ def test_other_bad_models(exported, tmp_path):
 
 
 def test_a_graph_with_a_symbol_for_the_width_of_heads(exported, tmp_path):
-    """As onnxruntime-genai's builder writes it, without config.json."""
+    """onnxruntime-genai's builder writes such a graph, without a config.json."""
     folder = shutil.copytree(exported("trained"), tmp_path / "model")
     model = ir.load(folder / "model.onnx")
     for value in (*model.graph.inputs, *model.graph.outputs):
@@ -145,7 +145,7 @@ def test_a_graph_of_one_logit(exported, tmp_path):
         lambda: evaluate(folder, exported("trained"), DEMO / "heldout.txt", chunks=4, length=128),
         lambda: quantize_cache(folder, DEMO / "heldout.txt", chunks=4, length=128),
     ):
-        with pytest.raises(Lfm2Error, match=r"gives 1 logits where 65 are scored\. Export it without pruning"):
+        with pytest.raises(Lfm2Error, match=r"gives 1 logits, but 65 are needed\. Export it without pruning"):
             run_()
 
 
@@ -154,7 +154,7 @@ def test_through_optimum_cli(exported):
     done = subprocess.run([*command, *arguments(exported("trained"))], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "same top token" in done.stdout
-    assert "transformers" not in done.stderr  # nor what it warns of
+    assert "transformers" not in done.stderr  # nor any warning of transformers
     done = subprocess.run([*command, *arguments(Path("nowhere"))], capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith("optimum-cli: error: nowhere does not exist")

@@ -1,4 +1,4 @@
-"""`optimum-cli lfm2 quantize-cache`: what the graph computes, that rows stay alone, that failures leave the folder."""
+"""`optimum-cli lfm2 quantize-cache`: the graph's results, independent rows, failures that leave the folder alone."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ EXPORTS = {
 
 @pytest.fixture(scope="module")
 def folder(exported, tmp_path_factory) -> Path:
-    """A copy of an export, with its cache quantised."""
+    """A copy of an export, to which the file with the 8-bit KV cache was added."""
     folder = shutil.copytree(exported("trained"), tmp_path_factory.mktemp("kv8") / "export")
     quantize_cache.quantize_cache(folder, TEXT, **SHORT)
     return folder
@@ -58,7 +58,7 @@ def gold():
 
 @pytest.fixture(scope="module")
 def rows() -> list[torch.Tensor]:
-    """Beginnings of the text, of unequal length."""
+    """Pieces of the text, of unequal length."""
     tokenizer = AutoTokenizer.from_pretrained(DEMO / "checkpoint")
     ids = torch.tensor(tokenizer(TEXT.read_text(encoding="utf-8")[:4000], add_special_tokens=False).input_ids)
     return [ids[:60], ids[300:309], ids[500:533]]
@@ -81,7 +81,7 @@ def scales(folder: Path) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def test_it_computes_attention_over_rounded_keys_and_values(folder, model, gold, rows, monkeypatch):
-    """Transformers with its keys and values rounded as the file's scales say, each channel its own."""
+    """The gold is transformers with keys and values rounded by the file's scales, one scale per channel."""
     ids = rows[0][None]
     plain = gold(input_ids=ids, use_cache=True)
     cache, table = type(plain[compat.CACHE]), scales(folder)
@@ -121,7 +121,7 @@ def test_a_row_gets_what_it_gets_alone(io_binding, model, rows, monkeypatch):
     monkeypatch.setattr("optimum_lfm2.runtime.rows.PREFILL_CHUNK", 11)
     assert model.generate(**pad(rows, "left"), **GREEDY)[:, 60:].tolist() == alone
 
-    batch = pad(rows, "right")  # and on from its cache
+    batch = pad(rows, "right")  # then decode from its cache
     out = model(**batch)
     tokens = out.logits[torch.arange(3), batch["attention_mask"].sum(1) - 1].argmax(-1)
     taken, mask = [tokens], batch["attention_mask"]
@@ -151,7 +151,7 @@ def test_every_kind_of_export(name, tmp_path, rows):
     assert 0 < quality.kl_divergence < 1e-3
     assert quality.top1_agreement > 0.99
     model = ORTModelForCausalLM.from_pretrained(tmp_path, file_name="model_kv8.onnx")
-    out = model.generate(rows[0][None], **GREEDY)  # token by token, as at once:
+    out = model.generate(rows[0][None], **GREEDY)  # decoding token by token must agree with one call
     assert model(input_ids=out[:, :-1]).logits[:, -NEW:].argmax(-1).tolist() == out[:, -NEW:].tolist()
     assert len(out[0, -NEW:].unique()) > NEW // 3
 
@@ -159,7 +159,7 @@ def test_every_kind_of_export(name, tmp_path, rows):
 def test_experts(experts_folder, tmp_path):
     shutil.copytree(experts_folder, tmp_path / "experts")
     text = tmp_path / "text"
-    text.write_text("qjxzvkqzxj" * 20)  # letters that make no longer token: the model knows 256
+    text.write_text("qjxzvkqzxj" * 20)  # these letters never merge into a longer token, and the model has only 256 ids
     source = tmp_path / "experts" / "onnx" / "model_q4.onnx"
     _, _, quality = quantize_cache.quantize_cache(source, text, chunks=6, length=32)
     assert 0 < quality.kl_divergence < 1e-2
@@ -193,19 +193,19 @@ def test_a_failure_leaves_the_folder(folder, tmp_path, monkeypatch):
     with pytest.raises(Lfm2Error, match=r"model_kv8.onnx cannot be written \(.*Copy the export"):
         quantize_cache.quantize_cache(other, TEXT, **SHORT)
     monkeypatch.setattr("onnxruntime.__version__", "1.26.0")
-    with pytest.raises(Lfm2Error, match=r"1\.26\.0 cannot run a cache in 8 bits\. Install 1\.27"):
+    with pytest.raises(Lfm2Error, match=r"1\.26\.0 cannot run an 8-bit KV cache\. Install 1\.27"):
         quantize_cache.quantize_cache(other, TEXT, **SHORT)
     assert {path: path.read_bytes() for path in other.iterdir()} == before
 
 
 def test_weights_that_are_links_are_refused(folder, tmp_path):
-    """As in the Hub's cache: onnxruntime follows a model that is a link, and then no link from a new file beside it."""
+    """The Hub's cache consists of links. `tests/test_claims.py` shows which of them onnxruntime follows."""
     snapshot = tmp_path / "snapshot"
     snapshot.mkdir()
     for path in folder.iterdir():
         (snapshot / path.name).symlink_to(path)
     (snapshot / "model_kv8.onnx").unlink()
-    with pytest.raises(Lfm2Error, match=r"model.onnx_data is a link.*--local-dir"):
+    with pytest.raises(Lfm2Error, match=r"model.onnx_data is a symbolic link.*--local-dir"):
         quantize_cache.quantize_cache(snapshot, TEXT, **SHORT)
     assert not list(snapshot.glob("*kv8*"))
 
@@ -228,9 +228,9 @@ def test_it_goes_with_the_file_that_it_was_made_of(folder, tmp_path):
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("odd_head_dim", {}, "does not hand past_key_values.2.key to GroupQueryAttention"),
-        ("all_conv", {}, "no keys and values"),
-        ("hybrid", {"task": "text-generation"}, "no keys and values"),
+        ("odd_head_dim", {}, "does not pass past_key_values.2.key directly to GroupQueryAttention"),
+        ("all_conv", {}, "no KV cache among its inputs"),
+        ("hybrid", {"task": "text-generation"}, "no KV cache among its inputs"),
     ],
 )
 def test_exports_without_such_a_cache(name, options, message, exported):
@@ -243,9 +243,9 @@ def test_bad_input(folder, tmp_path):
         (tmp_path / "nowhere", {}, "nowhere does not exist"),
         (tmp_path, {}, "holds no ONNX file"),
         (TEXT, {}, "cannot be loaded"),
-        (folder / "model_kv8.onnx", {}, r"in 8 bits already\. Give the file"),
-        (folder, {"chunks": 3}, "3 chunks are too few, 4 are the least"),
-        (folder, {"length": 10_000}, "3 chunks of 10000 tokens, and 4 are the least"),
+        (folder / "model_kv8.onnx", {}, r"has an 8-bit KV cache already\. Give the file"),
+        (folder, {"chunks": 3}, "3 chunks are too few. Ask for 4"),
+        (folder, {"length": 10_000}, "3 chunks of 10000 tokens, and 4 are needed"),
     ]:
         with pytest.raises(Lfm2Error, match=message):
             quantize_cache.quantize_cache(model, TEXT, **options)
@@ -256,8 +256,8 @@ def test_values_that_are_not_finite_are_refused():
         def run(self, names, ids):
             return [np.full((1, 1, 4, 8), np.inf, np.float32)]
 
-    tensor = quantize_cache.CacheTensor(0, "value", "past", "present", (2, None, 16))
-    with pytest.raises(Lfm2Error, match="present holds values that are not finite"):
+    tensor = quantize_cache.CacheTensor(0, "value", "past", "present", (1, None, 8))
+    with pytest.raises(Lfm2Error, match="present has values that are not finite"):
         quantize_cache._calibrate(Model(), [tensor], [torch.zeros(1, 4)])
 
 

@@ -1,4 +1,4 @@
-"""Reading a checkpoint: shards, prefixes, ties, precision; its defects are in `test_command.py`."""
+"""Reading a checkpoint: shards, prefixes, ties, precision. The tests of broken checkpoints are in `test_command.py`."""
 
 from __future__ import annotations
 
