@@ -58,7 +58,7 @@ class Field:
         return text + " or a list of them" * self.listed + ", or null" * self.optional
 
 
-SIZE = Field(int, 1, 2**31 - 1)
+SIZE = Field(int, 1, 2**20)
 FLAG = Field(bool)
 POSITIVE = Field(float, 1e-30, 1e30)
 TOKEN = Field(int, -1, 2**31 - 1, optional=True)
@@ -160,6 +160,9 @@ def check_fields(config: Mapping[str, Any], name: str = "config.json") -> None:
             raise Lfm2Error(f"{field} in {name} has low_freq_factor {low} from high_freq_factor {high} on.")
     _check_layers(config, name)
     _check_heads(config, name)
+    pad, words = config.get("pad_token_id"), config.get("vocab_size")
+    if pad is not None and words is not None and pad >= words:
+        raise _contradiction(name, f"pad_token_id is {pad}", f"vocab_size {words}")
     experts, used = config.get("num_experts"), config.get("num_experts_per_tok")
     if experts and used and used > experts:
         raise _contradiction(name, f"num_experts_per_tok is {used}", f"num_experts {experts}")
