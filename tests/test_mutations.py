@@ -60,7 +60,7 @@ def export(source: Path, out: Path) -> int:
 
 
 def run_export(source: Path, work: Path) -> str:
-    """What is wrong with how the export of `source` ended, with its standard error in `work/stderr`; "" if nothing is."""
+    """What is wrong with how the export of `source` ended, "" if nothing is; its standard error is `work/stderr`."""
     code = export(source, work / "out")
     sys.stderr.flush()
     said = (work / "stderr").read_text()

@@ -55,9 +55,9 @@ def check_model(model: str, config: Mapping[str, Any]) -> None:
 
 
 def heeding_variant(export: Callable[..., Any]) -> Callable[..., Any]:
-    """Optimum's `onnx_export_from_model`, which takes `_variant`; from Python one writes `variant`, as with the command.
+    """Optimum's `onnx_export_from_model`, which takes `_variant`, with `variant` as another name for it.
 
-    Optimum takes any other keyword for a shape, and forgets it.
+    Optimum takes any other keyword for a shape, and forgets it without a word.
     """
 
     @wraps(export)

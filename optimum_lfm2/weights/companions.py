@@ -9,7 +9,7 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer, GenerationConfig
 from transformers.utils import GENERATION_CONFIG_NAME, cached_file
 
-from optimum_lfm2.errors import Lfm2Error, first_line, read_object
+from optimum_lfm2.errors import Lfm2Error, read_object
 
 
 TOKENIZER = "tokenizer.json"
@@ -94,4 +94,4 @@ def _found(model_name_or_path: str, name: str, hub: dict[str, Any]) -> Path | No
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(first_line(error).split()) or type(error).__name__
+    return " ".join(str(error).split())[:300] or type(error).__name__
