@@ -19,7 +19,7 @@ TEXTS = {"empty": "", "list": "[]", "null": "null", "object": "{}", "number": "7
 def drawing(seed: int) -> Callable[[], list[Any]]:
     """Some of `VALUES`, others with each call, the same with every run."""
     generator = random.Random(seed)
-    return lambda: generator.sample(VALUES, 5)
+    return lambda: generator.sample(VALUES, 3)
 
 
 def mutations(checkpoint: Path) -> Iterator[tuple[str, Spoil]]:
