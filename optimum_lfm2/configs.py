@@ -201,7 +201,7 @@ class Lfm2OnnxConfig(TextDecoderOnnxConfig):
         default = {name: DEFAULT_DUMMY_SHAPES[name] for name in ("batch_size", "sequence_length")}
         wanted = {name: shapes.get(name, value) for name, value in default.items()}
         batch, length = (1, default["sequence_length"]) if wanted == default else wanted.values()
-        return self._dummy_inputs(batch, length, past=batch == 1 or length == 1)
+        return self._dummy_inputs(batch, length, full=batch == 1 or length == 1)
 
     def validation_inputs(self, shapes: Mapping[str, int]) -> list[dict[str, Any]]:
         """The calls that validation makes: padded rows on an empty cache; on a full one a token each, and a chunk.
@@ -212,15 +212,15 @@ class Lfm2OnnxConfig(TextDecoderOnnxConfig):
         default = {name: DEFAULT_DUMMY_SHAPES[name] for name in ("batch_size", "sequence_length")}
         batch, length = (shapes.get(name, value) for name, value in default.items())
         if (batch, length) != tuple(default.values()):
-            past = length == 1 or (batch == 1 and compat.CONTINUES_WITH_SEVERAL_TOKENS)
-            return [self._dummy_inputs(batch, length, past)]
+            full = length == 1 or (batch == 1 and compat.CONTINUES_WITH_SEVERAL_TOKENS)
+            return [self._dummy_inputs(batch, length, full)]
         calls = [(2, length, False), (2, 1, True), (1, length, True)]
         calls = calls if compat.CONTINUES_WITH_SEVERAL_TOKENS else calls[:2]
         return [self._dummy_inputs(*call) for call in (calls if self.use_past_in_inputs else calls[:1])]
 
-    def _dummy_inputs(self, batch: int, length: int, past: bool) -> dict[str, Any]:
+    def _dummy_inputs(self, batch: int, length: int, full: bool) -> dict[str, Any]:
         # A row sees all but three of its columns, and transformers 4 needs as many as a convolution is wide.
-        past = max(FULL, self._config.conv_L_cache + 3) if past and self.use_past_in_inputs else 0
+        past = max(FULL, self._config.conv_L_cache + 3) if full and self.use_past_in_inputs else 0
         generator = torch.Generator().manual_seed(0)
         mask = torch.ones(batch, past + length, dtype=torch.int64)
         for row in range(batch):

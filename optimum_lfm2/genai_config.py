@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
+from google.protobuf.message import DecodeError
 from transformers import Lfm2Config, PretrainedConfig
 
 from optimum_lfm2.caches import CONV, CacheTensor, head_dim
-from optimum_lfm2.errors import Lfm2Error
+from optimum_lfm2.errors import Lfm2Error, read_object
+from optimum_lfm2.export.config_check import check_fields
 from optimum_lfm2.families import MEMBERS
 from optimum_lfm2.graph.editing import graph_cache_tensors
 
@@ -119,16 +121,19 @@ def read_genai_config(folder: Path) -> Lfm2Config:
                 "Copy the checkpoint's config.json into that folder."
             )
         decoder = model["decoder"]
-        return Lfm2Config(
-            conv_L_cache=_conv_width(folder / decoder["filename"]),
-            vocab_size=model["vocab_size"],
-            max_position_embeddings=model["context_length"],
-            head_dim=decoder["head_size"],
+        fields = {
+            "vocab_size": model["vocab_size"],
+            "max_position_embeddings": model["context_length"],
+            "head_dim": decoder["head_size"],
             **{name: decoder[name] for name in ("hidden_size", "layer_types", "num_hidden_layers")},
             **{name: decoder[name] for name in ("num_attention_heads", "num_key_value_heads")},
             **{name: model.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")},
-        )
-    except (KeyError, TypeError, json.JSONDecodeError, OSError) as error:
+        }
+        check_fields(fields, str(path))
+        return Lfm2Config(conv_L_cache=_conv_width(folder / decoder["filename"]), **fields)
+    except Lfm2Error:
+        raise
+    except (KeyError, TypeError, ValueError, OSError) as error:
         raise Lfm2Error(
             f"{path} does not describe its model ({error!r}). Copy the checkpoint's config.json into that folder."
         ) from error
@@ -144,7 +149,10 @@ def is_of_our_type(path: Path) -> bool:
 
 def _conv_width(path: Path) -> int:
     """Return `conv_L_cache` of a graph, or transformers' default where the graph has no conv states."""
-    graph = ir.load(path).graph
+    try:
+        graph = ir.load(path).graph
+    except DecodeError as error:
+        raise Lfm2Error(f"{path} is no ONNX graph ({error}). Download or copy it again.") from error
     caches = graph_cache_tensors(graph)
     narrow = any(node.op_type == NARROW_CONV for node in graph)
     widths = {cache.axes[1] for cache in caches if cache.kind == CONV}
@@ -176,4 +184,4 @@ def _search(config: PretrainedConfig, generation: Mapping[str, Any]) -> dict[str
 
 
 def _read(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return read_object(path) if path.is_file() else {}

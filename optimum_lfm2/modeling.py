@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import suppress
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import wraps
 from inspect import signature
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 from onnxruntime import InferenceSession, SessionOptions
+from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 from optimum.onnxruntime import ORTModelForCausalLM
 from optimum.onnxruntime.constants import ONNX_WEIGHTS_NAME
 from optimum.onnxruntime.modeling import ORTModel
@@ -22,17 +24,24 @@ from transformers.utils import CONFIG_NAME
 
 from optimum_lfm2 import compat
 from optimum_lfm2.caches import with_float_caches
-from optimum_lfm2.errors import Lfm2Error
+from optimum_lfm2.errors import Lfm2Error, first_line
+from optimum_lfm2.export.config_check import check_fields
 from optimum_lfm2.genai_config import GENAI_CONFIG, is_of_our_type, read_genai_config
 from optimum_lfm2.runtime.cache import Lfm2Cache
 from optimum_lfm2.runtime.layout import GraphLayout
 from optimum_lfm2.runtime.rows import RowRunner
 from optimum_lfm2.runtime.session import GraphSession
 from optimum_lfm2.runtime.threads import single_torch_thread
+from optimum_lfm2.weights.companions import generation_settings
 
 
 PREALLOCATED = 8192  # columns at most, of zeros that take no memory before they are used; longer sequences double them
 WARNINGS_OFF = 3  # onnxruntime's severity "error": its warnings at load are about choices that were made on purpose
+# What onnxruntime raises for a file that is no graph, or not one that it can run.
+GRAPH_ERRORS = tuple(
+    getattr(ort_errors, name)
+    for name in ("Fail", "InvalidArgument", "InvalidGraph", "InvalidProtobuf", "NotImplemented", "RuntimeException")
+)
 
 
 class ORTLfm2ForCausalLM(compat.GenerationWithoutExperts, ORTModelForCausalLM):
@@ -242,15 +251,30 @@ class ORTLfm2ForCausalLM(compat.GenerationWithoutExperts, ORTModelForCausalLM):
         if session_options is None:
             session_options = SessionOptions()
             session_options.log_severity_level = WARNINGS_OFF
-        return super()._from_pretrained(
-            model_id,
-            config,
-            subfolder=subfolder,
-            file_name=file_name or _file_name(Path(model_id, subfolder)),
-            generation_config=generation_config or _generation_config(model_id, subfolder, kwargs),
-            session_options=session_options,
-            **kwargs,
-        )
+        file_name = file_name or _file_name(Path(model_id, subfolder))
+        generation_config = generation_config or _generation_config(model_id, subfolder, kwargs)
+        with _refused_graphs(Path(model_id, subfolder, file_name or ONNX_WEIGHTS_NAME)):
+            return super()._from_pretrained(
+                model_id,
+                config,
+                subfolder=subfolder,
+                file_name=file_name,
+                generation_config=generation_config,
+                session_options=session_options,
+                **kwargs,
+            )
+
+
+@contextmanager
+def _refused_graphs(path: Path) -> Iterator[None]:
+    """One line where onnxruntime cannot load a file."""
+    try:
+        yield
+    except GRAPH_ERRORS as error:
+        raise Lfm2Error(
+            f"onnxruntime cannot load {path} ({first_line(error)}). Download or copy it again, with the file of its "
+            "weights beside it, or export the checkpoint again."
+        ) from error
 
 
 def _file_name(folder: Path) -> str | None:
@@ -271,10 +295,9 @@ def _generation_config(model_id: str | Path, subfolder: str, kwargs: dict[str, A
     """The settings beside config.json, where Optimum looks into the model's subfolder alone."""
     hub = ("revision", "cache_dir", "token", "local_files_only", "force_download")
     options = {name: kwargs[name] for name in hub if name in kwargs}
-    for folder in dict.fromkeys((subfolder, "")):
-        with suppress(OSError):
-            return GenerationConfig.from_pretrained(model_id, subfolder=folder, **options)
-    return None
+    folders = dict.fromkeys((subfolder, ""))
+    found = (generation_settings(str(model_id), subfolder=folder, **options) for folder in folders)
+    return next((settings for settings in found if settings is not None), None)
 
 
 def _genai_folder(cls: type, model_id: Any, subfolder: str = "", **_: Any) -> Path | None:
@@ -291,20 +314,30 @@ def _genai_folder(cls: type, model_id: Any, subfolder: str = "", **_: Any) -> Pa
     return found[0]
 
 
+def _check_config(path: Path, model_types: tuple[str, ...]) -> None:
+    """Refuse a local model of ours whose config.json cannot be, before transformers makes an object of it."""
+    try:
+        written = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return  # nothing tells that it is ours
+    if isinstance(written, dict) and written.get("model_type") in list(model_types):
+        check_fields(written, str(path))
+
+
 def dispatch(model_types: tuple[str, ...]) -> None:
     """Make `ORTModelForCausalLM` itself load and export these model types as `ORTLfm2ForCausalLM`.
 
     Every other model, and every other class, goes to Optimum's methods with the arguments as they came.
     """
     ORTModelForCausalLM.from_pretrained = classmethod(  # type: ignore[assignment]
-        _reading_genai_folders(ORTModelForCausalLM.from_pretrained.__func__)
+        _checking_folders(ORTModelForCausalLM.from_pretrained.__func__, model_types)
     )
     for name in ("_from_pretrained", "_export"):
         original = getattr(ORTModelForCausalLM, name).__func__
         setattr(ORTModelForCausalLM, name, classmethod(_dispatching(original, model_types)))
 
 
-def _reading_genai_folders(original: Callable[..., Any]) -> Callable[..., Any]:
+def _checking_folders(original: Callable[..., Any], model_types: tuple[str, ...]) -> Callable[..., Any]:
     parameters = signature(original)
 
     @wraps(original)
@@ -313,6 +346,7 @@ def _reading_genai_folders(original: Callable[..., Any]) -> Callable[..., Any]:
         if cls in (ORTModelForCausalLM, ORTLfm2ForCausalLM):
             with suppress(TypeError):  # of a wrong call, of which Optimum complains
                 given = parameters.bind(cls, *args, **kwargs).arguments
+                _check_config(Path(given["model_id"], given.get("subfolder") or "", CONFIG_NAME), model_types)
                 if not given.get("config") and not given.get("export"):
                     folder = _genai_folder(**given)
         if folder is None:

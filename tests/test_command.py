@@ -18,10 +18,12 @@ import pytest
 import torch
 from checkpoints import make_checkpoint, prompts
 from optimum.commands.optimum_cli import main
-from optimum.exporters.onnx import convert
+from optimum.exporters.onnx import convert, main_export
+from optimum.onnxruntime import ORTModelForCausalLM
 from safetensors.torch import load_file, save_file
 
 from optimum_lfm2.compat import TRANSFORMERS_5
+from optimum_lfm2.errors import Lfm2Error
 
 
 ROOT = Path(__file__).parent.parent
@@ -206,6 +208,15 @@ def test_option_is_refused(options, says, cli, checkpoint, out, monkeypatch):
         ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "dynamic"),
         ({"rope_scaling": {"type": "longrope", "short_factor": [1], "long_factor": [1]}}, "longrope"),
         ({"quantization_config": {"quant_method": "bitsandbytes"}}, "bitsandbytes"),
+        ({"quantization_config": None}, "quantization_config"),
+        ({"architectures": ["Lfm2BidirectionalModel"]}, "Lfm2BidirectionalModel"),
+        ({"architectures": ["Lfm2ForCausalLM", "Lfm2BidirForMaskedLM"]}, "Lfm2BidirForMaskedLM"),
+        ({"auto_map": {"AutoModel": "modeling.Lfm2BidirectionalModel"}}, "modeling.Lfm2BidirectionalModel"),
+        ({"auto_map": {"AutoModelForCausalLM": "modeling_lfm2.Lfm2ForCausalLM"}}, "remove auto_map"),
+        ({"num_hidden_layers": 6}, "num_hidden_layers is 6"),
+        ({"num_hidden_layers": 10**9, "layer_types": None}, "from 1 to 1024"),
+        ({"num_key_value_heads": 3}, "does not divide"),
+        ({"rope_scaling": {"rope_type": "yarn"}}, "factor"),
     ],
 )
 def test_configuration_is_refused(change, says, cli, checkpoint, out, tmp_path):
@@ -259,6 +270,38 @@ def _missing_shard(source: Path) -> str:
     return "model-00002-of-00002.safetensors"
 
 
+def _pickle(source: Path) -> str:
+    tensors = load_file(source / "model.safetensors")
+    (source / "model.safetensors").unlink()
+    del tensors["model.layers.1.feed_forward.w1.weight"]
+    torch.save(tensors, source / "pytorch_model.bin")
+    return "save_pretrained("
+
+
+def _shard_elsewhere(source: Path) -> str:
+    (source / "model.safetensors").rename(source.parent / "model.safetensors")
+    index = {"weight_map": {"model.embed_tokens.weight": "../model.safetensors"}}
+    (source / "model.safetensors.index.json").write_text(json.dumps(index))
+    return "no safetensors file beside it"
+
+
+def _unnamed_with_a_strange_tensor(source: Path) -> str:
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"architectures": None}))
+    _change(source, lambda tensors: tensors.update({"dense.weight": torch.ones(2, 2)}))
+    return "dense.weight"
+
+
+def _broken_generation_settings(source: Path) -> str:
+    (source / "generation_config.json").write_text('{"temperature": 0.3,')
+    return "generation_config.json"
+
+
+def _generation_settings_that_would_be_lost(source: Path) -> str:
+    (source / "generation_config.json").write_text('{"do_sample": false, "temperature": 0.3}')
+    return "temperature"
+
+
 def _not_a_number(source: Path) -> str:
     name = "model.layers.1.feed_forward.w1.weight"
     _change(source, lambda tensors: tensors[name].fill_(float("nan")))
@@ -279,6 +322,11 @@ DEFECTS = [
     _empty,
     _missing_shard,
     _not_a_number,
+    _pickle,
+    _shard_elsewhere,
+    _unnamed_with_a_strange_tensor,
+    _broken_generation_settings,
+    _generation_settings_that_would_be_lost,
 ]
 
 
@@ -361,6 +409,28 @@ def test_a_cached_repository_without_config_is_not_said_to_be_unreachable(cli, t
     code, err = cli("export", "lfm2", *where)
     assert (code, err.count("\n")) == (1, 1), err
     assert "no config.json of it is in the cache" in err
+
+
+# From Python
+
+
+def test_python_heeds_a_variant(checkpoint, tmp_path):
+    main_export(str(checkpoint("hybrid")), tmp_path, variant="q4")
+    graph = onnx.load(tmp_path / "model.onnx", load_external_data=False).graph
+    assert any(node.op_type == "MatMulNBits" for node in graph.node)
+
+
+def test_python_refuses_as_the_command_does(checkpoint, tmp_path):
+    with pytest.raises(Lfm2Error, match="no variant nonsense"):
+        main_export(str(checkpoint("hybrid")), tmp_path, variant="nonsense")
+    with pytest.raises(Lfm2Error, match="bf16"):
+        main_export(str(checkpoint("hybrid")), tmp_path, dtype="bf16")
+    source = shutil.copytree(checkpoint("hybrid"), tmp_path / "source")
+    _pickle(source)
+    with pytest.raises(Lfm2Error, match="save_pretrained"):
+        main_export(str(source), tmp_path)
+    with pytest.raises(Lfm2Error, match="save_pretrained"):
+        ORTModelForCausalLM.from_pretrained(source, export=True)
 
 
 # A failure on the way

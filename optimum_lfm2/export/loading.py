@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,9 @@ from optimum_lfm2 import compat
 from optimum_lfm2.errors import Lfm2Error
 from optimum_lfm2.export.supported import check_architecture
 from optimum_lfm2.families import MEMBERS, MODEL_TYPES
-from optimum_lfm2.weights.checkpoint import find_tensors, tied_names
-from optimum_lfm2.weights.experts import whole
+from optimum_lfm2.weights.checkpoint import find_tensors, stored_tensors, tied_names
+from optimum_lfm2.weights.companions import check_tokenizer, generation_settings
+from optimum_lfm2.weights.experts import is_part, whole
 
 
 AUTO_CLASSES = {"text-generation": AutoModelForCausalLM, "feature-extraction": AutoModel}
@@ -58,11 +60,13 @@ class Lfm2TasksManager(TasksManager):
     def get_model_from_task(task: str, model_name_or_path: Any, *args: Any, **kwargs: Any) -> PreTrainedModel:
         if not _is_for_us(model_name_or_path, *args, **kwargs):
             return TasksManager.get_model_from_task(task, model_name_or_path, *args, **kwargs)
-        config, hub = _lfm2_config(model_name_or_path, **kwargs), _hub(kwargs)
+        config, hub, dtype = _lfm2_config(model_name_or_path, **kwargs), _hub(kwargs), kwargs.get("torch_dtype")
+        check_dtype(dtype)
         files = find_tensors(model_name_or_path, **hub)
-        if files is None:
-            return TasksManager.get_model_from_task(task, model_name_or_path, **kwargs, config=config)
-        model: Any = weightless(config, task.removesuffix("-with-past"), kwargs.get("torch_dtype") or torch.float32)
+        check_tokenizer(model_name_or_path, **hub)
+        model: Any = weightless(config, task.removesuffix("-with-past"), dtype or torch.float32)
+        if not config.architectures:
+            _check_assumed(config, files)
         if model.can_generate():
             model.generation_config = _generation_config(model_name_or_path, config, hub)
         model.checkpoint = MEMBERS[config.model_type].checkpoint(files, model)
@@ -116,23 +120,39 @@ def materialize_buffers(model: PreTrainedModel) -> None:
                 setattr(module, name, type(child)(model.config))
 
 
+def check_dtype(dtype: torch.dtype | None) -> None:
+    """Raise `Lfm2Error` for a type that the graph's operators have no kernels for."""
+    if dtype == torch.bfloat16:
+        raise Lfm2Error(
+            "bf16: onnxruntime has no bfloat16 kernels for these operators on the CPU. "
+            "Use fp32, or fp16 for a file of the same size."
+        )
+
+
+def _check_assumed(config: PretrainedConfig, files: Mapping[str, Path]) -> None:
+    """A checkpoint that does not say what it is passes for a language model where it holds no other tensors."""
+    expected = weightless(config, "text-generation", torch.float32)
+    own = stored_tensors(expected).keys()
+    # Experts may lie in parts, of which transformers makes its own tensors.
+    strange = sorted(name for name in files if name not in own and not is_part(name))
+    if strange:
+        raise Lfm2Error(
+            f"config.json names no architectures, and {strange[0]} is no tensor of {type(expected).__name__}. Write "
+            f'what the model is into config.json, such as "architectures": ["{type(expected).__name__}"].'
+        )
+
+
 def _generation_config(model_name_or_path: str, config: PretrainedConfig, hub: dict[str, Any]) -> GenerationConfig:
-    try:
-        return GenerationConfig.from_pretrained(model_name_or_path, **hub)
-    except OSError:
-        return GenerationConfig.from_model_config(config)
+    written = generation_settings(model_name_or_path, **hub)
+    return GenerationConfig.from_model_config(config) if written is None else written
 
 
 def _lfm2_config(model_name_or_path: str | Path, **kwargs: Any) -> PretrainedConfig:
-    config = AutoConfig.from_pretrained(model_name_or_path, **_hub(kwargs))
+    hub = _hub(kwargs)
+    # As it is written: what transformers makes of it has defaults in place of what is wrong, or is an error of its own.
+    check_architecture(PretrainedConfig.get_config_dict(model_name_or_path, **hub)[0])
+    config = AutoConfig.from_pretrained(model_name_or_path, **hub)
     compat.spell_rope_for_both(config)
-    check_architecture(config.to_dict())
-    if getattr(config, "quantization_config", None):
-        method = config.quantization_config.get("quant_method", "unknown")
-        raise Lfm2Error(
-            f"{model_name_or_path} is quantised already ({method}). "
-            "Export the original checkpoint, with --variant q4, q4s or q8."
-        )
     return config
 
 

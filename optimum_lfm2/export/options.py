@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import wraps
 from typing import Any
 
 from optimum.exporters.tasks import TasksManager
@@ -51,6 +52,23 @@ def check_model(model: str, config: Mapping[str, Any]) -> None:
             f"It exports {', '.join(MODEL_TYPES)}."
         )
     check_architecture(config)
+
+
+def heeding_variant(export: Callable[..., Any]) -> Callable[..., Any]:
+    """Optimum's `onnx_export_from_model`, which takes `_variant`, with `variant` as another name for it.
+
+    Optimum takes any other keyword for a shape, and forgets it without a word.
+    """
+
+    @wraps(export)
+    def wrapped(model: Any, *args: Any, **kwargs: Any) -> Any:
+        if getattr(getattr(model, "config", None), "model_type", None) in MODEL_TYPES:
+            variant = kwargs.pop("variant", None)
+            if variant is not None:
+                kwargs["_variant"] = variant
+        return export(model, *args, **kwargs)
+
+    return wrapped
 
 
 def check_atol(atol: float | None) -> None:

@@ -8,9 +8,11 @@ import shutil
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
+
+from filelock import FileLock, Timeout
 
 from optimum_lfm2.caches import QUANTIZED_CACHE
 from optimum_lfm2.errors import Lfm2Error
@@ -18,14 +20,14 @@ from optimum_lfm2.errors import Lfm2Error
 
 @contextmanager
 def staged(output: Path) -> Iterator[Path]:
-    """An empty folder beside `output`, whose files move into `output` when the block ends well.
+    """An empty folder on the file system of `output`, whose files move into `output` when the block ends well.
 
     Files of the same name are replaced, others in `output` stay, but for the graph with a quantised cache that was made
     of a replaced one. When the block fails or is interrupted (SIGTERM too), `output` is as it was, and nothing
     half-written is left behind.
 
     Raises:
-        Lfm2Error: where `output` is a file.
+        Lfm2Error: where `output` is a file, or another export writes to it.
         OSError: where the folder cannot be written.
     """
     output = Path(os.path.abspath(output))  # noqa: PTH100  resolve() would follow a link and replace its target's folder
@@ -35,20 +37,48 @@ def staged(output: Path) -> Iterator[Path]:
     with terminable():
         try:
             output.parent.mkdir(parents=True, exist_ok=True)
+            place = _place(output)
             # Named before it is made: a signal between the two must not leave it behind.
-            folder = output.parent / f".{output.name}.{secrets.token_hex(4)}"
-            try:
-                new, old = folder / "new", folder / "old"
-                new.mkdir(parents=True)
-                yield new
-                _move(new, old, output)
-            finally:
-                shutil.rmtree(folder, ignore_errors=True)
+            folder = place / f".{output.name}.{secrets.token_hex(4)}"
+            with _alone(place, output):
+                try:
+                    new, old = folder / "new", folder / "old"
+                    new.mkdir(parents=True)
+                    yield new
+                    _move(new, old, output)
+                finally:
+                    shutil.rmtree(folder, ignore_errors=True)
         except BaseException:
             for parent in created:
                 if parent.exists() and not any(parent.iterdir()):
                     parent.rmdir()
             raise
+
+
+def _place(output: Path) -> Path:
+    """Where to stage: from there a move into `output` is a rename. That is beside it, unless it is a mounted volume."""
+    if not output.exists():
+        return output.parent
+    mounted = output.stat().st_dev != output.parent.stat().st_dev
+    return output if mounted or not os.access(output.parent, os.W_OK) else output.parent
+
+
+@contextmanager
+def _alone(place: Path, output: Path) -> Iterator[None]:
+    """Let nobody else write to `output`. The system frees the lock of a process that dies."""
+    # By the folder's own name, whatever links lead to it: two exports that reach it by two names are two.
+    real = output.resolve()
+    lock = FileLock((output if place == output else real.parent) / f".{real.name}.lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise Lfm2Error(f"Another export writes to {output} now. Wait for it, or give another folder.") from None
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            Path(lock.lock_file).unlink()  # before it is free: nobody's else can be in the way
+        lock.release()
 
 
 def _move(new: Path, old: Path, output: Path) -> None:

@@ -1,4 +1,4 @@
-"""Which configurations the graph is right for. Others are refused by name, before any work."""
+"""Which checkpoints the graph is right for. Others are refused by name, before any work."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 from optimum_lfm2 import compat
 from optimum_lfm2.errors import Lfm2Error
+from optimum_lfm2.export.config_check import check_fields
 from optimum_lfm2.families import MEMBERS
 
 
@@ -18,12 +19,16 @@ def check_architecture(config: Mapping[str, Any]) -> None:
     """Refuse what the graph would compute wrongly.
 
     Args:
-        config: the checkpoint's `config.json`, or `PretrainedConfig.to_dict()`.
+        config: the checkpoint's `config.json`.
 
     Raises:
-        Lfm2Error: for a model, a layer type or a rope type that is not known.
+        Lfm2Error: for a model, a class, a layer type or a rope type that is not known, for code of the checkpoint's
+            own, for weights that are quantised already, and for what `check_fields` refuses.
     """
     compat.check_model_type(config.get("model_type", ""))
+    check_fields(config)
+    _check_classes(config)
+    _check_quantized(config)
     known = MEMBERS[config["model_type"]].layer_kinds
     unknown = sorted(set(config.get("layer_types") or ()) - known.keys())
     if unknown:
@@ -39,3 +44,31 @@ def check_architecture(config: Mapping[str, Any]) -> None:
                 f"{field} in config.json asks for {rope_type}, which no exported graph can do: its angles depend on "
                 f"the prompt's length. Use {', '.join(ROPE_TYPES)}."
             )
+
+
+def _check_classes(config: Mapping[str, Any]) -> None:
+    known = tuple(MEMBERS[config["model_type"]].architectures)
+    names = config.get("architectures") or []
+    if unknown := [name for name in names if name not in known]:
+        raise Lfm2Error(
+            f"The checkpoint is a {', '.join(unknown)} (architectures in config.json), which computes something else "
+            f"than {' and '.join(known)}: these are exported."
+        )
+    if auto_map := config.get("auto_map"):
+        # Whatever the classes are called, what they compute is in the checkpoint's own code.
+        classes = sorted({str(name) for name in auto_map.values()})
+        raise Lfm2Error(
+            f"The checkpoint brings its own code: auto_map in config.json names {', '.join(classes)}. What it computes "
+            f"is not known here. If it is what transformers' {known[0]} computes, remove auto_map."
+        )
+
+
+def _check_quantized(config: Mapping[str, Any]) -> None:
+    if "quantization_config" not in config:
+        return
+    settings = config["quantization_config"]
+    method = settings.get("quant_method", "unknown") if isinstance(settings, dict) else settings
+    raise Lfm2Error(
+        f"The checkpoint is quantised already: quantization_config in config.json says {method}. "
+        "Export the original checkpoint, with --variant q4, q4s or q8."
+    )

@@ -170,7 +170,8 @@ def write_card(folder: Path, files: list[Published], old: Path, model: str, opti
         hub: arguments of `transformers.utils.cached_file`, such as `cache_dir`.
     """
     before = _load(old / CARD)
-    if license_ := _checkpoint_file(model, LICENSE, hub):
+    license_ = _checkpoint_file(model, LICENSE, hub)
+    if license_ is not None and _is_of(license_, model):
         shutil.copyfile(license_, folder / LICENSE)
     data = _data(model, before, _load(_checkpoint_file(model, CARD, hub)), options)
     if any(map(_javascript_reads, files)):
@@ -201,6 +202,16 @@ def _load(path: Path | None) -> ModelCard | None:
 def _checkpoint_file(model: str, name: str, hub: dict[str, Any]) -> Path | None:
     path = cached_file(model, name, _raise_exceptions_for_missing_entries=False, **hub)
     return None if path is None else Path(path)
+
+
+def _is_of(path: Path, model: str) -> bool:
+    """Whether a file of a checkpoint is its own: a link out of a local folder leads to something private, maybe."""
+    if not Path(model).is_dir():
+        return True
+    folder, target = Path(model).resolve(), path.resolve()
+    # The Hub's cache keeps a snapshot's files beside it, as links.
+    blobs = [folder.parents[1] / "blobs"] if folder.parent.name == "snapshots" else []
+    return any(target.is_relative_to(place) for place in (folder, *blobs))
 
 
 def _repo_id(card: ModelCard | None) -> str | None:

@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 from optimum_lfm2 import compat
 from optimum_lfm2.caches import CACHE_NAMES
 from optimum_lfm2.configs import DTYPES
-from optimum_lfm2.errors import Lfm2Error
+from optimum_lfm2.errors import Lfm2Error, read_object
 from optimum_lfm2.export.loading import Lfm2TasksManager, is_causal
 from optimum_lfm2.export.options import check_atol, check_model
 from optimum_lfm2.export.staging import staged
@@ -124,7 +124,7 @@ def publish(job: Job) -> list[str]:
     """
     with staged(job.output) as folder:
         config = _save_configuration(job, folder)
-        checkpoint = fingerprint(find_tensors(job.model, cache_dir=job.cache_dir) or {})
+        checkpoint = fingerprint(find_tensors(job.model, cache_dir=job.cache_dir))
         _check_output(job, folder, checkpoint)
         text = _read_text(job, folder)
         failed = _write_files(job, folder, checkpoint)
@@ -180,7 +180,7 @@ def _check_output(job: Job, folder: Path, checkpoint: str) -> None:
 def _read_config(folder: Path) -> dict[str, Any]:
     """Read config.json without the entries in which files of one model may differ; empty where there is no file."""
     path = folder / "config.json"
-    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    config = read_object(path) if path.is_file() else {}
     return {name: value for name, value in config.items() if name not in (JS_CONFIG, "transformers_version")}
 
 
@@ -263,6 +263,6 @@ def _declare_external_data(job: Job, folder: Path, files: Iterable[Published]) -
     """Declare to Transformers.js which files have external weights. Its other settings in an older folder stay."""
     path, before = folder / "config.json", job.output / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
-    old = json.loads(before.read_text(encoding="utf-8")).get(JS_CONFIG, {}) if before.is_file() else {}
+    old = read_object(before).get(JS_CONFIG, {}) if before.is_file() else {}
     config[JS_CONFIG] = old | {EXTERNAL_DATA: {file.path.name: True for file in files if file.data.is_file()}}
     path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+from transformers.utils import (
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    WEIGHTS_INDEX_NAME,
+    WEIGHTS_NAME,
+    cached_file,
+)
 
-from optimum_lfm2.errors import Lfm2Error
+from optimum_lfm2.errors import Lfm2Error, read_object
 
 
 BASE_PREFIX = "model."
-FINGERPRINT_ROWS = 16
+# What transformers reads besides: pickles, to which it adds random weights where a tensor is missing.
+OTHER_WEIGHTS = (WEIGHTS_INDEX_NAME, WEIGHTS_NAME)
 
 
 class Checkpoint(Mapping[str, torch.Tensor]):
@@ -109,7 +115,7 @@ def tied_names(model: torch.nn.Module) -> dict[str, str]:
     return {name: first.setdefault(id(tensor), name) for name, tensor in stored_tensors(model).items()}
 
 
-def find_tensors(model_name_or_path: str, **hub: Any) -> dict[str, Path] | None:
+def find_tensors(model_name_or_path: str, **hub: Any) -> dict[str, Path]:
     """Find the file of each tensor of a safetensors checkpoint.
 
     Args:
@@ -117,18 +123,22 @@ def find_tensors(model_name_or_path: str, **hub: Any) -> dict[str, Path] | None:
         hub: arguments of `transformers.utils.cached_file`: `subfolder`, `revision`, `cache_dir`, `token` and so on.
 
     Returns:
-        For each stored tensor's name its file, or None where the checkpoint has no safetensors files.
+        For each stored tensor's name its file.
 
     Raises:
-        Lfm2Error: a file that the index names is missing, or a file is not complete.
+        Lfm2Error: there are no safetensors files, their index is broken, or a file is missing or not complete.
     """
 
     def found(name: str) -> Path | None:
         path = cached_file(model_name_or_path, name, _raise_exceptions_for_missing_entries=False, **hub)
         return None if path is None else Path(path)
 
+    # As transformers: one file goes before an index.
+    if (single := found(SAFE_WEIGHTS_NAME)) is not None:
+        with _opened(single) as file:
+            return dict.fromkeys(file.keys(), single)
     if (index := found(SAFE_WEIGHTS_INDEX_NAME)) is not None:
-        weight_map = json.loads(index.read_text())["weight_map"]
+        weight_map = _weight_map(index)
         shards = {shard: found(shard) for shard in sorted(set(weight_map.values()))}
         for shard, path in shards.items():
             if path is None:
@@ -136,26 +146,44 @@ def find_tensors(model_name_or_path: str, **hub: Any) -> dict[str, Path] | None:
                     f"{model_name_or_path} has no file {shard}, which {index.name} names. Download or copy it again."
                 )
         return {name: shards[shard] for name, shard in weight_map.items()}
-    if (single := found(SAFE_WEIGHTS_NAME)) is not None:
-        with _opened(single) as file:
-            return dict.fromkeys(file.keys(), single)
-    return None
+    if other := next((name for name in OTHER_WEIGHTS if found(name) is not None), None):
+        raise Lfm2Error(
+            f"{model_name_or_path} has {other} and no safetensors. Convert it, in Python: AutoModelForCausalLM."
+            f'from_pretrained("{model_name_or_path}").save_pretrained("{model_name_or_path}", safe_serialization=True)'
+        )
+    raise Lfm2Error(f"{model_name_or_path} has no weights: no {SAFE_WEIGHTS_NAME} and no {SAFE_WEIGHTS_INDEX_NAME}.")
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """The shard of each tensor, all of them files beside the index."""
+    weight_map = read_object(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise Lfm2Error(f"{index} has no weight_map, which says where each tensor is. Download or copy it again.")
+    for name, shard in weight_map.items():
+        if not isinstance(shard, str) or not shard.endswith(".safetensors") or set(shard) & set("/\\\0"):
+            raise Lfm2Error(
+                f"{index} says that {name} is in {shard!r}, which is no safetensors file beside it. "
+                "Download or copy it again."
+            )
+    return weight_map
 
 
 def fingerprint(files: Mapping[str, Path]) -> str:
-    """Return a hash of the first rows of every tensor, as 16 hexadecimal digits.
+    """Return a hash of every tensor, whole, as 32 hexadecimal digits: it tells a fine-tune and its base model apart.
 
-    It tells checkpoints of one shape apart, such as a fine-tune and its base model.
+    Args:
+        files: as `find_tensors` returns them. One tensor at a time is in memory.
 
     Raises:
         Lfm2Error: a file is not complete.
     """
-    digest = hashlib.sha256()
+    digest = hashlib.blake2b(digest_size=16)
     for name in sorted(files):
         with _opened(files[name]) as file:
-            rows = file.get_slice(name)[:FINGERPRINT_ROWS].contiguous()
-        digest.update(name.encode() + rows.view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
+            tensor = file.get_tensor(name)
+        digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def _opened(path: Path) -> Any:

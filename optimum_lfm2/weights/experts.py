@@ -6,6 +6,7 @@ tensors for each expert.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -20,12 +21,18 @@ from optimum_lfm2.weights.checkpoint import Checkpoint
 
 # For each parameter that transformers packs for all experts: the names of one expert's tensors in the other form.
 PACKED = {"gate_up_proj": ("w1", "w3"), "down_proj": ("w2",)}
+PART = re.compile(r".*\.experts\.\d+\.w[123]\.weight")
 
 
 def is_packed(name: str) -> bool:
     """Return whether the parameter of this name holds a matrix of every expert."""
     owner, _, kind = name.rpartition(".")
     return kind in PACKED and owner.endswith(".experts")
+
+
+def is_part(name: str) -> bool:
+    """Whether a stored tensor is one expert's own: `….experts.3.w1.weight`."""
+    return bool(PART.fullmatch(name))
 
 
 class ExpertWeights(Sequence[torch.Tensor]):

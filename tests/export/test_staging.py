@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
+from optimum_lfm2.errors import Lfm2Error
 from optimum_lfm2.export.staging import staged
 
 
@@ -63,3 +65,42 @@ def test_a_new_folder_can_be_read_by_whom_the_umask_says(tmp_path):
         (folder / "file").write_text("new")
     (tmp_path / "usual").mkdir()
     assert (tmp_path / "out").stat().st_mode == (tmp_path / "usual").stat().st_mode
+
+
+def test_a_mounted_output_is_staged_inside(tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    out.mkdir()
+    real = Path.stat
+
+    def stat(self, **options):
+        found = real(self, **options)
+        if self != out:
+            return found
+        return os.stat_result((*found[:2], found.st_dev + 1, *found[3:10]))
+
+    monkeypatch.setattr(Path, "stat", stat)
+    with staged(out) as folder:
+        assert folder.is_relative_to(out)
+        (folder / "file").write_text("new")
+    assert [str(path.relative_to(tmp_path)) for path in sorted(tmp_path.rglob("*"))] == ["out", "out/file"]
+    with pytest.raises(ZeroDivisionError), staged(out) as folder:
+        raise ZeroDivisionError
+    assert tree(tmp_path) == {"out/file": "new"}
+
+
+def test_two_at_once_do_not_mix(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "out")
+    with staged(tmp_path / "out") as folder:
+        (folder / "file").write_text("first")
+        for name in ("out", "link"):
+            with pytest.raises(Lfm2Error, match="Another export"), staged(tmp_path / name):
+                pass
+    assert tree(tmp_path / "out") == {"file": "first"}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "out"]
+
+
+def test_a_lock_left_by_a_process_that_died_does_not_block(tmp_path):
+    (tmp_path / ".out.lock").write_text("")
+    with staged(tmp_path / "out") as folder:
+        (folder / "file").write_text("new")
+    assert tree(tmp_path) == {"out/file": "new"}

@@ -11,6 +11,7 @@ import pytest
 from huggingface_hub import ModelCard
 from publishing import DEMO, TRAINED, rows, run
 
+from optimum_lfm2.publish import card
 from optimum_lfm2.publish.precisions import PRECISIONS
 from optimum_lfm2.quality.evaluate import evaluate
 
@@ -82,3 +83,18 @@ def test_a_checkpoint_without_a_chat_template(tmp_path, monkeypatch, capsys):
             continue
         exec(compile(snippet, "README.md", "exec"), {})
         assert len(capsys.readouterr().out.split()) > 10
+
+
+def test_a_licence_that_links_out_of_the_checkpoint_is_not_copied(tmp_path):
+    checkpoint, secret = tmp_path / "checkpoint", tmp_path / "secret"
+    checkpoint.mkdir()
+    secret.write_text("private")
+    (checkpoint / "LICENSE").symlink_to(secret)
+    assert not card._is_of(checkpoint / "LICENSE", str(checkpoint))
+    assert card._is_of(checkpoint / "README.md", str(checkpoint))
+    snapshot, blob = tmp_path / "cache" / "snapshots" / "abc", tmp_path / "cache" / "blobs" / "def"
+    for folder in (snapshot, blob.parent):
+        folder.mkdir(parents=True)
+    blob.write_text("Apache")
+    (snapshot / "LICENSE").symlink_to(blob)
+    assert card._is_of(snapshot / "LICENSE", str(snapshot))

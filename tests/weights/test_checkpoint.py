@@ -10,7 +10,7 @@ from transformers import AutoConfig, Lfm2ForCausalLM
 
 from optimum_lfm2.errors import Lfm2Error
 from optimum_lfm2.export.loading import weightless
-from optimum_lfm2.weights.checkpoint import Checkpoint, find_tensors
+from optimum_lfm2.weights.checkpoint import Checkpoint, find_tensors, fingerprint
 
 
 def opened(path, task="text-generation", dtype=torch.float32) -> Checkpoint:
@@ -56,3 +56,16 @@ def test_a_weight_that_float16_cannot_hold(checkpoint, tmp_path):
     assert opened(tmp_path)[name][0, 0] == 1e6
     with pytest.raises(Lfm2Error, match=r"too large for float16. Use --dtype fp32"):
         opened(tmp_path, dtype=torch.float16)[name]
+
+
+def test_a_fingerprint_sees_every_value(checkpoint, tmp_path):
+    tensors = load_file(checkpoint("hybrid") / "model.safetensors")
+    before = fingerprint(find_tensors(str(checkpoint("hybrid"))))
+    tensors["model.embed_tokens.weight"][-1, -1] += 1e-3
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert fingerprint(find_tensors(str(tmp_path))) != before
+    tensors["model.embed_tokens.weight"][-1, -1] = load_file(checkpoint("hybrid") / "model.safetensors")[
+        "model.embed_tokens.weight"
+    ][-1, -1]
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert fingerprint(find_tensors(str(tmp_path))) == before

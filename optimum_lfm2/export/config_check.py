@@ -1,0 +1,200 @@
+"""Whether a `config.json` can be a model's at all: the type and range of each field that something computes with."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from optimum_lfm2.errors import Lfm2Error
+
+
+@dataclass(frozen=True)
+class Field:
+    """What a field may hold.
+
+    Attributes:
+        kind: `int`, `float` (which takes whole numbers too), `bool`, `str` or `dict`.
+        least: the smallest number.
+        most: the largest.
+        optional: whether null stands for transformers' default.
+        listed: whether a list of such values may stand for one.
+        many: whether only a list will do.
+        values: the only values, where they are few.
+    """
+
+    kind: type
+    least: float = -math.inf
+    most: float = math.inf
+    optional: bool = False
+    listed: bool = False
+    many: bool = False
+    values: tuple[str, ...] = ()
+
+    def takes(self, value: Any) -> bool:
+        """Whether a value, as JSON gives it, may stand in the field."""
+        if value is None:
+            return self.optional
+        if self.many or (self.listed and isinstance(value, list)):
+            return isinstance(value, list) and all(self._takes_one(one) for one in value)
+        return self._takes_one(value)
+
+    def _takes_one(self, value: Any) -> bool:
+        if isinstance(value, bool):
+            return self.kind is bool
+        if self.kind in (int, float):
+            return isinstance(value, (int, self.kind)) and self.least <= value <= self.most
+        return isinstance(value, self.kind) and (not self.values or value in self.values)
+
+    def __str__(self) -> str:
+        names = {int: "a whole number", float: "a number", bool: "true or false", str: "a string", dict: "an object"}
+        text = " or ".join(self.values) or names[self.kind]
+        if self.least > -math.inf:
+            text += f" from {self.least:g}" + (f" to {self.most:.10g}" if self.most < math.inf else "")
+        if self.many:
+            return f"a list, each {text}"
+        return text + " or a list of them" * self.listed + ", or null" * self.optional
+
+
+SIZE = Field(int, 1, 2**20)
+FLAG = Field(bool)
+POSITIVE = Field(float, 1e-30, 1e30)
+TOKEN = Field(int, -1, 2**31 - 1, optional=True)
+NUMBER_TYPES = ("float32", "float16", "bfloat16", "float64")
+
+# The limits keep a wrong number from taking all memory or time before the weights' shapes can contradict it: a module
+# is made for each layer, a rotary table has a row for each position, and each expert is looked up by name.
+FIELDS = {
+    "vocab_size": SIZE,
+    "hidden_size": SIZE,
+    "intermediate_size": SIZE,
+    "block_ff_dim": SIZE,
+    "num_hidden_layers": Field(int, 1, 1024),
+    "num_attention_heads": SIZE,
+    "num_key_value_heads": SIZE,
+    "head_dim": Field(int, 1, 2**16, optional=True),
+    "max_position_embeddings": Field(int, 1, 2**22),
+    "conv_L_cache": Field(int, 1, 1024),
+    "block_multiple_of": SIZE,
+    "block_ffn_dim_multiplier": Field(float, 1e-3, 1e3, optional=True),
+    "moe_intermediate_size": SIZE,
+    "num_experts": Field(int, 1, 4096),
+    "num_experts_per_tok": Field(int, 1, 4096),
+    "num_dense_layers": Field(int, 0, 1024),
+    "full_attn_idxs": Field(int, 0, 1023, optional=True, many=True),
+    "layer_types": Field(str, optional=True, many=True),
+    "norm_eps": Field(float, 0, 1),
+    "initializer_range": Field(float, 0, 1e3),
+    "routed_scaling_factor": POSITIVE,
+    "rope_theta": POSITIVE,
+    "theta": POSITIVE,
+    "partial_rotary_factor": Field(float, 1, 1),  # the graph turns the whole head
+    "rope_scaling": Field(dict, optional=True),
+    "rope_parameters": Field(dict, optional=True),
+    "conv_bias": FLAG,
+    "block_auto_adjust_ff_dim": FLAG,
+    "tie_word_embeddings": FLAG,
+    "tie_embedding": FLAG,
+    "use_cache": FLAG,
+    "use_expert_bias": FLAG,
+    "norm_topk_prob": FLAG,
+    "output_router_logits": FLAG,
+    "bos_token_id": TOKEN,
+    "pad_token_id": TOKEN,
+    "eos_token_id": Field(int, -1, 2**31 - 1, optional=True, listed=True),
+    "dtype": Field(str, optional=True, values=NUMBER_TYPES),
+    "torch_dtype": Field(str, optional=True, values=NUMBER_TYPES),
+    "architectures": Field(str, optional=True, many=True),
+    "auto_map": Field(dict, optional=True),
+    "transformers_version": Field(str, optional=True),
+    "_name_or_path": Field(str, optional=True),
+    "return_dict": FLAG,
+    "output_hidden_states": FLAG,
+    "output_attentions": FLAG,
+}
+
+ROPE_FIELDS = {
+    "rope_type": Field(str),
+    "type": Field(str),
+    "rope_theta": POSITIVE,
+    "factor": Field(float, 1, 1e6),
+    "partial_rotary_factor": Field(float, 1, 1),
+    "original_max_position_embeddings": Field(int, 1, 2**22),
+    "low_freq_factor": POSITIVE,
+    "high_freq_factor": POSITIVE,
+    "attention_factor": Field(float, 1e-30, 1e30, optional=True),
+    "beta_fast": Field(float, 1e-30, 1e30, optional=True),
+    "beta_slow": Field(float, 1e-30, 1e30, optional=True),
+    "mscale": Field(float, 0, 1e30, optional=True),
+    "mscale_all_dim": Field(float, 0, 1e30, optional=True),
+    "truncate": FLAG,
+}
+ROPE_NEEDS = {
+    "linear": ("factor",),
+    "yarn": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
+
+
+def check_fields(config: Mapping[str, Any], name: str = "config.json") -> None:
+    """Refuse a configuration that no model has, before any work.
+
+    Args:
+        config: the contents of a `config.json`; fields that are not there have transformers' defaults.
+        name: what to call it in the error.
+
+    Raises:
+        Lfm2Error: for a field of another type or outside its range, and for fields that contradict each other.
+    """
+    _check_table(config, FIELDS, name)
+    for field in ("rope_scaling", "rope_parameters"):
+        rope = config.get(field) or {}
+        _check_table(rope, ROPE_FIELDS, f"{field} in {name}")
+        rope_type = rope.get("rope_type", rope.get("type"))
+        if missing := [needed for needed in ROPE_NEEDS.get(rope_type, ()) if needed not in rope]:
+            raise Lfm2Error(f"{field} in {name} has no {missing[0]}, which {rope_type} needs. Copy it again.")
+        low, high = (rope.get(f"{side}_freq_factor") for side in ("low", "high"))
+        if None not in (low, high) and low >= high:
+            raise Lfm2Error(f"{field} in {name} has low_freq_factor {low} from high_freq_factor {high} on.")
+    _check_layers(config, name)
+    _check_heads(config, name)
+    pad, words = config.get("pad_token_id"), config.get("vocab_size")
+    if pad is not None and words is not None and pad >= words:
+        raise _contradiction(name, f"pad_token_id is {pad}", f"vocab_size {words}")
+    experts, used = config.get("num_experts"), config.get("num_experts_per_tok")
+    if experts and used and used > experts:
+        raise _contradiction(name, f"num_experts_per_tok is {used}", f"num_experts {experts}")
+
+
+def _check_table(config: Mapping[str, Any], fields: Mapping[str, Field], name: str) -> None:
+    for field, rule in fields.items():
+        if field in config and not rule.takes(config[field]):
+            shown = json.dumps(config[field])
+            shown = shown if len(shown) < 60 else f"{shown[:57]}..."
+            raise Lfm2Error(f"{field} in {name} is {shown}; it has to be {rule}. Correct it, or copy the file again.")
+
+
+def _check_layers(config: Mapping[str, Any], name: str) -> None:
+    layers, types = config.get("num_hidden_layers"), config.get("layer_types")
+    if types is not None and layers != len(types):
+        said = "is not there" if layers is None else f"is {layers}"
+        raise _contradiction(name, f"num_hidden_layers {said}", f"layer_types has {len(types)}")
+
+
+def _check_heads(config: Mapping[str, Any], name: str) -> None:
+    hidden, heads, groups = (
+        config.get(field) for field in ("hidden_size", "num_attention_heads", "num_key_value_heads")
+    )
+    if heads and groups and heads % groups:
+        raise _contradiction(
+            name, f"num_attention_heads is {heads}", f"num_key_value_heads {groups} does not divide it"
+        )
+    size = config.get("head_dim") or (hidden // heads if hidden and heads else None)
+    if size is not None and (size < 1 or size % 2):
+        raise _contradiction(name, f"heads are {size} wide", "rotary positions take an even width")
+
+
+def _contradiction(name: str, one: str, other: str) -> Lfm2Error:
+    return Lfm2Error(f"{name} contradicts itself: {one}, but {other}. Correct it, or copy the file again.")

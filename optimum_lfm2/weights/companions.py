@@ -1,0 +1,97 @@
+"""A checkpoint's generation settings and tokenizer, which Optimum takes or leaves without a word."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer, GenerationConfig
+from transformers.utils import GENERATION_CONFIG_NAME, cached_file
+
+from optimum_lfm2.errors import Lfm2Error, read_object
+
+
+TOKENIZER = "tokenizer.json"
+TOKENIZER_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+NUMBERS = ("temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty", "length_penalty")
+WHOLE = ("max_length", "max_new_tokens", "min_length", "min_new_tokens", "num_beams", "num_return_sequences", "top_k")
+FLAGS = ("do_sample", "use_cache", "output_scores", "output_logits", "return_dict_in_generate")
+TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def generation_settings(model_name_or_path: str, **hub: Any) -> GenerationConfig | None:
+    """The checkpoint's `generation_config.json`; None where it has none.
+
+    Args:
+        hub: `subfolder`, `revision` and the like, as `transformers.utils.cached_file` takes them.
+
+    Raises:
+        Lfm2Error: for a file that cannot be read, or that transformers would not save again.
+    """
+    path = _found(model_name_or_path, GENERATION_CONFIG_NAME, hub)
+    if path is None:
+        return None
+    _check_settings(path, read_object(path))
+    try:
+        settings = GenerationConfig.from_pretrained(model_name_or_path, **hub)
+        settings.validate(strict=True)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise Lfm2Error(
+            f"{path} is not what transformers can use: {_one_line(error)} Correct it, or copy it again."
+        ) from error
+    return settings
+
+
+def _check_settings(path: Path, settings: dict[str, Any]) -> None:
+    """Whether each is a number, a token or a flag: transformers checks that of few."""
+    for name, value in settings.items():
+        numbers = value if name == "eos_token_id" and isinstance(value, list) else [value]
+        number = all(isinstance(one, (int, float)) and not isinstance(one, bool) for one in numbers)
+        whole = number and all(isinstance(one, int) and -1 <= one < 2**31 for one in numbers)
+        wrong = (
+            (name in NUMBERS and not number)
+            or (name in (*WHOLE, *TOKENS) and not whole)
+            or (name in FLAGS and not isinstance(value, bool))
+        )
+        if wrong and value is not None:
+            raise Lfm2Error(
+                f"{name} in {path} is {str(value)[:60]!r}, which cannot be. Correct it, or copy the file again."
+            )
+
+
+def check_tokenizer(model_name_or_path: str, **hub: Any) -> None:
+    """Refuse a tokenizer that is there and cannot be loaded: the export would go without.
+
+    Raises:
+        Lfm2Error: one line that names the file.
+    """
+    found = {name: _found(model_name_or_path, name, hub) for name in (TOKENIZER, *TOKENIZER_SETTINGS)}
+    written = {name: path for name, path in found.items() if path is not None}
+    for path in written.values():
+        read_object(path)
+    if TOKENIZER not in written:
+        return
+    path = written[TOKENIZER]
+    try:
+        Tokenizer.from_file(str(path))
+        AutoTokenizer.from_pretrained(model_name_or_path, **hub)
+    except Exception as error:  # `tokenizers` has no class of its own for its errors
+        raise Lfm2Error(
+            f"The tokenizer beside {path} cannot be loaded ({_one_line(error)}). Download or copy its files again."
+        ) from error
+
+
+def _found(model_name_or_path: str, name: str, hub: dict[str, Any]) -> Path | None:
+    path = cached_file(
+        model_name_or_path,
+        name,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+        **hub,
+    )
+    return None if path is None else Path(path)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
