@@ -14,6 +14,7 @@ from optimum.onnxruntime import ORTModelForCausalLM
 from optimum.onnxruntime.constants import ONNX_WEIGHTS_NAME
 from optimum.onnxruntime.modeling import ORTModel
 from transformers import GenerationConfig, PretrainedConfig
+from transformers.cache_utils import Cache
 from transformers.generation import GenerationMode
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import CONFIG_NAME
@@ -29,7 +30,7 @@ from optimum_lfm2.runtime.session import GraphSession
 from optimum_lfm2.runtime.threads import single_torch_thread
 
 
-PREALLOCATED = 8192  # columns at most, of zeros that take no memory before they are used; longer sequences double them
+PREALLOCATED = 32768  # columns at most, which take no memory before they are used; longer sequences double them
 WARNINGS_OFF = 3  # onnxruntime's severity "error": its warnings at load are about choices that were made on purpose
 
 
@@ -87,18 +88,21 @@ class ORTLfm2ForCausalLM(compat.GenerationWithoutExperts, ORTModelForCausalLM):
         logits_to_keep: int | torch.Tensor = 0,
         return_dict: bool | None = None,
         cache: Lfm2Cache | None = None,
+        last_token_only: bool = False,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast | tuple:
         """Logits of new tokens, and the cache that knows them.
 
         Args:
-            input_ids: int64 (batch_size, sequence_length): the new tokens alone if there is a cache.
+            input_ids: integers (batch_size, sequence_length): the new tokens alone if there is a cache.
             attention_mask: int64 (batch_size, cached + sequence_length), 0 hides a token wherever it is. It alone
-                decides positions; `position_ids` are not taken.
+                decides positions; `position_ids` that say otherwise are refused.
             past_key_values: the cache of an earlier call; it is changed, and returned.
             use_cache: whether to return a cache; by default what the config says.
             logits_to_keep: the logits of the last so many tokens only (0: all), or of the tokens at these indices.
             cache: another name for `past_key_values`, which transformers has from 5.24 on.
+            last_token_only: the logits of each row's last unmasked token alone, (batch_size, 1, vocab_size), in place
+                of what `logits_to_keep` says: what `generate` goes on from where rows are padded on the right.
 
         Returns:
             `logits`, (batch_size, kept, vocab_size) in the graph's dtype, and the cache by transformers' name for it.
@@ -120,11 +124,17 @@ class ORTLfm2ForCausalLM(compat.GenerationWithoutExperts, ORTModelForCausalLM):
                 f"{self.path} has no cache inputs. Export it for text-generation-with-past, or pass use_cache=False."
             )
         attention_mask = self._checked(input_ids, attention_mask, cache)
+        _check_positions(kwargs.get("position_ids"), attention_mask, input_ids.shape[1])
+        input_ids = input_ids.to(torch.int64)
 
         if cache is None and self.can_use_cache:
             cache = self._graph.new_cache(input_ids.shape[0])
-        keep = logits_to_keep if isinstance(logits_to_keep, int) else 0
-        logits = self._rows.run(input_ids, attention_mask, cache, keep, self.use_io_binding)
+        if last_token_only:
+            logits_to_keep = 1
+            logits = self._rows.run_to_last(input_ids, attention_mask, cache, self.use_io_binding)
+        else:
+            keep = logits_to_keep if isinstance(logits_to_keep, int) else 0
+            logits = self._rows.run(input_ids, attention_mask, cache, keep, self.use_io_binding)
         if isinstance(logits_to_keep, torch.Tensor):
             logits = logits[:, logits_to_keep]
         cache = cache if use_cache else None
@@ -134,6 +144,7 @@ class ORTLfm2ForCausalLM(compat.GenerationWithoutExperts, ORTModelForCausalLM):
 
     def _checked(self, ids: torch.Tensor, mask: torch.Tensor | None, cache: Lfm2Cache | None) -> torch.Tensor:
         """The attention mask, after the checks that `forward` promises."""
+        _check_ids(ids)
         past = 0 if cache is None else cache.length
         batch, length = ids.shape[0], past + ids.shape[1]
         least, most = map(int, ids.aminmax())
@@ -169,11 +180,28 @@ class ORTLfm2ForCausalLM(compat.GenerationWithoutExperts, ORTModelForCausalLM):
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Transformers' `generate`, with torch held to one thread until it returns.
 
-        A cache to go on from is `past_key_values` or `cache`, whatever this transformers calls it.
+        A cache to go on from is `past_key_values` or `cache`, whatever this transformers calls it; an empty one of
+        transformers' own counts as none. Rows may be padded on either side. As with padding on the left, logits
+        processors that read the prompt, such as a repetition penalty, see its padding tokens too.
+
+        Raises:
+            Lfm2Error: for what `forward` refuses, and for settings that an exported graph cannot honour.
         """
         past, cache = (kwargs.pop(name, None) for name in ("past_key_values", "cache"))
-        if (cache := past if cache is None else cache) is not None:
+        cache = past if cache is None else cache
+        if cache is not None and not _is_empty(cache):
             kwargs[compat.CACHE] = cache
+        if args and isinstance(args[0], torch.Tensor):
+            kwargs["inputs"], args = args[0], args[1:]
+            if args:  # by transformers' order, which has the generation config next
+                kwargs["generation_config"], args = args[0], args[1:]
+        for name in ("inputs", "input_ids"):
+            if isinstance(ids := kwargs.get(name), torch.Tensor):
+                _check_ids(ids)
+                kwargs[name] = ids.to(torch.int64)
+                mask = kwargs.get("attention_mask")
+                positions = kwargs.pop("position_ids", None)
+                _check_positions(positions, torch.ones_like(ids) if mask is None else mask, ids.shape[1])
         with single_torch_thread():
             return super().generate(*args, **kwargs)
 
@@ -190,11 +218,26 @@ class ORTLfm2ForCausalLM(compat.GenerationWithoutExperts, ORTModelForCausalLM):
             raise Lfm2Error(
                 "Assisted generation takes tokens back, and LFM2's convolution states cannot be undone. Leave it out."
             )
+        if generation_config.cache_implementation not in (None, "dynamic"):
+            raise Lfm2Error(
+                f'cache_implementation="{generation_config.cache_implementation}" cannot be honoured: the exported '
+                "graph has one kind of cache. Leave it out."
+            )
+        if generation_config.compile_config is not None:
+            raise Lfm2Error("compile_config cannot be honoured: ONNX Runtime runs the exported graph. Leave it out.")
+        mask = model_kwargs.get("attention_mask")
+        if mask is not None and not bool(mask[:, -1].all()):
+            model_kwargs["last_token_only"] = True
+            # A chunk may hold nothing of a row. `forward` reads long prompts in chunks of its own.
+            generation_config.prefill_chunk_size = None
         if not generation_config.use_cache:
             return
         rows = batch_size * max(generation_config.num_beams, generation_config.num_return_sequences)
-        if model_kwargs.get(compat.CACHE) is None:
-            model_kwargs[compat.CACHE] = self._graph.new_cache(rows, min(max_cache_length, PREALLOCATED))
+        capacity, cache = min(max_cache_length, PREALLOCATED), model_kwargs.get(compat.CACHE)
+        if cache is None:
+            model_kwargs[compat.CACHE] = self._graph.new_cache(rows, capacity)
+        elif isinstance(cache, Lfm2Cache):
+            self._graph.make_room(cache, capacity)
 
     def prepare_inputs_for_generation(
         self,
@@ -204,6 +247,7 @@ class ORTLfm2ForCausalLM(compat.GenerationWithoutExperts, ORTModelForCausalLM):
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         cache: Lfm2Cache | None = None,
+        last_token_only: bool = False,
         **kwargs: Any,
     ) -> dict[str, Any]:
         """The tokens that the cache has not seen, and the mask as it is."""
@@ -218,6 +262,8 @@ class ORTLfm2ForCausalLM(compat.GenerationWithoutExperts, ORTModelForCausalLM):
             "attention_mask": attention_mask,
             "use_cache": use_cache,
             "logits_to_keep": logits_to_keep,
+            # Of a prompt whose rows are padded on the right; the tokens that follow it are masked in no row.
+            "last_token_only": last_token_only and not bool(attention_mask[:, -1].all()),  # type: ignore[index]
             **{name: value for name, value in kwargs.items() if name in ("output_attentions", "output_hidden_states")},
         }
 
@@ -249,6 +295,35 @@ class ORTLfm2ForCausalLM(compat.GenerationWithoutExperts, ORTModelForCausalLM):
             session_options=session_options,
             **kwargs,
         )
+
+
+def _check_ids(ids: torch.Tensor) -> None:
+    if ids.dim() != 2 or ids.numel() == 0 or ids.is_floating_point():
+        raise Lfm2Error(
+            f"input_ids has the shape {tuple(ids.shape)} and the type {ids.dtype}; it needs integers "
+            "(batch_size, sequence_length), with one row and one token at least."
+        )
+
+
+def _check_positions(positions: torch.Tensor | None, mask: torch.Tensor, new: int) -> None:
+    """Raise `Lfm2Error` where positions of the new tokens are not those that the mask gives them."""
+    if positions is None:
+        return
+    shown = mask[:, -new:] != 0
+    expected = ((mask != 0).to(torch.int64).cumsum(1) - 1)[:, -new:]
+    fits = positions.dim() == 2 and positions.shape[0] in (1, len(mask)) and positions.shape[1] == new
+    if not fits or not bool((positions == expected)[shown].all()):
+        raise Lfm2Error(
+            "position_ids say otherwise than attention_mask, which alone decides positions in the exported graph. "
+            "Leave position_ids out."
+        )
+
+
+def _is_empty(cache: Any) -> bool:
+    """Whether it is a cache of transformers' own that has seen nothing."""
+    if isinstance(cache, Lfm2Cache) or not isinstance(cache, Cache):
+        return False
+    return not any(getattr(layer, "is_initialized", False) for layer in cache.layers)
 
 
 def _file_name(folder: Path) -> str | None:
