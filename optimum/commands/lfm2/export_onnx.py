@@ -57,6 +57,11 @@ def read_config(args: Namespace) -> dict[str, Any]:
     """
     folder = Path(args.model)
     if folder.is_dir():
+        if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+            raise ValueError(
+                f"{folder} is a PEFT adapter, not a model. Load it with peft, save model.merge_and_unload(), and give "
+                "that folder."
+            )
         if not any(any(folder.glob(pattern)) for pattern in CHECKPOINT_FILES):
             raise ValueError(f"{folder} holds no checkpoint: it has no config.json. Give the folder that has.")
         path = folder / "config.json"
