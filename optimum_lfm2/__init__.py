@@ -15,7 +15,8 @@ from optimum_lfm2.export.loading import Lfm2TasksManager, is_ours
 from optimum_lfm2.export.options import heeding_variant
 from optimum_lfm2.export.validation import validated
 from optimum_lfm2.families import MODEL_TYPES
-from optimum_lfm2.modeling import ORTLfm2ForCausalLM, dispatch
+from optimum_lfm2.dispatch import dispatch
+from optimum_lfm2.modeling import ORTLfm2ForCausalLM
 
 
 TASKS = ("text-generation", "text-generation-with-past", "feature-extraction", "feature-extraction-with-past")

@@ -2,46 +2,32 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from functools import wraps
-from inspect import signature
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from onnxruntime import InferenceSession, SessionOptions
-from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 from optimum.onnxruntime import ORTModelForCausalLM
 from optimum.onnxruntime.constants import ONNX_WEIGHTS_NAME
 from optimum.onnxruntime.modeling import ORTModel
 from transformers import GenerationConfig, PretrainedConfig
 from transformers.generation import GenerationMode
 from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.utils import CONFIG_NAME
 
 from optimum_lfm2 import compat
-from optimum_lfm2.caches import with_float_caches
-from optimum_lfm2.errors import Lfm2Error, first_line
-from optimum_lfm2.export.config_check import check_fields
-from optimum_lfm2.genai_config import GENAI_CONFIG, is_of_our_type, read_genai_config
+from optimum_lfm2.errors import Lfm2Error
+from optimum_lfm2.runtime.arguments import check_ids, check_positions, is_empty
 from optimum_lfm2.runtime.cache import Lfm2Cache
+from optimum_lfm2.runtime.files import generation_config_of, only_file, refused_graphs
 from optimum_lfm2.runtime.layout import GraphLayout
 from optimum_lfm2.runtime.rows import RowRunner
 from optimum_lfm2.runtime.session import GraphSession
 from optimum_lfm2.runtime.threads import single_torch_thread
-from optimum_lfm2.weights.companions import generation_settings
 
 
-PREALLOCATED = 8192  # columns at most, of zeros that take no memory before they are used; longer sequences double them
+PREALLOCATED = 32768  # columns at most, which take no memory before they are used; longer sequences double them
 WARNINGS_OFF = 3  # onnxruntime's severity "error": its warnings at load are about choices that were made on purpose
-# What onnxruntime raises for a file that is no graph, or not one that it can run.
-GRAPH_ERRORS = tuple(
-    getattr(ort_errors, name)
-    for name in ("Fail", "InvalidArgument", "InvalidGraph", "InvalidProtobuf", "NotImplemented", "RuntimeException")
-)
 
 
 class ORTLfm2ForCausalLM(compat.GenerationWithoutExperts, ORTModelForCausalLM):
@@ -98,18 +84,21 @@ class ORTLfm2ForCausalLM(compat.GenerationWithoutExperts, ORTModelForCausalLM):
         logits_to_keep: int | torch.Tensor = 0,
         return_dict: bool | None = None,
         cache: Lfm2Cache | None = None,
+        last_token_only: bool = False,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast | tuple:
         """Logits of new tokens, and the cache that knows them.
 
         Args:
-            input_ids: int64 (batch_size, sequence_length): the new tokens alone if there is a cache.
+            input_ids: integers (batch_size, sequence_length): the new tokens alone if there is a cache.
             attention_mask: int64 (batch_size, cached + sequence_length), 0 hides a token wherever it is. It alone
-                decides positions; `position_ids` are not taken.
+                decides positions; `position_ids` that say otherwise are refused.
             past_key_values: the cache of an earlier call; it is changed, and returned.
             use_cache: whether to return a cache; by default what the config says.
             logits_to_keep: the logits of the last so many tokens only (0: all), or of the tokens at these indices.
             cache: another name for `past_key_values`, which transformers has from 5.24 on.
+            last_token_only: the logits of each row's last unmasked token alone, (batch_size, 1, vocab_size), in place
+                of what `logits_to_keep` says: what `generate` goes on from where rows are padded on the right.
 
         Returns:
             `logits`, (batch_size, kept, vocab_size) in the graph's dtype, and the cache by transformers' name for it.
@@ -131,11 +120,17 @@ class ORTLfm2ForCausalLM(compat.GenerationWithoutExperts, ORTModelForCausalLM):
                 f"{self.path} has no cache inputs. Export it for text-generation-with-past, or pass use_cache=False."
             )
         attention_mask = self._checked(input_ids, attention_mask, cache)
+        check_positions(kwargs.get("position_ids"), attention_mask, input_ids.shape[1])
+        input_ids = input_ids.to(torch.int64)
 
         if cache is None and self.can_use_cache:
             cache = self._graph.new_cache(input_ids.shape[0])
-        keep = logits_to_keep if isinstance(logits_to_keep, int) else 0
-        logits = self._rows.run(input_ids, attention_mask, cache, keep, self.use_io_binding)
+        if last_token_only:
+            logits_to_keep = 1
+            logits = self._rows.run_to_last(input_ids, attention_mask, cache, self.use_io_binding)
+        else:
+            keep = logits_to_keep if isinstance(logits_to_keep, int) else 0
+            logits = self._rows.run(input_ids, attention_mask, cache, keep, self.use_io_binding)
         if isinstance(logits_to_keep, torch.Tensor):
             logits = logits[:, logits_to_keep]
         cache = cache if use_cache else None
@@ -145,6 +140,7 @@ class ORTLfm2ForCausalLM(compat.GenerationWithoutExperts, ORTModelForCausalLM):
 
     def _checked(self, ids: torch.Tensor, mask: torch.Tensor | None, cache: Lfm2Cache | None) -> torch.Tensor:
         """The attention mask, after the checks that `forward` promises."""
+        check_ids(ids)
         past = 0 if cache is None else cache.length
         batch, length = ids.shape[0], past + ids.shape[1]
         least, most = map(int, ids.aminmax())
@@ -180,11 +176,28 @@ class ORTLfm2ForCausalLM(compat.GenerationWithoutExperts, ORTModelForCausalLM):
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Transformers' `generate`, with torch held to one thread until it returns.
 
-        A cache to go on from is `past_key_values` or `cache`, whatever this transformers calls it.
+        A cache to go on from is `past_key_values` or `cache`, whatever this transformers calls it; an empty one of
+        transformers' own counts as none. Rows may be padded on either side. As with padding on the left, logits
+        processors that read the prompt, such as a repetition penalty, see its padding tokens too.
+
+        Raises:
+            Lfm2Error: for what `forward` refuses, and for settings that an exported graph cannot honour.
         """
         past, cache = (kwargs.pop(name, None) for name in ("past_key_values", "cache"))
-        if (cache := past if cache is None else cache) is not None:
+        cache = past if cache is None else cache
+        if cache is not None and not is_empty(cache):
             kwargs[compat.CACHE] = cache
+        if args and isinstance(args[0], torch.Tensor):
+            kwargs["inputs"], args = args[0], args[1:]
+            if args:  # by transformers' order, which has the generation config next
+                kwargs["generation_config"], args = args[0], args[1:]
+        for name in ("inputs", "input_ids"):
+            if isinstance(ids := kwargs.get(name), torch.Tensor):
+                check_ids(ids)
+                kwargs[name] = ids.to(torch.int64)
+                mask = kwargs.get("attention_mask")
+                positions = kwargs.pop("position_ids", None)
+                check_positions(positions, torch.ones_like(ids) if mask is None else mask, ids.shape[1])
         with single_torch_thread():
             return super().generate(*args, **kwargs)
 
@@ -201,11 +214,26 @@ class ORTLfm2ForCausalLM(compat.GenerationWithoutExperts, ORTModelForCausalLM):
             raise Lfm2Error(
                 "Assisted generation takes tokens back, and LFM2's convolution states cannot be undone. Leave it out."
             )
+        if generation_config.cache_implementation not in (None, "dynamic"):
+            raise Lfm2Error(
+                f'cache_implementation="{generation_config.cache_implementation}" cannot be honoured: the exported '
+                "graph has one kind of cache. Leave it out."
+            )
+        if generation_config.compile_config is not None:
+            raise Lfm2Error("compile_config cannot be honoured: ONNX Runtime runs the exported graph. Leave it out.")
+        mask = model_kwargs.get("attention_mask")
+        if mask is not None and not bool(mask[:, -1].all()):
+            model_kwargs["last_token_only"] = True
+            # A chunk may hold nothing of a row. `forward` reads long prompts in chunks of its own.
+            generation_config.prefill_chunk_size = None
         if not generation_config.use_cache:
             return
         rows = batch_size * max(generation_config.num_beams, generation_config.num_return_sequences)
-        if model_kwargs.get(compat.CACHE) is None:
-            model_kwargs[compat.CACHE] = self._graph.new_cache(rows, min(max_cache_length, PREALLOCATED))
+        capacity, cache = min(max_cache_length, PREALLOCATED), model_kwargs.get(compat.CACHE)
+        if cache is None:
+            model_kwargs[compat.CACHE] = self._graph.new_cache(rows, capacity)
+        elif isinstance(cache, Lfm2Cache):
+            self._graph.make_room(cache, capacity)
 
     def prepare_inputs_for_generation(
         self,
@@ -215,6 +243,7 @@ class ORTLfm2ForCausalLM(compat.GenerationWithoutExperts, ORTModelForCausalLM):
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         cache: Lfm2Cache | None = None,
+        last_token_only: bool = False,
         **kwargs: Any,
     ) -> dict[str, Any]:
         """The tokens that the cache has not seen, and the mask as it is."""
@@ -229,6 +258,8 @@ class ORTLfm2ForCausalLM(compat.GenerationWithoutExperts, ORTModelForCausalLM):
             "attention_mask": attention_mask,
             "use_cache": use_cache,
             "logits_to_keep": logits_to_keep,
+            # Of a prompt whose rows are padded on the right; the tokens that follow it are masked in no row.
+            "last_token_only": last_token_only and not bool(attention_mask[:, -1].all()),  # type: ignore[index]
             **{name: value for name, value in kwargs.items() if name in ("output_attentions", "output_hidden_states")},
         }
 
@@ -251,9 +282,9 @@ class ORTLfm2ForCausalLM(compat.GenerationWithoutExperts, ORTModelForCausalLM):
         if session_options is None:
             session_options = SessionOptions()
             session_options.log_severity_level = WARNINGS_OFF
-        file_name = file_name or _file_name(Path(model_id, subfolder))
-        generation_config = generation_config or _generation_config(model_id, subfolder, kwargs)
-        with _refused_graphs(Path(model_id, subfolder, file_name or ONNX_WEIGHTS_NAME)):
+        file_name = file_name or only_file(Path(model_id, subfolder))
+        generation_config = generation_config or generation_config_of(model_id, subfolder, kwargs)
+        with refused_graphs(Path(model_id, subfolder, file_name or ONNX_WEIGHTS_NAME)):
             return super()._from_pretrained(
                 model_id,
                 config,
@@ -263,107 +294,3 @@ class ORTLfm2ForCausalLM(compat.GenerationWithoutExperts, ORTModelForCausalLM):
                 session_options=session_options,
                 **kwargs,
             )
-
-
-@contextmanager
-def _refused_graphs(path: Path) -> Iterator[None]:
-    """One line where onnxruntime cannot load a file."""
-    try:
-        yield
-    except GRAPH_ERRORS as error:
-        raise Lfm2Error(
-            f"onnxruntime cannot load {path} ({first_line(error)}). Download or copy it again, with the file of its "
-            "weights beside it, or export the checkpoint again."
-        ) from error
-
-
-def _file_name(folder: Path) -> str | None:
-    """The name of a local folder's only model; None where Optimum finds model.onnx, or looks on the Hub.
-
-    Raises:
-        Lfm2Error: for several models of which none has that name; Optimum would take any.
-    """
-    names = [path.name for path in with_float_caches(folder.rglob("*.onnx"))]
-    if not names or ONNX_WEIGHTS_NAME in names:
-        return None
-    if len(names) > 1:
-        raise Lfm2Error(f'{folder} holds {", ".join(names)}. Choose one, such as file_name="{names[0]}".')
-    return names[0]
-
-
-def _generation_config(model_id: str | Path, subfolder: str, kwargs: dict[str, Any]) -> GenerationConfig | None:
-    """The settings beside config.json, where Optimum looks into the model's subfolder alone."""
-    hub = ("revision", "cache_dir", "token", "local_files_only", "force_download")
-    options = {name: kwargs[name] for name in hub if name in kwargs}
-    folders = dict.fromkeys((subfolder, ""))
-    found = (generation_settings(str(model_id), subfolder=folder, **options) for folder in folders)
-    return next((settings for settings in found if settings is not None), None)
-
-
-def _genai_folder(cls: type, model_id: Any, subfolder: str = "", **_: Any) -> Path | None:
-    """Where a local folder has genai_config.json but no config.json, without which Optimum refuses it.
-
-    `ORTModelForCausalLM` gets it only if it says that the model is ours.
-    """
-    folders = [Path(model_id, subfolder), Path(model_id)]
-    if any((folder / CONFIG_NAME).is_file() for folder in folders):
-        return None
-    found = [folder for folder in folders if (folder / GENAI_CONFIG).is_file()]
-    if not found or (cls is not ORTLfm2ForCausalLM and not is_of_our_type(found[0] / GENAI_CONFIG)):
-        return None
-    return found[0]
-
-
-def _check_config(path: Path, model_types: tuple[str, ...]) -> None:
-    """Refuse a local model of ours whose config.json cannot be, before transformers makes an object of it."""
-    try:
-        written = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return  # nothing tells that it is ours
-    if isinstance(written, dict) and written.get("model_type") in list(model_types):
-        check_fields(written, str(path))
-
-
-def dispatch(model_types: tuple[str, ...]) -> None:
-    """Make `ORTModelForCausalLM` itself load and export these model types as `ORTLfm2ForCausalLM`.
-
-    Every other model, and every other class, goes to Optimum's methods with the arguments as they came.
-    """
-    ORTModelForCausalLM.from_pretrained = classmethod(  # type: ignore[assignment]
-        _checking_folders(ORTModelForCausalLM.from_pretrained.__func__, model_types)
-    )
-    for name in ("_from_pretrained", "_export"):
-        original = getattr(ORTModelForCausalLM, name).__func__
-        setattr(ORTModelForCausalLM, name, classmethod(_dispatching(original, model_types)))
-
-
-def _checking_folders(original: Callable[..., Any], model_types: tuple[str, ...]) -> Callable[..., Any]:
-    parameters = signature(original)
-
-    @wraps(original)
-    def from_pretrained(cls: type, *args: Any, **kwargs: Any) -> Any:
-        folder = None
-        if cls in (ORTModelForCausalLM, ORTLfm2ForCausalLM):
-            with suppress(TypeError):  # of a wrong call, of which Optimum complains
-                given = parameters.bind(cls, *args, **kwargs).arguments
-                _check_config(Path(given["model_id"], given.get("subfolder") or "", CONFIG_NAME), model_types)
-                if not given.get("config") and not given.get("export"):
-                    folder = _genai_folder(**given)
-        if folder is None:
-            return original(cls, *args, **kwargs)
-        options = {name: value for name, value in given.items() if name not in ("cls", "config", "export", "kwargs")}
-        config = read_genai_config(folder)
-        return ORTLfm2ForCausalLM._from_pretrained(config=config, **options, **given.get("kwargs", {}))
-
-    return from_pretrained
-
-
-def _dispatching(original: Callable[..., Any], model_types: tuple[str, ...]) -> Callable[..., Any]:
-    @wraps(original)
-    def method(cls: type, *args: Any, **kwargs: Any) -> Any:
-        config = kwargs.get("config", args[1] if len(args) > 1 else None)
-        if cls is ORTModelForCausalLM and getattr(config, "model_type", None) in model_types:
-            return getattr(ORTLfm2ForCausalLM, original.__name__)(*args, **kwargs)
-        return original(cls, *args, **kwargs)
-
-    return method

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
+from transformers.cache_utils import Cache
 
 from optimum_lfm2.errors import Lfm2Error
 from optimum_lfm2.runtime.layout import GraphLayout
@@ -14,19 +17,21 @@ from optimum_lfm2.runtime.layout import GraphLayout
 MIN_CAPACITY = 64
 
 
-class Lfm2Cache:
+class Lfm2Cache(Cache):
     """One object for both kinds of cache, which `forward` and `generate` take and give.
 
     Keys and values lie in buffers (batch_size, kv_heads, capacity, head_dim) of which the first `get_seq_length()`
     columns count; capacity doubles when it is used up. Conv states are (batch_size, hidden_size, width), two of each,
     past and present in turn. `forward` changes the cache it is given: to continue twice from one point, copy it
-    (`copy.deepcopy`).
+    (`copy.deepcopy`). A cache holds no session: it can be pickled, and any session of the same graph continues it.
     """
 
-    is_compileable = False
+    is_compileable = False  # type: ignore[assignment]  # properties of transformers' class, which ask its layers
+    is_initialized = True  # type: ignore[assignment]
     is_linear = (False,)  # not all layers: so `generate` asks how many columns were seen
 
     def __init__(self, layout: GraphLayout, batch_size: int, device: torch.device, capacity: int = 0) -> None:
+        super().__init__(layers=[])  # the graph updates the tensors below; transformers' layers would hold them twice
         self.layout = layout
         self.batch_size = batch_size
         self.device = device
@@ -37,14 +42,18 @@ class Lfm2Cache:
         for cache in layout.caches:
             first, last = layout.shapes[cache.past]
             shape = (batch_size, first, capacity, last) if cache.grows else (batch_size, first, last)
-            # Zeros, not garbage: a masked column is still multiplied, and NaN * 0 is NaN.
-            self.tensors[cache.past] = torch.zeros(shape, dtype=layout.dtypes[cache.past], device=device)
+            # Memory is touched when it is used: a graph reads no column of keys and values that it has not written.
+            make = torch.empty if cache.grows else torch.zeros
+            self.tensors[cache.past] = make(shape, dtype=layout.dtypes[cache.past], device=device)
             if not cache.grows:
                 self.spare[cache.past] = torch.empty_like(self.tensors[cache.past])
         # One cache a row instead, without the row's masked tokens, for graphs that are wrong on them.
         self.alone: list[Lfm2Cache] | None = None
-        # Whatever was prepared for these very buffers: dropped when they are replaced.
+        # Set while rows change places within the buffers: an interrupt then leaves nothing to go on from.
+        self.broken = False
+        # What a session prepared for these very buffers: dropped when they are replaced, or another session comes.
         self.bindings: dict[object, object] = {}
+        self.bound_to: object = None
 
     def get_seq_length(self, layer_idx: int | None = 0) -> int:
         """Number of columns seen, padding included, the same for every layer."""
@@ -54,16 +63,87 @@ class Lfm2Cache:
         """-1: it grows as it must."""
         return -1
 
-    def reserve(self, length: int) -> None:
-        """Make room for `length` columns."""
+    @property
+    def max_batch_size(self) -> int:
+        """The number of rows."""
+        return self.batch_size
+
+    @property
+    def max_cache_len(self) -> int:
+        """-1: it grows as it must."""
+        return -1
+
+    def has_previous_state(self, *_: Any) -> bool:
+        """Whether it has seen a token."""
+        return self.length > 0
+
+    def update(self, *_: Any, **__: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Raises `Lfm2Error`: the graph itself writes keys and values."""
+        raise Lfm2Error("An LFM2 cache is written by the exported graph alone. Pass it to forward or generate.")
+
+    def reset(self) -> None:
+        """Forget every token."""
+        self.__init__(self.layout, self.batch_size, self.device, self.capacity)  # type: ignore[misc]
+
+    def reserve(self, length: int, exact: bool = False) -> None:
+        """Make room for `length` columns; for no more if that is all there will be (`exact`)."""
         if length <= self.capacity:
             return
-        self.capacity = max(length, 2 * self.capacity, MIN_CAPACITY)
-        for name in self._growing():
-            old = self.tensors[name]
-            grown = old.new_zeros((*old.shape[:2], self.capacity, old.shape[3]))
-            grown[:, :, : self.length] = old[:, :, : self.length]
-            self.tensors[name] = grown
+        capacity = length if exact else max(length, 2 * self.capacity, MIN_CAPACITY)
+        self._rebuild(lambda old: old, self.batch_size, capacity)
+
+    def _rebuild(self, rows: Any, batch_size: int, capacity: int) -> None:
+        """Move the used columns to buffers of `capacity`; `rows` chooses the rows of a tensor."""
+        tensors = {}
+        for name, old in self.tensors.items():
+            if name in self.spare:
+                tensors[name] = rows(old)
+                continue
+            tensors[name] = old.new_empty((batch_size, old.shape[1], capacity, old.shape[3]))
+            tensors[name][:, :, : self.length] = rows(old[:, :, : self.length])
+        self.tensors, self.batch_size, self.capacity = tensors, batch_size, capacity
+        self.spare = {name: torch.empty_like(tensors[name]) for name in self.spare}
+        self.bindings.clear()
+
+    def skip(self, columns: int) -> None:
+        """Count masked columns that no call of the graph has to see; a masked column must still be finite."""
+        if columns:
+            self.reserve(self.length + columns, exact=True)
+            for name in self._growing():
+                self.tensors[name][:, :, self.length : self.length + columns] = 0
+            self.length += columns
+
+    @contextmanager
+    def unchanged_on_failure(self, several_tokens: bool) -> Iterator[None]:
+        """Whatever ends the block by an exception, the cache is then as it was before.
+
+        A call writes behind the columns that count, and conv states beside themselves: what the tensors held is still
+        there. Only several calls of the graph, which `several_tokens` may take, come back to the first conv states.
+        """
+        before = self._snapshot(several_tokens)
+        try:
+            yield
+        except BaseException:
+            self._restore(before)
+            raise
+
+    def _snapshot(self, several_tokens: bool) -> dict[str, Any]:
+        kept = {name: tensor.clone() for name, tensor in self.tensors.items() if name in self.spare and several_tokens}
+        alone = None if self.alone is None else [(row, row._snapshot(several_tokens)) for row in self.alone]
+        return {
+            "tensors": {**self.tensors, **kept},
+            "spare": self.spare,
+            "length": self.length,
+            "capacity": self.capacity,
+            "alone": alone,
+        }
+
+    def _restore(self, before: dict[str, Any]) -> None:
+        rows = before["alone"]
+        for row, state in rows or ():
+            row._restore(state)
+        self.__dict__.update(before, alone=None if rows is None else [row for row, _ in rows])
+        # Buffers that a clone replaced are bound no longer.
         self.bindings.clear()
 
     def swap(self) -> None:
@@ -72,14 +152,24 @@ class Lfm2Cache:
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Row i becomes what row `beam_idx[i]` was; also used to repeat and to select rows."""
-        index = beam_idx.to(self.device)
-        self.batch_size = len(index)
-        if self.alone is not None:
-            self.alone = [copy.deepcopy(self.alone[i]) for i in index.tolist()]
+        chosen = beam_idx.tolist()
+        if chosen == list(range(self.batch_size)):
             return
-        self.tensors = {name: tensor.index_select(0, index) for name, tensor in self.tensors.items()}
-        self.spare = {name: torch.empty_like(self.tensors[name]) for name in self.spare}
-        self.bindings.clear()
+        if self.alone is not None:
+            self.alone = [copy.deepcopy(self.alone[i]) for i in chosen]
+            self.batch_size = len(chosen)
+            return
+        index = beam_idx.to(self.device)
+        if len(chosen) != self.batch_size:
+            self._rebuild(lambda tensor: tensor.index_select(0, index), len(chosen), self.capacity)
+            return
+        # In place, the rows that change and the columns in use: beams pay for what they have written.
+        moved = torch.tensor([i for i, source in enumerate(chosen) if i != source], device=self.device)
+        self.broken = True
+        for name, tensor in self.tensors.items():
+            used = tensor if name in self.spare else tensor[:, :, : self.length]
+            used[moved] = used[index[moved]]
+        self.broken = False
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         self.reorder_cache(torch.arange(self.batch_size).repeat_interleave(repeats))
@@ -118,39 +208,52 @@ class Lfm2Cache:
 
     def split(self) -> list[Lfm2Cache]:
         """One cache a row, whose buffers are views of this one's; `join` takes them back."""
-        rows = []
-        for i in range(self.batch_size):
-            row = object.__new__(Lfm2Cache)
-            row.layout, row.device, row.length, row.capacity = self.layout, self.device, self.length, self.capacity
-            row.batch_size, row.bindings, row.alone = 1, {}, None
-            row.tensors = {name: tensor[i : i + 1] for name, tensor in self.tensors.items()}
-            row.spare = {name: tensor[i : i + 1] for name, tensor in self.spare.items()}
-            rows.append(row)
-        return rows
+        return [
+            self._twin(
+                batch_size=1,
+                tensors={name: tensor[i : i + 1] for name, tensor in self.tensors.items()},
+                spare={name: tensor[i : i + 1] for name, tensor in self.spare.items()},
+            )
+            for i in range(self.batch_size)
+        ]
 
     def join(self, rows: Sequence[Lfm2Cache]) -> None:
         """Become the rows, which were split from here and have all seen the same number of columns since."""
-        for name in self.tensors:
+        tensors = {}
+        for name, mine in self.tensors.items():
             parts = [row.tensors[name] for row in rows]
-            if name in self.spare and parts[0].data_ptr() == self.spare[name].data_ptr():
-                self.tensors[name], self.spare[name] = self.spare[name], self.tensors[name]
-            elif parts[0].data_ptr() != self.tensors[name].data_ptr():  # not a view: the session made it anew
-                self.tensors[name] = torch.cat(parts)
-                self.bindings.clear()
+            # A row's conv state lies in either of its two buffers, by the number of its calls; columns in one's views.
+            is_view = name not in self.spare and parts[0].data_ptr() == mine.data_ptr()
+            tensors[name] = mine if is_view else torch.cat(parts)
+        self.tensors = tensors
+        self.spare = {name: torch.empty_like(tensors[name]) for name in self.spare}
+        self.bindings.clear()
         self.length, self.capacity = rows[0].length, rows[0].capacity
 
     def _growing(self) -> list[str]:
         return [cache.past for cache in self.layout.caches if cache.grows]
 
+    def _twin(self, **changes: Any) -> Lfm2Cache:
+        twin = object.__new__(Lfm2Cache)
+        twin.__dict__ = {**self.__dict__, "layers": [], "bindings": {}, "bound_to": None, **changes}
+        return twin
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What counts: the columns in use, and nothing of a session."""
+        tensors = {
+            name: (tensor if name in self.spare else tensor[:, :, : self.length]).clone(
+                memory_format=torch.contiguous_format
+            )
+            for name, tensor in self.tensors.items()
+        }
+        spare = {name: torch.empty_like(tensors[name]) for name in self.spare}
+        capacity = self.length if tensors else self.capacity
+        changes = {"tensors": tensors, "spare": spare, "capacity": capacity, "bindings": {}, "bound_to": None}
+        return {**self.__dict__, **changes}
+
     def __deepcopy__(self, memo: dict) -> Lfm2Cache:
         twin = object.__new__(Lfm2Cache)
-        twin.__dict__ = {
-            **self.__dict__,
-            "alone": copy.deepcopy(self.alone, memo),
-            "tensors": {name: tensor.clone() for name, tensor in self.tensors.items()},
-            "spare": {name: tensor.clone() for name, tensor in self.spare.items()},
-            "bindings": {},
-        }
+        twin.__dict__ = {**self.__getstate__(), "layers": [], "alone": copy.deepcopy(self.alone, memo)}
         return twin
 
     def __len__(self) -> int:

@@ -26,17 +26,80 @@ class RowRunner:
     def run(
         self, ids: torch.Tensor, mask: torch.Tensor, cache: Lfm2Cache | None, keep: int, io_binding: bool
     ) -> torch.Tensor:
-        """Arguments and result as of `GraphSession.run`."""
+        """Arguments and result as of `GraphSession.run`. A call that fails leaves the cache as it was."""
+        if cache is None:
+            return self._run(ids, mask, None, keep, io_binding)
+        self._graph.check_cache(cache)
+        with cache.unchanged_on_failure(several_tokens=ids.shape[1] > 1):
+            return self._run(ids, mask, cache, keep, io_binding)
+
+    def run_to_last(
+        self, ids: torch.Tensor, mask: torch.Tensor, cache: Lfm2Cache | None, io_binding: bool
+    ) -> torch.Tensor:
+        """Like `run`, but gives the logits of each row's last unmasked token, (batch_size, 1, vocab_size).
+
+        Raises:
+            Lfm2Error: for a row without an unmasked token among the new ones.
+        """
+        past = 0 if cache is None else cache.length
+        visible = (mask[:, past:] != 0).to(torch.int64)
+        if not bool(visible.any(1).all()):
+            row = int(visible.any(1).to(torch.int64).argmin())
+            raise Lfm2Error(f"attention_mask hides every new token of row {row}. Leave the row out of the batch.")
+        if cache is None:
+            return self._run_padding_first(ids, mask, visible, None, io_binding)
+        self._graph.check_cache(cache)
+        with cache.unchanged_on_failure(several_tokens=True):
+            if not self._any_padding:
+                logits = self._run(ids, mask, cache, 0, io_binding)
+                last = ids.shape[1] - 1 - visible.flip(1).argmax(1)
+                return logits[torch.arange(len(ids)), last.to(logits.device)][:, None]
+            if past == 0:
+                return self._run_padding_first(ids, mask, visible, cache, io_binding)
+            return self._run_tokens_first(ids, mask, visible, cache, io_binding)
+
+    def _run_padding_first(
+        self, ids: torch.Tensor, mask: torch.Tensor, visible: torch.Tensor, cache: Lfm2Cache | None, io_binding: bool
+    ) -> torch.Tensor:
+        """On an empty cache padding may precede the tokens, so that all rows end in the same column."""
+        order = visible.argsort(dim=1, stable=True)
+        logits = self._run(ids.gather(1, order), mask.gather(1, order), cache, 1, io_binding)
+        if cache is not None:
+            cache.reorder_new_columns(0, order.argsort(dim=1))
+        return logits
+
+    def _run_tokens_first(
+        self, ids: torch.Tensor, mask: torch.Tensor, visible: torch.Tensor, cache: Lfm2Cache, io_binding: bool
+    ) -> torch.Tensor:
+        """On a full cache no padding may precede the tokens: each row runs its own, and skips what is hidden."""
+        past, new = cache.length, ids.shape[1]
+        order = visible.argsort(dim=1, stable=True, descending=True)
+        counts, ids = visible.sum(1).tolist(), ids.gather(1, order)
+        mask = torch.cat([mask[:, :past], visible.gather(1, order)], dim=1)
+        cache.reserve(past + new)  # so that the rows stay views of one buffer
+        rows, logits = cache.split(), []
+        for i, (row, count) in enumerate(zip(rows, counts, strict=True)):
+            own = ids[i : i + 1, :count], mask[i : i + 1, : past + count]
+            logits.append(self._run_in_chunks(*own, row, 1, io_binding))
+            row.skip(new - count)
+        cache.join(rows)
+        cache.reorder_new_columns(past, order.argsort(dim=1))
+        return torch.cat(logits)
+
+    def _run(
+        self, ids: torch.Tensor, mask: torch.Tensor, cache: Lfm2Cache | None, keep: int, io_binding: bool
+    ) -> torch.Tensor:
         if not self._any_padding and (bool((mask == 0).any()) or (cache is not None and cache.alone is not None)):
             return self._run_alone(ids, mask, cache, keep, io_binding)
-        order = None if cache is None else contiguous_order(mask, cache.length)
+        past = 0 if cache is None else cache.length
+        order = contiguous_order(mask, past)
         if order is None:
             return self._run_contiguous(ids, mask, cache, keep, io_binding)
-        past = cache.length
         mask = torch.cat([mask[:, :past], mask[:, past:].gather(1, order)], dim=1)
         logits = self._run_contiguous(ids.gather(1, order), mask, cache, 0, io_binding)
         back = order.argsort(dim=1)
-        cache.reorder_new_columns(past, back)
+        if cache is not None:
+            cache.reorder_new_columns(past, back)
         logits = logits.gather(1, back.to(logits.device)[:, :, None].expand_as(logits))
         return logits[:, -keep:]
 
@@ -48,6 +111,7 @@ class RowRunner:
         if batch == 1 or sequence == 1 or not several_calls:
             return self._run_in_chunks(ids, mask, cache, keep, io_binding)
         # GroupQueryAttention takes several rows with several new tokens on an empty cache only.
+        cache.reserve(cache.length + sequence)  # so that the rows stay views of one buffer
         rows = cache.split()
         logits = [
             self._run_in_chunks(ids[i : i + 1], mask[i : i + 1], row, keep, io_binding) for i, row in enumerate(rows)

@@ -31,6 +31,23 @@ class GraphSession:
         """An empty cache with room for `capacity` columns."""
         return Lfm2Cache(self._layout, batch_size, self._device, capacity if self._layout.in_place else 0)
 
+    def make_room(self, cache: Lfm2Cache, length: int) -> None:
+        """Give a cache the room for `length` columns at once, where keys and values lie in place."""
+        if self._layout.in_place and cache.alone is None:
+            cache.reserve(length, exact=True)
+
+    def check_cache(self, cache: Lfm2Cache) -> None:
+        """Raise `Lfm2Error` for a cache that this graph cannot continue."""
+        theirs, ours = cache.layout, self._layout
+        if (theirs.caches, theirs.shapes, theirs.dtypes) != (ours.caches, ours.shapes, ours.dtypes):
+            raise Lfm2Error("The cache belongs to another model, whose layers differ. Start without it.")
+        if cache.device != self._device:
+            raise Lfm2Error(f"The cache lies on {cache.device}, the model on {self._device}. Start without it.")
+        if cache.broken:
+            raise Lfm2Error(
+                "The cache was interrupted while its rows changed places. Start without it, or from a copy made before."
+            )
+
     def run(
         self, ids: torch.Tensor, mask: torch.Tensor, cache: Lfm2Cache | None, keep: int, io_binding: bool
     ) -> torch.Tensor:
@@ -76,6 +93,9 @@ class GraphSession:
 
     def _prepared(self, cache: Lfm2Cache, keep: int) -> IOBinding:
         """A binding with all that stays: made once for each of the two states that the buffers alternate between."""
+        if cache.bound_to is not self._session:  # a cache of another session of the same graph, or loaded from a file
+            cache.bindings.clear()
+            cache.bound_to = self._session
         key = (keep, *(tensor.data_ptr() for tensor in cache.spare.values()))[:2]
         if key not in cache.bindings:
             binding = IOBinding(self._session)

@@ -15,6 +15,7 @@ from typing import Any
 
 from optimum.commands.export.onnx import ONNXExportCommand
 
+from optimum.commands.lfm2.adapters import check_adapter
 from optimum.commands.lfm2.model_types import MODEL_TYPES
 
 
@@ -32,6 +33,10 @@ def register() -> list[tuple[type, type | None]]:
 def _wrap(original: Callable[[Any], None]) -> Callable[[Any], None]:
     @functools.wraps(original)
     def run(self: ONNXExportCommand) -> None:
+        try:
+            check_adapter(Path(self.args.model))
+        except ValueError as error:
+            fail(error)
         config = _our_config(self.args)
         if config is None:
             original(self)
@@ -61,6 +66,7 @@ def read_config(args: Namespace) -> dict[str, Any]:
     """
     folder = Path(args.model)
     if folder.is_dir():
+        check_adapter(folder)
         path = folder / "config.json"
         if not path.is_file():
             raise ValueError(f"{folder} holds no LFM2 checkpoint: it has no config.json. Give the folder that has.")

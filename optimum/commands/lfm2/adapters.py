@@ -1,0 +1,34 @@
+"""A PEFT adapter is no checkpoint: it is told of before anybody looks for a config.json."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from optimum.commands.lfm2.model_types import MODEL_TYPES
+
+
+ADAPTER_CONFIG = "adapter_config.json"
+
+
+def check_adapter(folder: Path) -> None:
+    """Raise `ValueError` for a folder that holds a PEFT adapter of a model of ours, and no model."""
+    if not (folder / ADAPTER_CONFIG).is_file() or (folder / "config.json").is_file():
+        return
+    try:
+        base = str(_object(folder / ADAPTER_CONFIG).get("base_model_name_or_path"))
+        model_type = _object(Path(base, "config.json")).get("model_type") if Path(base).is_dir() else None
+    except (OSError, ValueError):
+        return  # whose it is cannot be told
+    if model_type in MODEL_TYPES or "lfm2" in base.lower():
+        raise ValueError(
+            f"{folder} is a PEFT adapter of {base}, not a model. Load it with peft, save what its merge_and_unload() "
+            "returns, and the tokenizer, to a folder, and give that folder."
+        )
+
+
+def _object(path: Path) -> dict:
+    value = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds no JSON object")
+    return value

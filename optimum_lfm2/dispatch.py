@@ -1,0 +1,97 @@
+"""What `ORTModelForCausalLM` itself does with a folder of ours; every other goes to Optimum as it came."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from contextlib import suppress
+from functools import wraps
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+from optimum.onnxruntime import ORTModelForCausalLM
+from transformers.utils import CONFIG_NAME
+
+from optimum.commands.lfm2.adapters import check_adapter
+from optimum_lfm2.errors import Lfm2Error
+from optimum_lfm2.export.config_check import check_fields
+from optimum_lfm2.genai_config import GENAI_CONFIG, is_of_our_type, read_genai_config
+from optimum_lfm2.modeling import ORTLfm2ForCausalLM
+
+
+def _genai_folder(cls: type, model_id: Any, subfolder: str = "", **_: Any) -> Path | None:
+    """Where a local folder has genai_config.json but no config.json, without which Optimum refuses it.
+
+    `ORTModelForCausalLM` gets it only if it says that the model is ours.
+    """
+    folders = [Path(model_id, subfolder), Path(model_id)]
+    if any((folder / CONFIG_NAME).is_file() for folder in folders):
+        return None
+    found = [folder for folder in folders if (folder / GENAI_CONFIG).is_file()]
+    if not found or (cls is not ORTLfm2ForCausalLM and not is_of_our_type(found[0] / GENAI_CONFIG)):
+        return None
+    return found[0]
+
+
+def _refuse_adapter(model_id: Any) -> None:
+    try:
+        check_adapter(Path(model_id))
+    except ValueError as error:
+        raise Lfm2Error(str(error)) from None
+
+
+def _check_config(path: Path, model_types: tuple[str, ...]) -> None:
+    """Refuse a local model of ours whose config.json cannot be, before transformers makes an object of it."""
+    try:
+        written = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return  # nothing tells that it is ours
+    if isinstance(written, dict) and written.get("model_type") in list(model_types):
+        check_fields(written, str(path))
+
+
+def dispatch(model_types: tuple[str, ...]) -> None:
+    """Make `ORTModelForCausalLM` itself load and export these model types as `ORTLfm2ForCausalLM`.
+
+    Every other model, and every other class, goes to Optimum's methods with the arguments as they came.
+    """
+    ORTModelForCausalLM.from_pretrained = classmethod(  # type: ignore[assignment]
+        _checking_folders(ORTModelForCausalLM.from_pretrained.__func__, model_types)
+    )
+    for name in ("_from_pretrained", "_export"):
+        original = getattr(ORTModelForCausalLM, name).__func__
+        setattr(ORTModelForCausalLM, name, classmethod(_dispatching(original, model_types)))
+
+
+def _checking_folders(original: Callable[..., Any], model_types: tuple[str, ...]) -> Callable[..., Any]:
+    parameters = signature(original)
+
+    @wraps(original)
+    def from_pretrained(cls: type, *args: Any, **kwargs: Any) -> Any:
+        folder = None
+        if cls in (ORTModelForCausalLM, ORTLfm2ForCausalLM):
+            with suppress(TypeError):  # of a wrong call, of which Optimum complains
+                given = parameters.bind(cls, *args, **kwargs).arguments
+                _refuse_adapter(given["model_id"])
+                _check_config(Path(given["model_id"], given.get("subfolder") or "", CONFIG_NAME), model_types)
+                if not given.get("config") and not given.get("export"):
+                    folder = _genai_folder(**given)
+        if folder is None:
+            return original(cls, *args, **kwargs)
+        options = {name: value for name, value in given.items() if name not in ("cls", "config", "export", "kwargs")}
+        config = read_genai_config(folder)
+        return ORTLfm2ForCausalLM._from_pretrained(config=config, **options, **given.get("kwargs", {}))
+
+    return from_pretrained
+
+
+def _dispatching(original: Callable[..., Any], model_types: tuple[str, ...]) -> Callable[..., Any]:
+    @wraps(original)
+    def method(cls: type, *args: Any, **kwargs: Any) -> Any:
+        config = kwargs.get("config", args[1] if len(args) > 1 else None)
+        if cls is ORTModelForCausalLM and getattr(config, "model_type", None) in model_types:
+            return getattr(ORTLfm2ForCausalLM, original.__name__)(*args, **kwargs)
+        return original(cls, *args, **kwargs)
+
+    return method

@@ -1,0 +1,58 @@
+"""The files of an exported folder: which graph, which settings, and what is no graph."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
+from optimum.onnxruntime.constants import ONNX_WEIGHTS_NAME
+from transformers import GenerationConfig
+
+from optimum_lfm2.caches import with_float_caches
+from optimum_lfm2.errors import Lfm2Error, first_line
+from optimum_lfm2.weights.companions import generation_settings
+
+
+# What onnxruntime raises for a file that is no graph, or not one that it can run.
+GRAPH_ERRORS = tuple(
+    getattr(ort_errors, name)
+    for name in ("Fail", "InvalidArgument", "InvalidGraph", "InvalidProtobuf", "NotImplemented", "RuntimeException")
+)
+
+
+def only_file(folder: Path) -> str | None:
+    """The name of a local folder's only model; None where Optimum finds model.onnx, or looks on the Hub.
+
+    Raises:
+        Lfm2Error: for several models of which none has that name; Optimum would take any.
+    """
+    names = [path.name for path in with_float_caches(folder.rglob("*.onnx"))]
+    if not names or ONNX_WEIGHTS_NAME in names:
+        return None
+    if len(names) > 1:
+        raise Lfm2Error(f'{folder} holds {", ".join(names)}. Choose one, such as file_name="{names[0]}".')
+    return names[0]
+
+
+def generation_config_of(model_id: str | Path, subfolder: str, kwargs: dict[str, Any]) -> GenerationConfig | None:
+    """The settings beside config.json, where Optimum looks into the model's subfolder alone."""
+    hub = ("revision", "cache_dir", "token", "local_files_only", "force_download")
+    options = {name: kwargs[name] for name in hub if name in kwargs}
+    folders = dict.fromkeys((subfolder, ""))
+    found = (generation_settings(str(model_id), subfolder=folder, **options) for folder in folders)
+    return next((settings for settings in found if settings is not None), None)
+
+
+@contextmanager
+def refused_graphs(path: Path) -> Iterator[None]:
+    """One line where onnxruntime cannot load a file."""
+    try:
+        yield
+    except GRAPH_ERRORS as error:
+        raise Lfm2Error(
+            f"onnxruntime cannot load {path} ({first_line(error)}). Download or copy it again, with the file of its "
+            "weights beside it, or export the checkpoint again."
+        ) from error

@@ -1,0 +1,232 @@
+"""Generation: right padding, settings that cannot be honoured, interrupts, and caches of other kinds."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from checkpoints import gold_tokens, prompts
+from optimum.onnxruntime import ORTModelForCausalLM
+from transformers import DynamicCache
+from transformers.cache_utils import Cache
+
+from optimum_lfm2.errors import Lfm2Error
+from optimum_lfm2.runtime import rows as rows_module
+
+
+NEW = 16
+GREEDY = {"do_sample": False, "max_new_tokens": NEW, "eos_token_id": None, "pad_token_id": 0}
+LENGTHS = [9, 1, 12, 4]
+
+
+@pytest.fixture
+def model(exported) -> ORTModelForCausalLM:
+    return ORTModelForCausalLM.from_pretrained(exported("hybrid"))
+
+
+def pad_right(rows: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+    width = max(map(len, rows))
+    ids, mask = torch.full((len(rows), width), 9), torch.zeros(len(rows), width, dtype=torch.int64)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)], mask[i, : len(row)] = row, 1
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+@pytest.fixture
+def golds(gold_model):
+    return [gold_tokens(gold_model("hybrid"), row, NEW) for row in prompts(LENGTHS)]
+
+
+class TestRightPadding:
+    @pytest.mark.parametrize("io_binding", [True, False])
+    @pytest.mark.parametrize("settings", [{}, {"prefill_chunk_size": 3}, {"use_cache": False}])
+    def test_each_row_goes_on_as_alone(self, settings, io_binding, model, golds):
+        model.use_io_binding = io_binding
+        batch = pad_right(prompts(LENGTHS))
+        out = model.generate(**batch, **GREEDY, **settings)
+        assert out[:, :12].tolist() == batch["input_ids"].tolist()
+        assert out[:, 12:].tolist() == golds
+
+    def test_a_graph_without_a_cache(self, exported, golds):
+        model = ORTModelForCausalLM.from_pretrained(exported("hybrid", task="text-generation"))
+        assert model.generate(**pad_right(prompts(LENGTHS)), **GREEDY)[:, 12:].tolist() == golds
+
+    def test_beams(self, model, gold_model):
+        rows = prompts(LENGTHS)
+        alone = [gold_model("hybrid").generate(row[None], use_cache=False, num_beams=3, **GREEDY)[0] for row in rows]
+        out = model.generate(**pad_right(rows), num_beams=3, **GREEDY)[:, 12:].tolist()
+        assert out == [gold[len(row) :].tolist() for gold, row in zip(alone, rows, strict=True)]
+
+    def test_long_prompts_run_in_chunks(self, model, golds, monkeypatch):
+        monkeypatch.setattr(rows_module, "PREFILL_CHUNK", 5)
+        assert model.generate(**pad_right(prompts(LENGTHS)), **GREEDY)[:, 12:].tolist() == golds
+
+    @pytest.mark.parametrize("io_binding", [True, False])
+    @pytest.mark.parametrize("chunk", [2, 512])
+    def test_a_second_turn(self, chunk, io_binding, model, gold_model, monkeypatch):
+        """Rows of a second turn take one to six calls of the graph: their conv states end in either buffer."""
+        monkeypatch.setattr(rows_module, "PREFILL_CHUNK", chunk)
+        model.use_io_binding = io_binding
+        first, second = prompts([9, 2, 5]), prompts([3, 12, 1], seed=3)
+        golds = [gold_tokens(gold_model("hybrid"), torch.cat(pair), NEW) for pair in zip(first, second, strict=True)]
+        one, two = pad_right(first), pad_right(second)
+        whole = {name: torch.cat([one[name], two[name]], dim=1) for name in one}
+        out = model.generate(**whole, past_key_values=model(**one).past_key_values, **GREEDY)
+        assert out[:, 21:].tolist() == golds
+
+    def test_a_row_that_has_no_token(self, model):
+        with pytest.raises(Lfm2Error, match="every new token of row 1"):
+            model.generate(torch.full((2, 3), 9), attention_mask=torch.tensor([[1, 1, 0], [0, 0, 0]]), **GREEDY)
+
+
+class TestFailures:
+    @pytest.mark.parametrize("any_padding", [True, False])
+    @pytest.mark.parametrize("io_binding", [True, False])
+    def test_an_interrupt_leaves_the_cache_as_it_was(self, any_padding, io_binding, model, monkeypatch):
+        """In the second row's second chunk, when others have been written."""
+        monkeypatch.setattr(rows_module, "PREFILL_CHUNK", 2)
+        model.use_io_binding = io_binding
+        model._rows._any_padding = any_padding
+        one, two = pad_right(prompts([4, 2])), pad_right(prompts([5, 4], seed=3))
+        mask = torch.cat([one["attention_mask"], two["attention_mask"]], dim=1)
+        cache = model(**one).past_key_values
+        expected = model(two["input_ids"], attention_mask=mask, past_key_values=copy.deepcopy(cache)).logits
+        run, calls = model._graph.run, []
+
+        def interrupted(*args):
+            calls.append(1)
+            if len(calls) == 5:
+                raise KeyboardInterrupt
+            return run(*args)
+
+        monkeypatch.setattr(model._graph, "run", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            model(two["input_ids"], attention_mask=mask, past_key_values=cache)
+        assert cache.get_seq_length() == 4
+        again = model(two["input_ids"], attention_mask=mask, past_key_values=cache).logits
+        torch.testing.assert_close(again, expected, atol=1e-5, rtol=0)
+
+    def test_a_cache_whose_rows_were_changing_places(self, model):
+        cache = model(torch.stack(prompts([4, 4]))).past_key_values
+        cache.broken = True
+        with pytest.raises(Lfm2Error, match="interrupted"):
+            model(torch.tensor([[9], [9]]), past_key_values=cache)
+
+    @pytest.mark.parametrize("setting", [{"cache_implementation": "static"}, {"cache_implementation": "offloaded"}])
+    def test_other_kinds_of_cache(self, setting, model):
+        with pytest.raises(Lfm2Error, match="cache_implementation"):
+            model.generate(prompts([4])[0][None], **GREEDY, **setting)
+
+    def test_compilation(self, model):
+        from transformers.generation.configuration_utils import CompileConfig
+
+        with pytest.raises(Lfm2Error, match="compile_config"):
+            model.generate(prompts([4])[0][None], **GREEDY, compile_config=CompileConfig())
+
+    def test_labels(self, model):
+        with pytest.raises(Lfm2Error, match="labels"):
+            model(prompts([4])[0][None], labels=prompts([4])[0][None])
+
+    def test_positions(self, model, golds):
+        ids, right = prompts(LENGTHS)[0][None], torch.arange(9)[None]
+        assert model.generate(ids, position_ids=right, **GREEDY)[0, 9:].tolist() == golds[0]
+        assert torch.equal(model(ids, position_ids=right).logits, model(ids).logits)
+        for call in (model.forward, lambda *args, **kwargs: model.generate(*args, **kwargs, **GREEDY)):
+            with pytest.raises(Lfm2Error, match="position_ids"):
+                call(ids, position_ids=right + 1)
+
+    @pytest.mark.parametrize("ids", [torch.zeros(1, 0, dtype=torch.int64), torch.tensor([9]), torch.tensor([[9.0]])])
+    def test_ids_that_are_none(self, ids, model):
+        for call in (model.forward, lambda ids: model.generate(ids, **GREEDY)):
+            with pytest.raises(Lfm2Error, match="input_ids has the shape"):
+                call(ids)
+
+
+class TestCaches:
+    def test_it_is_a_cache_of_transformers(self, model):
+        cache = model(prompts([4])[0][None]).past_key_values
+        assert isinstance(cache, Cache)
+        assert not cache.is_compileable
+        assert cache.max_batch_size == 1
+        with pytest.raises(Lfm2Error, match="graph alone"):
+            cache.update(torch.zeros(1), torch.zeros(1), 0)
+
+    def test_an_empty_one_of_transformers_counts_as_none(self, model, golds):
+        out = model.generate(prompts(LENGTHS)[0][None], past_key_values=DynamicCache(), **GREEDY)
+        assert out[0, 9:].tolist() == golds[0]
+        with pytest.raises(Lfm2Error, match="DynamicCache"):
+            model(prompts([4])[0][None], past_key_values=DynamicCache())
+
+    def test_int32_ids(self, model, golds):
+        ids = prompts(LENGTHS)[0][None].to(torch.int32)
+        assert model.generate(ids, **GREEDY)[0, 9:].tolist() == golds[0]
+        assert torch.equal(model(ids).logits, model(ids.long()).logits)
+
+    @pytest.mark.parametrize("way", ["pickle", "torch"])
+    def test_saved_and_loaded_by_another_session(self, way, model, exported):
+        cache = model(prompts([9])[0][None]).past_key_values
+        token = torch.tensor([[20]])
+        model(token, past_key_values=copy.deepcopy(cache))
+        if way == "pickle":
+            loaded = pickle.loads(pickle.dumps(cache))
+        else:
+            file = io.BytesIO()
+            torch.save(cache, file)
+            file.seek(0)
+            loaded = torch.load(file, weights_only=False)
+        other = ORTModelForCausalLM.from_pretrained(exported("hybrid"))
+        expected = [model(token, past_key_values=cache).logits for _ in range(3)]
+        for logits in expected:
+            assert torch.equal(other(token, past_key_values=loaded).logits, logits)
+
+    def test_a_cache_that_changes_sessions(self, model, exported):
+        other = ORTModelForCausalLM.from_pretrained(exported("hybrid"))
+        cache, token = model(prompts([9])[0][None]).past_key_values, torch.tensor([[20]])
+        twin = copy.deepcopy(cache)
+        for user in (model, other, other, model):
+            expected = model(token, past_key_values=twin).logits
+            assert torch.equal(user(token, past_key_values=cache).logits, expected)
+
+    def test_a_cache_of_another_model(self, model, exported):
+        other = ORTModelForCausalLM.from_pretrained(exported("multi_query"))
+        cache = other(prompts([4])[0][None]).past_key_values
+        with pytest.raises(Lfm2Error, match="another model"):
+            model(torch.tensor([[9]]), past_key_values=cache)
+        with pytest.raises(Lfm2Error, match="another model"):
+            model.generate(prompts([5])[0][None], past_key_values=cache, **GREEDY)
+
+    def test_copies_share_nothing_and_hold_what_is_used(self, model):
+        cache = model._graph.new_cache(1, 1000)
+        model(prompts([9])[0][None], past_key_values=cache)
+        twin = copy.deepcopy(cache)
+        assert twin.capacity == 9
+        mine = {tensor.data_ptr() for tensor in (*cache.tensors.values(), *cache.spare.values())}
+        assert not mine & {tensor.data_ptr() for tensor in (*twin.tensors.values(), *twin.spare.values())}
+
+    def test_columns_that_are_not_used_are_never_read(self, model):
+        """So that buffers need no zeros."""
+        clean, dirty = (model._graph.new_cache(2, 40) for _ in range(2))
+        for cache, value in ((clean, 0.0), (dirty, float("nan"))):
+            for name in cache._growing():
+                cache.tensors[name].fill_(value)
+        ids, mask = torch.stack(prompts([9, 9])), torch.ones(2, 9, dtype=torch.int64)
+        mask[0, :4] = 0
+        for new in (ids, torch.tensor([[20], [30]]), torch.tensor([[40], [50]])):
+            mask = torch.ones(2, clean.length + new.shape[1], dtype=torch.int64)
+            mask[0, :4] = 0
+            both = [model(new, attention_mask=mask, past_key_values=cache).logits for cache in (clean, dirty)]
+            assert torch.equal(*both)
+
+    def test_beams_stay_in_their_buffers(self, model):
+        cache = model._graph.new_cache(3, 100)
+        model(torch.stack(prompts([9, 9, 9])), past_key_values=cache)
+        places = {name: tensor.data_ptr() for name, tensor in cache.tensors.items()}
+        before = {name: tensor.clone() for name, tensor in cache.tensors.items()}
+        cache.reorder_cache(torch.tensor([1, 1, 0]))
+        assert {name: tensor.data_ptr() for name, tensor in cache.tensors.items()} == places
+        for name, tensor in cache.tensors.items():
+            columns = (slice(None), slice(None), slice(0, 9)) if name not in cache.spare else (slice(None),)
+            assert torch.equal(tensor[columns], before[name][[1, 1, 0]][columns])
