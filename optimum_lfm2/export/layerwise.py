@@ -129,15 +129,16 @@ def compute_gold(config: Any, model: Any, cuts: Sequence[Cut], inputs: Mapping[s
     output, *presents = config.outputs
     materialize_buffers(model)
     weights = StandIns(model, config.weights, config.scheme)
+    kinds = config.member.kinds(model.config)
     for row, seen, new in visible_rows(mask, past_length):
-        before = None if past is None else [tuple(x.float() for x in layer) for layer in row_of(past, row, seen)]
+        before = None if past is None else [tuple(x.float() for x in layer) for layer in row_of(past, kinds, row, seen)]
         with streamed(model, weights), _recorded(model, cuts, gold, (row, new), bar):
             cache = compat.hybrid_cache(model, before if len(seen) else None)
             gold[output][row, new] = compat.call(model, ids[row, new][None], cache, len(seen))[0].float()
         if presents:
             present = unflatten([gold[name] for name in presents], config.cache_tensors)
             own = compat.hybrid_cache_layers(cache)
-            fill_caches(present, own, model.config.layer_types, row, past_length + new)
+            fill_caches(present, own, kinds, row, past_length + new)
     return gold
 
 

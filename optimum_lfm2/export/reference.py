@@ -8,7 +8,8 @@ import torch
 from transformers import PreTrainedModel
 
 from optimum_lfm2 import compat
-from optimum_lfm2.caches import CONV
+from optimum_lfm2.families import MEMBERS
+from optimum_lfm2.graph.member import LayerKind
 
 
 Caches = Sequence[tuple[torch.Tensor, ...]]
@@ -34,11 +35,12 @@ def fill_visible(
         present: one tuple of caches a layer.
     """
     past_length = attention_mask.shape[1] - input_ids.shape[1]
+    kinds = MEMBERS[model.config.model_type].kinds(model.config)
     for row, seen, new in visible_rows(attention_mask, past_length):
-        caches = None if past is None else row_of(past, row, seen)
+        caches = None if past is None else row_of(past, kinds, row, seen)
         outputs, caches = _run_row(model, input_ids[row, new], caches, len(seen))
         output[row, new] = outputs
-        fill_caches(present, caches, model.config.layer_types, row, past_length + new)
+        fill_caches(present, caches, kinds, row, past_length + new)
 
 
 def visible_rows(mask: torch.Tensor, past_length: int) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
@@ -50,21 +52,16 @@ def visible_rows(mask: torch.Tensor, past_length: int) -> Iterator[tuple[int, to
             yield row, seen, new
 
 
-def fill_caches(present: Caches, own: Caches, layer_types: Sequence[str], row: int, columns: torch.Tensor) -> None:
-    """Write a row's own caches over `present`: conv states, and of keys and values the new columns, its last ones."""
-    for layer_type, mine, whole in zip(layer_types, own, present, strict=True):
+def fill_caches(present: Caches, own: Caches, kinds: Sequence[LayerKind], row: int, columns: torch.Tensor) -> None:
+    """Write a row's own caches over `present`, as the kinds of the layers say."""
+    for kind, mine, whole in zip(kinds, own, present, strict=True):
         for x, target in zip(mine, whole, strict=True):
-            if layer_type == CONV:
-                target[row] = x[0]
-            else:
-                target[row][:, columns] = x[0][:, -len(columns) :].to(target.dtype)
+            kind.fill(x, target, row, columns)
 
 
-def row_of(past: Caches, row: int, seen: torch.Tensor) -> Caches:
-    """The row's caches without the columns that it does not see."""
-    return [
-        tuple(x[row : row + 1] if len(caches) == 1 else x[row : row + 1, :, seen] for x in caches) for caches in past
-    ]
+def row_of(past: Caches, kinds: Sequence[LayerKind], row: int, seen: torch.Tensor) -> Caches:
+    """The row's caches as transformers has them, without the columns that it does not see."""
+    return [tuple(kind.take(x, row, seen) for x in caches) for kind, caches in zip(kinds, past, strict=True)]
 
 
 def _run_row(

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
+import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from optimum_lfm2.caches import CONV, GROWS, Kept, head_dim
 from optimum_lfm2.graph.blocks import attention, feed_forward, short_conv
-from optimum_lfm2.graph.call import Call, ConvCall, Rotary, attention_call, conv_call
+from optimum_lfm2.graph.call import AttentionCall, Call, ConvCall, Rotary, attention_call, conv_call
 from optimum_lfm2.graph.member import FeedForward, LayerKind, Member
 
 
@@ -26,15 +27,34 @@ def keys_and_values(config: PretrainedConfig) -> tuple[Kept, ...]:
     return Kept("key", axes), Kept("value", axes)
 
 
+def take_state(x: torch.Tensor, row: int, seen: torch.Tensor) -> torch.Tensor:
+    return x[row : row + 1]
+
+
+def fill_state(own: torch.Tensor, target: torch.Tensor, row: int, columns: torch.Tensor) -> None:
+    target[row] = own[0]
+
+
+def take_columns(x: torch.Tensor, row: int, seen: torch.Tensor) -> torch.Tensor:
+    return x[row : row + 1, :, seen]
+
+
+def fill_columns(own: torch.Tensor, target: torch.Tensor, row: int, columns: torch.Tensor) -> None:
+    """The new columns, which are the last that the row has."""
+    target[row][:, columns] = own[0][:, -len(columns) :].to(target.dtype)
+
+
 def prepare_conv(call: Call, config: PretrainedConfig, rotary: Rotary | None) -> ConvCall:
     return conv_call(call, config.conv_L_cache)
 
 
+def prepare_attention(call: Call, config: PretrainedConfig, rotary: Rotary | None) -> AttentionCall:
+    return attention_call(call, rotary)
+
+
 LAYER_KINDS = {
-    CONV: LayerKind(short_conv, "conv", conv_state, prepare_conv),
-    FULL_ATTENTION: LayerKind(
-        attention, "self_attn", keys_and_values, lambda call, config, rotary: attention_call(call, rotary)
-    ),
+    CONV: LayerKind(short_conv, "conv", conv_state, prepare_conv, take_state, fill_state),
+    FULL_ATTENTION: LayerKind(attention, "self_attn", keys_and_values, prepare_attention, take_columns, fill_columns),
 }
 
 
