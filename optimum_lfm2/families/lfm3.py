@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,7 @@ from optimum_lfm2.graph.blocks import AttentionParts, attention
 from optimum_lfm2.graph.call import Call, Rotary
 from optimum_lfm2.graph.member import LayerKind, Member, Weight
 from optimum_lfm2.graph.sliding import SlidingCall, sliding_call
+from optimum_lfm2.weights.checkpoint import Checkpoint
 
 
 SLIDING_ATTENTION = "sliding_attention"
@@ -74,6 +75,12 @@ def sandwich_norms(config: PretrainedConfig) -> tuple[str, str] | None:
     return ("post_operator_norm", "post_ffn_norm") if config.use_sandwich_norm else None
 
 
+class Lfm3Checkpoint(Checkpoint):
+    """Files call the gate's projection `gate_proj`: transformers 5.24 renames it as it loads and as it saves."""
+
+    RENAMED: ClassVar[Mapping[str, str]] = {".self_attn.g_proj.": ".self_attn.gate_proj."}
+
+
 def check_window(config: Mapping[str, Any]) -> None:
     """Raise `Lfm2Error` for sliding attention without the width of its window."""
     window = config.get("sliding_window")
@@ -103,6 +110,7 @@ MEMBER = Member(
     layer_kinds=LAYER_KINDS,
     feed_forwards=lfm2.dense,
     rotary=rotary_by_kind,
+    checkpoint=Lfm3Checkpoint,
     check=check_window,
     post_norms=sandwich_norms,
 )

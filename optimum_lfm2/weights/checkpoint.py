@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -30,6 +30,9 @@ class Checkpoint(Mapping[str, torch.Tensor]):
         Lfm2Error: for a tensor that is missing or has another shape, or a file that cannot be read.
     """
 
+    # Parts of names that transformers changes when it reads a checkpoint: its own, and as files have it too.
+    RENAMED: ClassVar[Mapping[str, str]] = {}
+
     def __init__(self, files: Mapping[str, Path], model: torch.nn.Module) -> None:
         self._files = files
         self._parameters = stored_tensors(model)
@@ -38,9 +41,13 @@ class Checkpoint(Mapping[str, torch.Tensor]):
 
     def _stored_name(self, name: str) -> str:
         """A decoder's parameters begin with `model.` where it was saved under a head."""
-        for candidate in (name, BASE_PREFIX + name, name.removeprefix(BASE_PREFIX)):
-            if candidate in self._files:
-                return candidate
+        renamed = name
+        for own, stored in self.RENAMED.items():
+            renamed = renamed.replace(own, stored)
+        for spelled in (name, renamed):
+            for candidate in (spelled, BASE_PREFIX + spelled, spelled.removeprefix(BASE_PREFIX)):
+                if candidate in self._files:
+                    return candidate
         raise Lfm2Error(
             f"The checkpoint has no tensor {name}, which its config.json asks for. Is it complete, and of this model?"
         )
