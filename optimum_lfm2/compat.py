@@ -42,13 +42,10 @@ def complete_transformers() -> None:
 
     The former go with the first optimum-onnx that admits transformers 5, the latter with transformers 4.
     """
-    for config in STAND_INS.values():
-        AutoConfig.register(config.model_type, config, exist_ok=True)
+    for name, stand_in in STAND_INS.items():
+        AutoConfig.register(name, stand_in, exist_ok=True)
     if not TRANSFORMERS_5:
-        for config in (
-            Lfm2Config,
-            *STAND_INS.values(),
-        ):  # tokenizers are found by the config's class, or by their own name
+        for config in (Lfm2Config, *STAND_INS.values()):  # tokenizers are found by the config's class, or by their name
             AutoTokenizer.register(config, fast_tokenizer_class=TokenizersBackend, exist_ok=True)
         return
     import huggingface_hub

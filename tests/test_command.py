@@ -203,7 +203,7 @@ def test_option_is_refused(options, says, cli, checkpoint, out, monkeypatch):
     ("change", "says"),
     [
         ({"model_type": "lfm2_vl"}, "lfm2_vl"),
-        ({"model_type": "lfm3"}, "lfm3"),
+        ({"model_type": "lfm3_vl"}, "lfm3_vl"),
         ({"layer_types": ["conv", "mamba", "conv", "conv", "conv"]}, "mamba"),
         ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "dynamic"),
         ({"rope_scaling": {"type": "longrope", "short_factor": [1], "long_factor": [1]}}, "longrope"),

@@ -64,7 +64,7 @@ def fill_window(own: torch.Tensor, target: torch.Tensor, row: int, columns: torc
 
 def rotary_by_kind(model: PreTrainedModel) -> Mapping[str, Rotary]:
     """The rotary tables: LFM3 has one for each kind of attention."""
-    rotary = type(model.base_model.rotary_emb)(model.config)  # made anew, for the model may be on the meta device
+    rotary: Any = type(model.base_model.rotary_emb)(model.config)  # made anew, for the model may be on the meta device
     return {
         kind: (getattr(rotary, f"{kind}_inv_freq").float(), getattr(rotary, f"{kind}_attention_scaling"))
         for kind in rotary.layer_types
@@ -113,4 +113,5 @@ MEMBER = Member(
     checkpoint=Lfm3Checkpoint,
     check=check_window,
     post_norms=sandwich_norms,
+    transformers_js=False,
 )

@@ -97,7 +97,8 @@ class Member:
         checkpoint: reads the stored weights.
         check_scheme: raises `Lfm2Error` for a quantisation that the member's operators cannot do.
         passes: what finishes the traced graph, besides what all members need.
-        genai_type: what `genai_config.json` calls the model; None where onnxruntime-genai has nothing to run it.
+        genai_type: what `genai_config.json` calls the model; None where onnxruntime-genai (0.18) has nothing to run it.
+        transformers_js: whether Transformers.js (4.3.1) has the model.
     """
 
     model_type: str
@@ -112,6 +113,7 @@ class Member:
     check_scheme: Callable[[Scheme, PretrainedConfig], None] = lambda scheme, config: None
     passes: Sequence[GraphPass] = ()
     genai_type: str | None = None
+    transformers_js: bool = True
 
     def kind(self, config: PretrainedConfig, layer_type: str) -> LayerKind:
         """The kind of layer that `layer_types` means by a name."""
