@@ -30,6 +30,7 @@ class Lfm2Cache(Cache):
 
     is_compileable = False  # type: ignore[assignment]  # properties of transformers' class, which ask its layers
     is_initialized = True  # type: ignore[assignment]
+    batch_size = 0
     is_linear = (False,)  # not all layers: so `generate` asks how many columns were seen
 
     def __init__(self, layout: GraphLayout, batch_size: int, device: torch.device, capacity: int = 0) -> None:

@@ -34,7 +34,7 @@ from test_modeling import (  # noqa: F401  tests and fixtures, which run here ov
 
 from optimum_lfm2 import ORTLfm2ForCausalLM, compat
 from optimum_lfm2.errors import Lfm2Error
-from optimum_lfm2.export.validation import strict_validation
+from optimum_lfm2.export.validation import errors_as_they_are
 from optimum_lfm2.families import lfm3
 
 
@@ -106,10 +106,10 @@ def test_validation_sees_a_window_that_is_shifted(tmp_path, monkeypatch):
         shared = real(call, rotary, config)
         return type(shared)(shared.rotation, shared.bias.roll(1, dims=-1), shared.kept)
 
-    with strict_validation(None):
+    with errors_as_they_are():
         main_export(str(source), tmp_path / "right")
     monkeypatch.setattr(lfm3, "sliding_call", shifted)
-    with pytest.raises(Lfm2Error, match="differs from transformers"), strict_validation(None):
+    with pytest.raises(Lfm2Error, match="differs from transformers"), errors_as_they_are():
         main_export(str(source), tmp_path / "wrong")
 
 
@@ -117,7 +117,7 @@ def test_validation_sees_a_window_that_is_shifted(tmp_path, monkeypatch):
 @pytest.mark.parametrize("variant", ["q4", "q8"])
 def test_quantised_rows_alone_and_padded(variant, tmp_path):
     """What a row gets alone is its gold, but for activations whose rounding to int8 falls the other way."""
-    with strict_validation(None):
+    with errors_as_they_are():
         main_export(str(make_checkpoint("lfm3", tmp_path)), tmp_path / "out", _variant=variant)
     quantised, rows = ORTModelForCausalLM.from_pretrained(tmp_path / "out"), prompts(list(LENGTHS))
     batch = quantised(**pad(rows, "left")).logits
@@ -133,7 +133,7 @@ def test_quantised_rows_alone_and_padded(variant, tmp_path):
 
 @needs_lfm3
 def test_half_precision(tmp_path):
-    with strict_validation(None):
+    with errors_as_they_are():
         main_export(str(make_checkpoint("lfm3", tmp_path)), tmp_path / "out", dtype="fp16")
 
 
