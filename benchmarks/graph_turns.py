@@ -71,7 +71,9 @@ class Graph:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("graphs", type=Path, nargs="+", help=".onnx files; the first is what the others are measured by")
+    parser.add_argument(
+        "graphs", type=Path, nargs="+", help=".onnx files; the first is what the others are measured by"
+    )
     parser.add_argument("--rounds", type=int, default=60)
     parser.add_argument("--steps", type=int, default=9, help="calls of one token a turn")
     parser.add_argument("--prompt", type=int, default=512)
