@@ -45,7 +45,7 @@ def _check_config(path: Path, model_types: tuple[str, ...]) -> None:
     """Refuse a local model of ours whose config.json cannot be, before transformers makes an object of it."""
     try:
         written = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return  # nothing tells that it is ours
     if isinstance(written, dict) and written.get("model_type") in list(model_types):
         check_fields(written, str(path))

@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import make_checkpoint
-from mutations import Spoil, export_mutations, mutations
+from mutations import Spoil, export_mutations, mutations, untellable
 from optimum.commands.export.onnx import ONNXExportCommand, parse_args_onnx
 from optimum.onnxruntime import ORTModelForCausalLM
+from publishing import run as publish
 from transformers import AutoModelForCausalLM
 
 from benchmarks.checkpoint import add_tokenizer
@@ -70,6 +71,16 @@ def run_export(source: Path, work: Path) -> str:
     if (code, said, left) != (0, "", ["out"]):
         return f"code {code}, left {left}, said {said[-400:]}"
     return compare(source, work / "out")
+
+
+def run_publish(source: Path, work: Path) -> str:
+    """What is wrong with how `export lfm2` refused `source`; "" if nothing is."""
+    code = publish("--model", source, work / "out", "--precisions", "q4")
+    sys.stderr.flush()
+    said = (work / "stderr").read_text()
+    if code == 1 and said.startswith(ERROR) and said.count("\n") == 1 and not (work / "out").exists():
+        return ""
+    return f"code {code}, said {said[-400:]}"
 
 
 def compare(source: Path, out: Path) -> str:
@@ -138,6 +149,11 @@ def problems(
 
 def test_a_mutated_checkpoint_is_one_line_or_the_right_file(good, tmp_path):
     found = problems(good, mutations(good), run_export, tmp_path)
+    assert not found, "\n".join(f"{name}: {problem}" for name, problem in found.items())
+
+
+def test_a_model_that_cannot_be_told_is_one_line_of_export_lfm2(good, tmp_path):
+    found = problems(good, untellable(good), run_publish, tmp_path)
     assert not found, "\n".join(f"{name}: {problem}" for name, problem in found.items())
 
 

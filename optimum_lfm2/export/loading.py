@@ -56,6 +56,13 @@ class Lfm2TasksManager(TasksManager):
             return TasksManager.infer_task_from_model(model, *args, **kwargs)
         return "text-generation" if is_causal(_lfm2_config(model, **kwargs)) else "feature-extraction"
 
+    @classmethod
+    def infer_library_from_model(cls, model: Any, *args: Any, **kwargs: Any) -> str:
+        # The first question of `main_export`: a wrong configuration is refused before transformers trips over it.
+        if _is_for_us(model, *args, **kwargs):
+            _check_config(model, **kwargs)
+        return TasksManager.infer_library_from_model(model, *args, **kwargs)
+
     @staticmethod
     def get_model_from_task(task: str, model_name_or_path: Any, *args: Any, **kwargs: Any) -> PreTrainedModel:
         if not _is_for_us(model_name_or_path, *args, **kwargs):
@@ -147,11 +154,14 @@ def _generation_config(model_name_or_path: str, config: PretrainedConfig, hub: d
     return GenerationConfig.from_model_config(config) if written is None else written
 
 
-def _lfm2_config(model_name_or_path: str | Path, **kwargs: Any) -> PretrainedConfig:
-    hub = _hub(kwargs)
+def _check_config(model_name_or_path: str | Path, **kwargs: Any) -> None:
     # As it is written: what transformers makes of it has defaults in place of what is wrong, or is an error of its own.
-    check_architecture(PretrainedConfig.get_config_dict(model_name_or_path, **hub)[0])
-    config = AutoConfig.from_pretrained(model_name_or_path, **hub)
+    check_architecture(PretrainedConfig.get_config_dict(model_name_or_path, **_hub(kwargs))[0])
+
+
+def _lfm2_config(model_name_or_path: str | Path, **kwargs: Any) -> PretrainedConfig:
+    _check_config(model_name_or_path, **kwargs)
+    config = AutoConfig.from_pretrained(model_name_or_path, **_hub(kwargs))
     compat.spell_rope_for_both(config)
     return config
 
