@@ -29,6 +29,8 @@ class Lfm2Cache(Cache):
     is_compileable = False  # type: ignore[assignment]  # properties of transformers' class, which ask its layers
     is_initialized = True  # type: ignore[assignment]
     is_linear = (False,)  # not all layers: so `generate` asks how many columns were seen
+    is_croppable = False  # type: ignore[assignment]
+    batch_size = 0  # type: ignore[assignment]
 
     def __init__(self, layout: GraphLayout, batch_size: int, device: torch.device, capacity: int = 0) -> None:
         super().__init__(layers=[])  # the graph updates the tensors below; transformers' layers would hold them twice
