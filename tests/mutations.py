@@ -12,6 +12,7 @@ from typing import Any
 Spoil = Callable[[Path], None]
 
 VALUES = (None, "seven", -1, 0, 10**9, 1e9, [], [1], True, {}, 0.5, "")
+GENAI = "genai_config.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
 TEXTS = {"empty": "", "list": "[]", "null": "null", "object": "{}", "number": "7", "binary": "\ufffd\0"}
 
@@ -65,24 +66,30 @@ def export_mutations(export: Path) -> Iterator[tuple[str, Spoil]]:
 
 
 def _genai_mutations(export: Path) -> Iterator[tuple[str, Spoil]]:
+    for name, spoil in _spoiled_texts("model.onnx"):
+        yield f"genai folder, {name}", _without_config(spoil)
+    model = json.loads((export / GENAI).read_text())["model"]
+    for path in (*((key,) for key in model if key != "type"), *(("decoder", key) for key in model["decoder"])):
+        for value in VALUES:
+            yield f"{GENAI} {'.'.join(path)}={value!r}", _without_config(_json(GENAI, _nested(path, value)))
+
+
+def untellable_exports() -> Iterator[tuple[str, Spoil]]:
+    """Folders of onnxruntime-genai that nothing tells to be ours. Our own class must say what is wrong."""
+    for name, spoil in _spoiled_texts(GENAI):
+        yield name, _without_config(spoil)
+    for value in VALUES:
+        yield f"{GENAI} type={value!r}", _without_config(_json(GENAI, _nested(("type",), value)))
+
+
+def _without_config(spoil: Spoil) -> Spoil:
     """A folder as onnxruntime-genai's builder writes it has no config.json."""
 
-    def alone(spoil: Spoil) -> Spoil:
-        def both(folder: Path) -> None:
-            (folder / "config.json").unlink()
-            spoil(folder)
+    def both(folder: Path) -> None:
+        (folder / "config.json").unlink()
+        spoil(folder)
 
-        return both
-
-    name = "genai_config.json"
-    for kind, text in TEXTS.items():
-        yield f"{name} {kind}", alone(_bytes(name, lambda data, text=text: text.encode()))
-        yield f"genai folder, model.onnx {kind}", alone(_bytes("model.onnx", lambda data, text=text: text.encode()))
-    yield "genai folder, model.onnx cut", alone(_bytes("model.onnx", lambda data: data[: len(data) // 2]))
-    model = json.loads((export / name).read_text())["model"]
-    for path in (*((key,) for key in model), *(("decoder", key) for key in model["decoder"])):
-        for value in VALUES:
-            yield f"{name} {'.'.join(path)}={value!r}", alone(_json(name, _nested(path, value)))
+    return both
 
 
 def _nested(path: tuple[str, ...], value: Any) -> Callable[[dict], None]:
