@@ -1,4 +1,4 @@
-"""Checkpoints of LFM2-350M's and LFM2-8B-A1B's shape with seeded random weights. Speed does not depend on values."""
+"""Checkpoints of LFM2-350M's, LFM2-8B-A1B's and LFM3-1.7B's shape with seeded random weights."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from transformers import Lfm2Config, Lfm2ForCausalLM, PretrainedConfig
+from transformers import Lfm2Config, Lfm2ForCausalLM, PretrainedConfig, PreTrainedModel
 
 
 CONV, ATTENTION = "conv", "full_attention"
 TOKENIZER = Path(__file__).parent.parent / "demo" / "checkpoint"
 
 
-SHAPES = ("lfm2-350m", "lfm2-8b-a1b")
+SHAPES = ("lfm2-350m", "lfm2-8b-a1b", "lfm3-1.7b")
 LAYERS = 24  # of LFM2-8B-A1B
 
 
@@ -28,7 +28,7 @@ def random_checkpoint(work: Path, shape: str = SHAPES[0], layers: int | None = N
     if not (path / "tokenizer.json").exists():  # this file is written last
         print(f"making {path}", file=sys.stderr, flush=True)
         work.mkdir(parents=True, exist_ok=True)
-        add_tokenizer(make_8b_a1b(path, layers or LAYERS) if experts else make_350m(path))
+        add_tokenizer(make_8b_a1b(path, layers or LAYERS) if experts else DENSE[shape](path))
     return path
 
 
@@ -45,10 +45,25 @@ def make_350m(path: Path) -> Path:
         block_multiple_of=256,
         eos_token_id=7,
     )
+    return save_seeded(path, Lfm2ForCausalLM, config)
+
+
+def make_1_7b(path: Path) -> Path:
+    """Save a checkpoint of LFM3-1.7B's shape under `path` in bfloat16: 3.4 GB."""
+    from transformers import Lfm3Config, Lfm3ForCausalLM  # of transformers 5.23
+
+    return save_seeded(path, Lfm3ForCausalLM, Lfm3Config())
+
+
+DENSE = {"lfm2-350m": make_350m, "lfm3-1.7b": make_1_7b}
+
+
+def save_seeded(path: Path, model: type[PreTrainedModel], config: PretrainedConfig) -> Path:
+    """Save a model as transformers makes it, in bfloat16."""
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
     try:
-        Lfm2ForCausalLM(config).save_pretrained(path)
+        model(config).save_pretrained(path)
     finally:
         torch.set_default_dtype(torch.float32)
     return path

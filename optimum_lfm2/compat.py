@@ -49,11 +49,11 @@ def complete_transformers() -> None:
 
     The former go with the first optimum-onnx that admits transformers 5, the latter with transformers 4.
     """
+    for name, stand_in in STAND_INS.items():
+        AutoConfig.register(name, stand_in, exist_ok=True)
     if not TRANSFORMERS_5:
-        if _Lfm2MoeConfig.model_type not in CONFIG_MAPPING:
-            AutoConfig.register(_Lfm2MoeConfig.model_type, _Lfm2MoeConfig)
-        for config in (Lfm2Config, CONFIG_MAPPING[_Lfm2MoeConfig.model_type]):  # of folders that name no class
-            if config not in TOKENIZER_MAPPING:
+        for name in ("lfm2", *LATER_MODELS):  # of folders that name no class
+            if (config := CONFIG_MAPPING[name]) not in TOKENIZER_MAPPING:
                 AutoTokenizer.register(config, fast_tokenizer_class=PreTrainedTokenizerFast)
         return
     import huggingface_hub
@@ -74,18 +74,24 @@ def complete_transformers() -> None:
     _route_pipelines(pipelines)
 
 
-class _Lfm2MoeConfig(Lfm2Config):
-    """For transformers 4, which has no models with experts: an exported one asks for no more than its config."""
+# The types that a release does not know, and the first that knows each. Goes with the last of these.
+LATER_MODELS = {"lfm2_moe": "5.0", "lfm3": "5.23"}
 
-    model_type = "lfm2_moe"
+
+def _stand_in(name: str) -> type[PretrainedConfig]:
+    """A config for a model that this transformers lacks: an exported one asks for no more than its config."""
+    return type("StandInConfig", (Lfm2Config,), {"model_type": name, "__module__": __name__})
+
+
+STAND_INS = {name: _stand_in(name) for name in LATER_MODELS if name not in CONFIG_MAPPING}
 
 
 def check_model_type(model_type: str) -> None:
-    """Raise `Lfm2Error` where this transformers has no model of a type that we export. Goes with transformers 4."""
-    if model_type == _Lfm2MoeConfig.model_type and not TRANSFORMERS_5:
+    """Raise `Lfm2Error` where this transformers has no model of a type that we export."""
+    if model_type in STAND_INS:
         raise Lfm2Error(
-            f"{model_type} is a model of transformers 5, and {transformers.__version__} is installed. Install "
-            'transformers 5 as README.md tells under "Use it"; what it exports runs here too.'
+            f"{model_type} is a model of transformers {LATER_MODELS[model_type]}, and {transformers.__version__} is "
+            'installed. Install transformers 5 as README.md tells under "Use it"; what it exports runs here too.'
         )
 
 
@@ -118,7 +124,7 @@ def spell_rope_for_both(config: PretrainedConfig) -> None:
     transformers 4 silently takes its default where it finds them nested. Goes with transformers 4.
     """
     rope = getattr(config, "rope_parameters", None)
-    if rope is None:
+    if rope is None or any(isinstance(value, dict) for value in rope.values()):  # of each kind: 4 has no such model
         return
     config.rope_theta = rope.get("rope_theta", getattr(config, "rope_theta", None))
     scaling = {name: value for name, value in rope.items() if name != "rope_theta"}
@@ -207,6 +213,7 @@ class GenerationWithoutExperts:
 
 if TRANSFORMERS_5:
     from transformers import DynamicCache
+    from transformers.cache_utils import DynamicLayer
 
     class _HybridCache(DynamicCache):
         """transformers 5's cache, which looks for an attention layer even where a model has none."""
@@ -222,6 +229,8 @@ if TRANSFORMERS_5:
     def hybrid_cache(model: PreTrainedModel, caches: Caches | None) -> Any:
         """A cache of one row for transformers' forward in float32, with `caches` (a tuple a layer) or empty."""
         cache: Any = _HybridCache(config=model.config)
+        # All keys of sliding attention, which its mask hides: a window of its own would be another thing to be right.
+        cache.layers = [DynamicLayer() if getattr(layer, "is_sliding", False) else layer for layer in cache.layers]
         for layer, tensors in enumerate(caches or ()):
             update = cache.update_conv_state if len(tensors) == 1 else cache.update
             update(*(x.clone() for x in tensors), layer)

@@ -67,6 +67,46 @@ MOE_CHECKPOINTS: dict[str, dict] = {
 }
 CHECKPOINTS |= {name: MOE | options for name, options in MOE_CHECKPOINTS.items()}
 
+# And for LFM3, on top of these. A text of the tests is several windows long, but where the window says otherwise.
+SLIDING = "sliding_attention"
+LFM3 = {
+    "sliding_window": 8,
+    "layer_types": [CONV, SLIDING, ATTENTION, CONV, SLIDING],
+    "conv_L_cache": 7,
+    "head_dim": 16,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+}
+
+LFM3_CHECKPOINTS: dict[str, dict] = {
+    "lfm3": {},
+    "lfm3_window_1": {"sliding_window": 1},
+    "lfm3_window_4": {"sliding_window": 4},
+    "lfm3_window_longer_than_the_text": {"sliding_window": 200},
+    "lfm3_window_as_long_as_a_text_can_be": {"sliding_window": 512},
+    "lfm3_no_sandwich": {"use_sandwich_norm": False},
+    "lfm3_no_gate": {"use_attention_gate": False},
+    "lfm3_bare": {"use_sandwich_norm": False, "use_attention_gate": False, "conv_L_cache": 3},
+    "lfm3_attention_bias": {"attention_bias": True},
+    "lfm3_conv_bias": {"conv_bias": True},
+    "lfm3_untied": {"tie_word_embeddings": False},
+    "lfm3_odd_head_dim": {"head_dim": 12},
+    "lfm3_multi_query": {"num_key_value_heads": 1},
+    "lfm3_multi_head": {"num_key_value_heads": 4},
+    "lfm3_sliding_first": {"layer_types": [SLIDING, ATTENTION, CONV, SLIDING, CONV]},
+    "lfm3_all_sliding": {"layer_types": [SLIDING] * 5},
+    "lfm3_no_sliding": {"layer_types": [ATTENTION, CONV, ATTENTION, CONV, CONV]},
+    "lfm3_default_layers": {"layer_types": None},
+    "lfm3_norm_eps": {"norm_eps": 0.1},
+    "lfm3_rope": {
+        "rope_parameters": {
+            SLIDING: {"rope_type": "linear", "factor": 3.0, "rope_theta": 50.0},
+            ATTENTION: {"rope_type": "proportional", "rope_theta": 500.0, "partial_rotary_factor": 0.25},
+        }
+    },
+}
+CHECKPOINTS |= {name: LFM3 | options for name, options in LFM3_CHECKPOINTS.items()}
+
 
 def make_checkpoint(
     name: str, folder: Path, seed: int = 1, dtype: torch.dtype = torch.float32, **changes: object
@@ -74,7 +114,7 @@ def make_checkpoint(
     """Save a checkpoint of the table under `folder`. Its weights are such that greedy text varies."""
     options = {**BASE, **CHECKPOINTS[name], **changes}
     torch.manual_seed(seed)
-    model = (_moe_model(options) if "num_experts" in options else Lfm2ForCausalLM(Lfm2Config(**options))).eval()
+    model = _model(name, options).eval()
     for parameter_name, parameter in model.named_parameters():
         if "embed" in parameter_name or "lm_head" in parameter_name:
             torch.nn.init.normal_(parameter, std=0.1)
@@ -94,12 +134,15 @@ def make_checkpoint(
     return path
 
 
-def _moe_model(options: dict) -> PreTrainedModel:
-    if int(transformers.__version__.split(".")[0]) < 5:
-        pytest.skip("transformers 4 has no lfm2_moe")
-    from transformers import Lfm2MoeConfig, Lfm2MoeForCausalLM
-
-    return Lfm2MoeForCausalLM(Lfm2MoeConfig(**options))
+def _model(name: str, options: dict) -> PreTrainedModel:
+    if name not in MOE_CHECKPOINTS and name not in LFM3_CHECKPOINTS:
+        return Lfm2ForCausalLM(Lfm2Config(**options))
+    member = "Lfm2Moe" if name in MOE_CHECKPOINTS else "Lfm3"
+    if not hasattr(transformers, f"{member}Config"):
+        pytest.skip(f"transformers {transformers.__version__} has no {member}")
+    if member == "Lfm3":
+        del options["block_multiple_of"]
+    return getattr(transformers, f"{member}ForCausalLM")(getattr(transformers, f"{member}Config")(**options))
 
 
 def prompts(lengths: list[int], vocab_size: int = 256, seed: int = 1) -> list[torch.Tensor]:

@@ -92,12 +92,11 @@ class Reference:
     def _run(self, inputs: Mapping[str, Any], values: Values, row: int, seen: torch.Tensor, new: torch.Tensor) -> None:
         """One row's forward over its unmasked tokens, on the columns of the cache that it sees."""
         self._place.value = values, row, new
-        config, member = self._model.config, self._config.member
-        kinds = [member.kind(config, layer) for layer in range(config.num_hidden_layers)]
+        kinds = self._config.member.kinds(self._model.config)
         cache = compat.hybrid_cache(self._model, None)
         if len(seen):
-            past = [tuple(x.float() for x in layer) for layer in inputs["past_key_values"]]
-            own = [kind.row_of(layer, row, seen) for kind, layer in zip(kinds, past, strict=True)]
+            past = zip(kinds, inputs["past_key_values"], strict=True)
+            own = [tuple(kind.take(x.float(), row, seen) for x in layer) for kind, layer in past]
             cache = compat.hybrid_cache(self._model, own)
         output, *presents = self._config.outputs
         ids = inputs["input_ids"][row, new][None]
@@ -105,8 +104,9 @@ class Reference:
         if presents:
             present = unflatten([values[name] for name in presents], self._config.cache_tensors)
             columns = inputs["attention_mask"].shape[1] - inputs["input_ids"].shape[1] + new
-            for kind, layer, target in zip(kinds, compat.hybrid_cache_layers(cache), present, strict=True):
-                kind.fill(layer, target, row, columns)
+            for kind, *layer in zip(kinds, compat.hybrid_cache_layers(cache), present, strict=True):
+                for own, target in zip(*layer, strict=True):
+                    kind.fill(own, target, row, columns)
 
 
 def visible_rows(mask: torch.Tensor, sequence: int) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from optimum_lfm2 import compat
@@ -12,7 +12,7 @@ from optimum_lfm2.families import MEMBERS
 
 
 # Those whose frequencies depend on nothing but the configuration; `dynamic` and `longrope` change them with the prompt.
-ROPE_TYPES = ("default", "linear", "yarn", "llama3")
+ROPE_TYPES = ("default", "linear", "yarn", "llama3", "proportional")
 
 
 def check_architecture(config: Mapping[str, Any]) -> None:
@@ -29,21 +29,22 @@ def check_architecture(config: Mapping[str, Any]) -> None:
     check_fields(config)
     _check_classes(config)
     _check_quantized(config)
-    known = MEMBERS[config["model_type"]].layer_kinds
+    member = MEMBERS[config["model_type"]]
+    known = member.layer_kinds
     unknown = sorted(set(config.get("layer_types") or ()) - known.keys())
     if unknown:
         raise Lfm2Error(
             f"layer_types in config.json names {', '.join(map(str, unknown))}; it has {' and '.join(known)}. "
             "Is it a model of another family?"
         )
-    for field in ("rope_scaling", "rope_parameters"):
-        rope = config.get(field) or {}
+    for field, rope in _ropes(config):
         rope_type = rope.get("rope_type", rope.get("type", "default"))
         if rope_type not in ROPE_TYPES:
             raise Lfm2Error(
                 f"{field} in config.json asks for {rope_type}, which no exported graph can do: its angles depend on "
                 f"the prompt's length. Use {', '.join(ROPE_TYPES)}."
             )
+    member.check(config)
 
 
 def _check_classes(config: Mapping[str, Any]) -> None:
@@ -72,3 +73,11 @@ def _check_quantized(config: Mapping[str, Any]) -> None:
         f"The checkpoint is quantised already: quantization_config in config.json says {method}. "
         "Export the original checkpoint, with --variant q4, q4s or q8."
     )
+
+
+def _ropes(config: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """The parameters of each rope, and the field that has them: one for all layers, or one for each kind."""
+    for field in ("rope_scaling", "rope_parameters"):
+        rope = config.get(field) or {}
+        by_kind = [value for value in rope.values() if isinstance(value, Mapping)]
+        yield from ((field, value) for value in by_kind or [rope])

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from optimum_lfm2.families import lfm2, lfm2_moe
+from optimum_lfm2.families import lfm2, lfm2_moe, lfm3
 from optimum_lfm2.graph.member import Member
 
 
-MEMBERS: dict[str, Member] = {record.model_type: record for record in (lfm2.MEMBER, lfm2_moe.MEMBER)}
+MEMBERS: dict[str, Member] = {record.model_type: record for record in (lfm2.MEMBER, lfm2_moe.MEMBER, lfm3.MEMBER)}
 MODEL_TYPES = tuple(MEMBERS)

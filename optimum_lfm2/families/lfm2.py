@@ -10,7 +10,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from optimum_lfm2.caches import CONV, GROWS, Kept, head_dim
 from optimum_lfm2.graph.blocks import attention, feed_forward, short_conv
 from optimum_lfm2.graph.call import AttentionCall, Call, ConvCall, Rotary, attention_call, conv_call
-from optimum_lfm2.graph.member import Caches, FeedForward, LayerKind, Member
+from optimum_lfm2.graph.member import FeedForward, LayerKind, Member
 
 
 FULL_ATTENTION = "full_attention"
@@ -27,6 +27,23 @@ def keys_and_values(config: PretrainedConfig) -> tuple[Kept, ...]:
     return Kept("key", axes), Kept("value", axes)
 
 
+def take_state(x: torch.Tensor, row: int, seen: torch.Tensor) -> torch.Tensor:
+    return x[row : row + 1]
+
+
+def fill_state(own: torch.Tensor, target: torch.Tensor, row: int, columns: torch.Tensor) -> None:
+    target[row] = own[0]
+
+
+def take_columns(x: torch.Tensor, row: int, seen: torch.Tensor) -> torch.Tensor:
+    return x[row : row + 1, :, seen]
+
+
+def fill_columns(own: torch.Tensor, target: torch.Tensor, row: int, columns: torch.Tensor) -> None:
+    """The new columns, which are the last that the row has."""
+    target[row][:, columns] = own[0][:, -len(columns) :].to(target.dtype)
+
+
 def prepare_conv(call: Call, config: PretrainedConfig, rotary: Rotary | None) -> ConvCall:
     return conv_call(call, config.conv_L_cache)
 
@@ -35,28 +52,9 @@ def prepare_attention(call: Call, config: PretrainedConfig, rotary: Rotary | Non
     return attention_call(call, rotary)
 
 
-def state_of_row(past: Caches, row: int, seen: torch.Tensor) -> Caches:
-    return tuple(state[row : row + 1] for state in past)
-
-
-def fill_state(own: Caches, target: Caches, row: int, columns: torch.Tensor) -> None:
-    for state, whole in zip(own, target, strict=True):
-        whole[row] = state[0]
-
-
-def columns_of_row(past: Caches, row: int, seen: torch.Tensor) -> Caches:
-    return tuple(columns[row : row + 1, :, seen] for columns in past)
-
-
-def fill_columns(own: Caches, target: Caches, row: int, columns: torch.Tensor) -> None:
-    """The row's new columns, which are the last that transformers keeps."""
-    for values, whole in zip(own, target, strict=True):
-        whole[row][:, columns] = values[0][:, -len(columns) :].to(whole.dtype)
-
-
 LAYER_KINDS = {
-    CONV: LayerKind(short_conv, "conv", conv_state, prepare_conv, state_of_row, fill_state),
-    FULL_ATTENTION: LayerKind(attention, "self_attn", keys_and_values, prepare_attention, columns_of_row, fill_columns),
+    CONV: LayerKind(short_conv, "conv", conv_state, prepare_conv, take_state, fill_state),
+    FULL_ATTENTION: LayerKind(attention, "self_attn", keys_and_values, prepare_attention, take_columns, fill_columns),
 }
 
 

@@ -6,6 +6,8 @@ transformers' `modeling_lfm2.py`.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from transformers import PretrainedConfig
 
@@ -13,6 +15,7 @@ from optimum_lfm2.caches import head_dim
 from optimum_lfm2.graph import ops, shapes
 from optimum_lfm2.graph.call import AttentionCall, ConvCall
 from optimum_lfm2.graph.member import Weight
+from optimum_lfm2.graph.sliding import SlidingCall
 
 
 def short_conv(
@@ -49,50 +52,68 @@ def short_conv(
     return out, (shapes.columns_at(columns, shared.end, taps),)
 
 
+@dataclass(frozen=True)
+class AttentionParts:
+    """What an attention module of transformers is made of, and calls its parts.
+
+    Attributes:
+        norm: what the names of the norms of heads end in, after `q_` and `k_`.
+        out: the name of the output projection.
+        bias: whether the projections have biases.
+        gate: the name of the projection that gives each head its gate; None where there is none.
+    """
+
+    norm: str = "layernorm"
+    out: str = "out_proj"
+    bias: bool = False
+    gate: str | None = None
+
+
+LFM2_PARTS = AttentionParts()
+
+
 def attention(
     hidden: torch.Tensor,
     past: tuple[torch.Tensor, ...] | None,
-    shared: AttentionCall,
+    shared: AttentionCall | SlidingCall,
     weight: Weight,
     name: str,
     config: PretrainedConfig,
+    parts: AttentionParts = LFM2_PARTS,
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
     """Grouped-query attention, with a norm of each head of query and key before RoPE.
 
-    Its caches are keys and values, (batch_size, kv_heads, columns, head_dim) each.
+    Its caches are keys and values, (batch_size, kv_heads, columns, head_dim) each. Which columns a token sees, and
+    which are kept, `shared` decides.
     """
-    heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, head_dim(config)
-    padding = -dim % ops.HEAD_DIM_MULTIPLE  # zeros that nobody outside sees
+    dim, rotation = head_dim(config), shared.rotation
 
-    def project(part: str) -> torch.Tensor:
-        return ops.linear(hidden, weight(f"{name}.{part}_proj.weight"))
+    def project(x: torch.Tensor, part: str) -> torch.Tensor:
+        bias = weight(f"{name}.{part}.bias") if parts.bias else None
+        return ops.linear(x, weight(f"{name}.{part}.weight"), bias)
 
-    def rotated(part: str, count: int) -> torch.Tensor:
-        normed = ops.rms_norm(
-            shapes.flat(project(part), dim), weight(f"{name}.{part}_layernorm.weight"), config.norm_eps
-        )
-        return ops.rotary_embedding(shapes.rows(normed, shared.shape), shared.index, shared.cos, shared.sin, count)
+    def rotated(part: str, heads: int) -> torch.Tensor:
+        projected = shapes.flat(project(hidden, f"{part}_proj"), dim)
+        normed = ops.rms_norm(projected, weight(f"{name}.{part}_{parts.norm}.weight"), config.norm_eps)
+        return rotation.rotate(normed, heads)
 
-    def padded(x: torch.Tensor) -> torch.Tensor:
-        return shapes.rows(shapes.pad(shapes.flat(x, dim), axis=1, after=padding), shared.shape) if padding else x
-
-    if padding and past is not None:
-        past = tuple(shapes.pad(x, axis=3, after=padding) for x in past)
-    context, keys, values = ops.group_query_attention(
-        padded(rotated("q", heads)),
-        padded(rotated("k", kv_heads)),
-        padded(shapes.rows(project("v"), shared.shape)),
+    context, present = shared.attend(
+        rotated("q", config.num_attention_heads),
+        rotated("k", config.num_key_value_heads),
+        shapes.rows(project(hidden, "v_proj"), rotation.shape),
         past,
-        shared.last,
-        shared.total,
-        shared.bias,
-        heads,
-        kv_heads,
-        dim**-0.5,
+        config,
     )
-    if padding:
-        context, keys, values = (shapes.flat(context, dim + padding)[:, :dim], keys[..., :dim], values[..., :dim])
-    return ops.linear(shapes.flat(context, heads * dim), weight(f"{name}.out_proj.weight")), (keys, values)
+    if parts.gate:
+        context = gated_heads(context, ops.linear(hidden, weight(f"{name}.{parts.gate}.weight")), config)
+    return project(context, parts.out), present
+
+
+def gated_heads(context: torch.Tensor, gate: torch.Tensor, config: PretrainedConfig) -> torch.Tensor:
+    """Scale each head by the sigmoid of its gate: (tokens, heads * head_dim) and (tokens, heads)."""
+    dim = head_dim(config)
+    width = config.num_attention_heads * dim
+    return shapes.flat(shapes.flat(context, dim) * shapes.flat(gate, 1).sigmoid(), width)
 
 
 def feed_forward(hidden: torch.Tensor, weight: Weight, name: str) -> torch.Tensor:

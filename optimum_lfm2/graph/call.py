@@ -8,7 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from transformers import PretrainedConfig
 
+from optimum_lfm2.caches import head_dim
 from optimum_lfm2.graph import ops, shapes
 
 
@@ -35,6 +37,11 @@ class Call:
     positions: torch.Tensor
     columns: torch.Tensor
     dtype: torch.dtype
+
+    @property
+    def end(self) -> torch.Tensor:
+        """How many new columns a row has up to its last unmasked token, int64 (batch_size, 1)."""
+        return (self.new * (self.columns + 1)).amax(1, keepdim=True)
 
 
 def read_call(token_shape: torch.Tensor, attention_mask: torch.Tensor, dtype: torch.dtype) -> Call:
@@ -78,45 +85,104 @@ def conv_call(call: Call, taps: int) -> ConvCall:
     return ConvCall(
         shape=call.shape,
         visible=call.new.reshape(-1, 1) != 0,
-        end=(call.new * (call.columns + 1)).amax(1, keepdim=True),
+        end=call.end,
         windows=call.columns[:, None] + torch.arange(1, taps + 1),
     )
 
 
 @dataclass(frozen=True)
-class AttentionCall:
-    """What attention layers share.
+class Rotation:
+    """The angles of the new tokens, for the layers of one rotary table.
 
     Attributes:
         shape: int64 (3), [batch_size, sequence_length, -1].
         index: int64 (batch_size, sequence_length), counts the tokens of the call: where `cos` and `sin` are read.
         cos, sin: (tokens, head_dim / 2).
-        last: int32 (batch_size), the index of the last column, the same for every row.
-        total: int32 scalar, the number of columns.
-        bias: (batch_size, 1, sequence_length, columns), 0 on visible columns and `ops.MASKED` on others.
     """
 
     shape: torch.Tensor
     index: torch.Tensor
     cos: torch.Tensor
     sin: torch.Tensor
+
+    def rotate(self, x: torch.Tensor, heads: int) -> torch.Tensor:
+        """Any shape of tokens * heads * head_dim elements → rows, rotated."""
+        return ops.rotary_embedding(shapes.rows(x, self.shape), self.index, self.cos, self.sin, heads)
+
+
+def rotation(call: Call, rotary: Rotary) -> Rotation:
+    """The angles of the new tokens of a call."""
+    batch, sequence = call.new.shape
+    cos, sin = ops.rotary_table(call.positions, *rotary, call.dtype)
+    return Rotation(call.shape, torch.arange(batch * sequence).reshape(batch, sequence), cos, sin)
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """What layers of full attention share.
+
+    Attributes:
+        rotation: the angles of the new tokens.
+        last: int32 (batch_size), the index of the last column, the same for every row.
+        total: int32 scalar, the number of columns.
+        bias: (batch_size, 1, sequence_length, columns), 0 on visible columns and `ops.MASKED` on others.
+    """
+
+    rotation: Rotation
     last: torch.Tensor
     total: torch.Tensor
     bias: torch.Tensor
 
+    def attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        past: tuple[torch.Tensor, ...] | None,
+        config: PretrainedConfig,
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        """Causal attention over all columns: the context, (tokens, heads * head_dim), and the present caches.
+
+        Args:
+            query, key: rotated rows.
+            value: rows.
+            past: keys and values, (batch_size, kv_heads, past_sequence_length, head_dim) each, or None.
+        """
+        heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, head_dim(config)
+        padding = -dim % ops.HEAD_DIM_MULTIPLE  # zeros that nobody outside sees
+
+        def padded(x: torch.Tensor) -> torch.Tensor:
+            if not padding:
+                return x
+            return shapes.rows(shapes.pad(shapes.flat(x, dim), axis=1, after=padding), self.rotation.shape)
+
+        if padding and past is not None:
+            past = tuple(shapes.pad(x, axis=3, after=padding) for x in past)
+        context, keys, values = ops.group_query_attention(
+            padded(query),
+            padded(key),
+            padded(value),
+            past,
+            self.last,
+            self.total,
+            self.bias,
+            heads,
+            kv_heads,
+            dim**-0.5,
+        )
+        if padding:
+            context, keys, values = (shapes.flat(context, dim + padding)[:, :dim], keys[..., :dim], values[..., :dim])
+        return shapes.flat(context, heads * dim), (keys, values)
+
 
 def attention_call(call: Call, rotary: Rotary) -> AttentionCall:
-    """What causal attention over all columns shares."""
-    batch, sequence = call.new.shape
+    """What layers of full attention share."""
+    sequence = call.new.shape[1]
     nothing = torch.zeros((), dtype=call.dtype)
     masked = torch.where(call.mask == 0, torch.full((), ops.MASKED, dtype=call.dtype), nothing)
-    cos, sin = ops.rotary_table(call.positions, *rotary, call.dtype)
     last, total = shapes.lengths(call.mask)
     return AttentionCall(
-        shape=call.shape,
-        index=torch.arange(batch * sequence).reshape(batch, sequence),
-        cos=cos,
-        sin=sin,
+        rotation=rotation(call, rotary),
         last=last,
         total=total,
         bias=masked[:, None, None, :].expand(-1, 1, sequence, -1),

@@ -35,6 +35,7 @@ class Decoder:
         self._config = config
         self._rotary = rotary
         self._prefix = prefix
+        self._kinds = member.kinds(config)
         self._feed_forwards = member.feed_forwards(config)
         self._post_norms = member.post_norms(config) or (None, None)
 
@@ -63,7 +64,7 @@ class Decoder:
 
         normed = ops.rms_norm(hidden, self._norm(weight, "layers.0.operator_norm"), epsilon)
         for i in range(config.num_hidden_layers):
-            kind, name = self._member.kind(config, i), f"layers.{i}"
+            kind, name = self._kinds[i], f"layers.{i}"
             out, caches = kind.mixer(
                 normed,
                 None if past is None else past[i],
@@ -89,7 +90,7 @@ class Decoder:
 
         @cache
         def shared(layer_type: str) -> Any:
-            kind = self._member.layer_kinds[layer_type]
+            kind = self._member.kind(self._config, layer_type)
             return kind.prepare(call, self._config, self._rotary.get(layer_type))
 
         return shared

@@ -13,13 +13,12 @@ from typing import Any
 
 import onnx_ir as ir
 import torch
-import torch.nn.functional as F
 from transformers import PretrainedConfig
 
 from optimum_lfm2.errors import Lfm2Error
 from optimum_lfm2.graph.editing import CONTRIB_DOMAIN, add_initializer, parameter_name, substitute
 from optimum_lfm2.graph.member import Weight
-from optimum_lfm2.graph.ops import ONNX_TYPE, PLACEHOLDER_DOMAIN, is_placeholder
+from optimum_lfm2.graph.ops import ONNX_TYPE, PLACEHOLDER_DOMAIN
 from optimum_lfm2.graph.tracing import Node, constant, typed
 from optimum_lfm2.weights.blocks import INT8_ACTIVATIONS, Blocks, Scheme
 from optimum_lfm2.weights.experts import ExpertsTensor, QuantizedExperts, interleaved
@@ -51,12 +50,7 @@ def sparse_feed_forward(hidden: torch.Tensor, weight: Weight, name: str, config:
 class _Route(Node):
     @staticmethod
     def forward(ctx, hidden, gate, bias, count, normalize, factor):
-        scores = F.linear(hidden.float(), gate.float()).sigmoid()
-        chosen = (scores if bias is None else scores + bias).topk(count, dim=-1).indices
-        weights = scores.gather(1, chosen)
-        if normalize:
-            weights = weights / (weights.sum(-1, keepdim=True) + NORM_EPSILON)
-        return torch.zeros_like(scores).scatter(1, chosen, weights * factor).to(hidden.dtype)
+        return hidden.new_zeros(hidden.shape[0], gate.shape[0])
 
     @staticmethod
     @typed(2)
@@ -106,14 +100,7 @@ def route(
 class _Experts(Node):
     @staticmethod
     def forward(ctx, hidden, routing, gate_up, down, count):
-        out = torch.zeros_like(hidden)
-        if is_placeholder(gate_up):
-            return out
-        for expert in routing.any(0).nonzero()[:, 0].tolist():
-            tokens = routing[:, expert].nonzero()[:, 0]
-            gate, up = F.linear(hidden[tokens], gate_up[expert]).chunk(2, dim=-1)
-            out[tokens] += F.linear(F.silu(gate) * up, down[expert]) * routing[tokens, expert, None]
-        return out
+        return torch.zeros_like(hidden)
 
     @staticmethod
     @typed(2)

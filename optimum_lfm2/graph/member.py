@@ -26,9 +26,6 @@ Weight = Callable[..., torch.Tensor]
 # Hidden states (tokens, hidden_size), the weights, the name of the layer's feed-forward → (tokens, hidden_size).
 FeedForward = Callable[[torch.Tensor, Weight, str], torch.Tensor]
 
-# The cache tensors of a layer.
-Caches = tuple[torch.Tensor, ...]
-
 # A pass over the traced graph, which may read the weights and the scheme by which they are quantised.
 GraphPass = Callable[[ir.Graph, Mapping[str, Any], Scheme | None], None]
 
@@ -66,18 +63,20 @@ class LayerKind:
         caches: the tensors that a layer of this kind keeps, for a configuration.
         prepare: computes once a call what all layers of the kind share. It gets the call, the configuration and the
             rotary table of the kind (None for a kind that rotates nothing).
-        row_of: the caches of one row as transformers keeps them, from those of all rows, the row's index and the
-            columns that it sees.
-        fill: writes the caches of one row, as transformers keeps them, over those of all rows. It gets the row's index
-            and the columns of the row's new tokens.
+        take: a row's cache as transformers has it, (1, ...), of a cache tensor of the graph. It gets the tensor, the
+            row, and the past columns that the row sees.
+        fill: writes what transformers has of a row over a cache tensor of the graph. It gets transformers' tensor, the
+            graph's, the row, and the columns of its new tokens. What belongs to no unmasked token it leaves.
+        instead: the kind that takes its place under a configuration; None for none.
     """
 
     mixer: Mixer
     module: str
     caches: Callable[[PretrainedConfig], Sequence[Kept]]
     prepare: Callable[[Call, PretrainedConfig, Rotary | None], Any]
-    row_of: Callable[[Caches, int, torch.Tensor], Caches]
-    fill: Callable[[Caches, Caches, int, torch.Tensor], None]
+    take: Callable[[torch.Tensor, int, torch.Tensor], torch.Tensor]
+    fill: Callable[[torch.Tensor, torch.Tensor, int, torch.Tensor], None]
+    instead: Callable[[PretrainedConfig], LayerKind | None] = lambda config: None
 
 
 @dataclass(frozen=True)
@@ -92,6 +91,7 @@ class Member:
         layer_kinds: by their names in `layer_types`.
         feed_forwards: the feed-forward of each layer.
         rotary: the rotary table of each kind of layer that has one, read from transformers' model.
+        check: raises `Lfm2Error` for a config.json, as a mapping, that the member's graph is not right for.
         post_norms: the norms of a layer that follow its mixer and its feed-forward, before the residual is added;
             None where a layer has none.
         checkpoint: reads the stored weights.
@@ -99,7 +99,8 @@ class Member:
         passes: what finishes the traced graph, besides what all members need.
         tolerance: the difference from transformers that validation accepts for a scheme, where it is larger than that
             of other members; 0 for theirs.
-        genai_type: what `genai_config.json` calls the model; None where onnxruntime-genai has nothing to run it.
+        genai_type: what `genai_config.json` calls the model; None where onnxruntime-genai (0.18) has nothing to run it.
+        transformers_js: whether Transformers.js (4.3.1) has the model.
     """
 
     model_type: str
@@ -108,16 +109,23 @@ class Member:
     layer_kinds: Mapping[str, LayerKind]
     feed_forwards: Callable[[PretrainedConfig], Sequence[FeedForward]]
     rotary: Callable[[PreTrainedModel], Mapping[str, Rotary]]
+    check: Callable[[Mapping[str, Any]], None] = lambda config: None
     post_norms: Callable[[PretrainedConfig], tuple[str, str] | None] = lambda config: None
     checkpoint: type[Checkpoint] = Checkpoint
     check_scheme: Callable[[Scheme, PretrainedConfig], None] = lambda scheme, config: None
     passes: Sequence[GraphPass] = ()
     tolerance: Callable[[Scheme], float] = lambda scheme: 0.0
     genai_type: str | None = None
+    transformers_js: bool = True
 
-    def kind(self, config: PretrainedConfig, layer: int) -> LayerKind:
-        """The kind of a layer."""
-        return self.layer_kinds[config.layer_types[layer]]
+    def kind(self, config: PretrainedConfig, layer_type: str) -> LayerKind:
+        """The kind of layer that `layer_types` means by a name."""
+        kind = self.layer_kinds[layer_type]
+        return kind.instead(config) or kind
+
+    def kinds(self, config: PretrainedConfig) -> list[LayerKind]:
+        """The kind of each layer."""
+        return [self.kind(config, layer_type) for layer_type in config.layer_types[: config.num_hidden_layers]]
 
     def cache_tensors(self, config: PretrainedConfig, names: str = "hub") -> list[CacheTensor]:
         """The cache tensors of a model, in the order of the graph's inputs.
@@ -125,5 +133,4 @@ class Member:
         Args:
             names: the convention of their names, a key of `optimum_lfm2.caches.CACHE_NAMES`.
         """
-        layers = [self.kind(config, layer).caches(config) for layer in range(config.num_hidden_layers)]
-        return cache_tensors(layers, names)
+        return cache_tensors([kind.caches(config) for kind in self.kinds(config)], names)

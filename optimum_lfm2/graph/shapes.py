@@ -56,6 +56,21 @@ def flat(x: torch.Tensor, width: int) -> torch.Tensor:
     return _Flat.apply(x, width)
 
 
+class _Resized(Node):
+    @staticmethod
+    def forward(ctx, x, sizes):
+        return x.reshape([x.shape[axis] if size == 0 else size for axis, size in enumerate(sizes)])
+
+    @staticmethod
+    def symbolic(g, x, sizes):
+        return typed(len(sizes))(lambda g, x: g.op("Reshape", x, constant(g, list(sizes))))(g, x)
+
+
+def resized(x: torch.Tensor, sizes: tuple[int, ...]) -> torch.Tensor:
+    """The same values in other sizes, as ONNX writes them: 0 keeps an axis, -1 takes what is left."""
+    return _Resized.apply(x, sizes)
+
+
 class _Batched(Node):
     @staticmethod
     def forward(ctx, x, ids):
@@ -188,3 +203,22 @@ def columns_at(columns: torch.Tensor, end: torch.Tensor, count: int) -> torch.Te
     (batch_size, columns, width), int64 (batch_size, 1) → (batch_size, width, count).
     """
     return _ColumnsAt.apply(columns, end, count)
+
+
+class _Gathered(Node):
+    @staticmethod
+    def forward(ctx, x, index):
+        return x.gather(2, index.expand(-1, -1, -1, x.shape[3]))
+
+    @staticmethod
+    @typed(4)
+    def symbolic(g, x, index):
+        return g.op("GatherND", x, index, batch_dims_i=2)
+
+
+def gathered(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Columns of each row and head.
+
+    (batch_size, heads, columns, width), int64 (batch_size, heads, count, 1) → (batch_size, heads, count, width).
+    """
+    return _Gathered.apply(x, index)

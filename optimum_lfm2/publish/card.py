@@ -11,15 +11,18 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
-from transformers.utils import cached_file
+from transformers.utils import CONFIG_NAME, cached_file
 
+from optimum_lfm2.families import MEMBERS
+from optimum_lfm2.graph.member import Member
 from optimum_lfm2.publish.precisions import PRECISIONS, Published, preferred
 
 
 CARD = "README.md"
 LICENSE = "LICENSE"
 LICENSE_FIELDS = ("license", "license_name", "license_link", "language")
-TAGS = ["lfm2", "onnx", "onnxruntime", "onnxruntime-genai", "optimum"]
+TAGS = ["onnx", "onnxruntime"]
+GENAI = "onnxruntime-genai"
 JAVASCRIPT = "transformers.js"
 
 TEMPLATE = """\
@@ -62,6 +65,7 @@ out = model.generate(**inputs, max_new_tokens=64, do_sample=False)
 print(tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 ```
 
+{% if genai -%}
 With [ONNX Runtime GenAI](https://github.com/microsoft/onnxruntime-genai). It runs the file that `decoder.filename` in
 `genai_config.json` names:
 
@@ -91,7 +95,7 @@ while not generator.is_done():
     generator.generate_next_token()
     print(stream.decode(generator.get_next_tokens()[0]), end="", flush=True)
 ```
-{% if dtype %}
+{% endif %}{% if dtype %}
 With [Transformers.js](https://huggingface.co/docs/transformers.js) 4, in the browser or in node:
 
 ```js
@@ -110,6 +114,9 @@ console.log(generated_text);
 {% if unread %}
 It cannot run {{ unread }}: their experts need onnxruntime 1.31, and Transformers.js 4.3 has 1.30.
 {% endif %}{% endif %}
+{% if unknown %}{{ unknown }} no {{ model_type }}, and cannot run these files.
+
+{% endif -%}
 With `onnxruntime` alone. The caches start out empty, and each `present` output is the next call's `past` input.
 `num_logits_to_keep` is the number of last tokens whose logits are computed; 0 means all of them:
 
@@ -174,19 +181,28 @@ def write_card(folder: Path, files: list[Published], old: Path, model: str, opti
     if license_ is not None and _is_of(license_, model):
         shutil.copyfile(license_, folder / LICENSE)
     data = _data(model, before, _load(_checkpoint_file(model, CARD, hub)), options)
-    if any(map(_javascript_reads, files)):
+    data.tags = _tags(_member(folder))
+    if any(_javascript_reads(file, _member(folder)) for file in files):
         data.library_name = JAVASCRIPT  # the Hub shows how to load this layout under this library's name
         data.tags = [*data.tags, JAVASCRIPT]
     name = options.repo_id or _repo_id(before) or old.resolve().name
     ModelCard.from_template(data, template_str=TEMPLATE, **_values(folder, files, name, data)).save(folder / CARD)
 
 
-def _javascript_reads(file: Published) -> bool:
+def _member(folder: Path) -> Member:
+    return MEMBERS[json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))["model_type"]]
+
+
+def _tags(member: Member) -> list[str]:
+    return [member.model_type, *TAGS, *([GENAI] if member.genai_type else []), "optimum"]
+
+
+def _javascript_reads(file: Published, member: Member) -> bool:
     """Return whether Transformers.js 4.3 can run the file.
 
     It knows only the Hub's cache names, and its onnxruntime is 1.30, whose `QMoE` does not round activations.
     """
-    return file.cache_names == "hub" and not file.rounds_in_experts
+    return member.transformers_js and file.cache_names == "hub" and not file.rounds_in_experts
 
 
 def _load(path: Path | None) -> ModelCard | None:
@@ -232,7 +248,7 @@ def _data(model: str, before: ModelCard | None, own: ModelCard | None, options: 
     fields |= {name: value for name, value in given.items() if value is not None}
     if "base_model" in fields:
         fields["base_model_relation"] = "quantized"  # the Hub calls every conversion so
-    return ModelCardData(pipeline_tag="text-generation", tags=TAGS, **fields)
+    return ModelCardData(pipeline_tag="text-generation", **fields)
 
 
 def _values(folder: Path, files: list[Published], name: str, data: ModelCardData) -> dict[str, Any]:
@@ -240,9 +256,16 @@ def _values(folder: Path, files: list[Published], name: str, data: ModelCardData
     tokenizer = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
     chosen = preferred(files)
     online = "/" in name  # an id on the Hub, not the name of a folder
-    read = [file for file in files if _javascript_reads(file)]
+    member = _member(folder)
+    read = [file for file in files if _javascript_reads(file, member)]
+    unknown = ["onnxruntime-genai 0.18"] * (member.genai_type is None) + ["Transformers.js 4.3.1"] * (
+        not member.transformers_js
+    )
     return {
         "name": name,
+        "model_type": member.model_type,
+        "genai": member.genai_type is not None,
+        "unknown": f"{' and '.join(unknown)} {'have' if len(unknown) > 1 else 'has'}" if unknown else "",
         "base_model": data.base_model,
         "file": chosen.path.name,
         # The JavaScript example takes the same file if Transformers.js can run it, else the smallest one that it can.

@@ -15,10 +15,9 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import CONFIG_NAME
 
-from optimum_lfm2 import compat
 from optimum_lfm2.caches import LOGITS_TO_KEEP, head_dim, with_float_caches
 from optimum_lfm2.errors import Lfm2Error, first_line
-from optimum_lfm2.export.loading import Lfm2TasksManager, materialize_buffers
+from optimum_lfm2.export.loading import Lfm2TasksManager, is_ours, materialize_buffers
 from optimum_lfm2.export.streamed import StandIns, streamed
 from optimum_lfm2.genai_config import GENAI_CONFIG, read_genai_config
 
@@ -27,7 +26,6 @@ from optimum_lfm2.genai_config import GENAI_CONFIG, read_genai_config
 # (scored(ids), vocabulary).
 Model = Callable[[Sequence[torch.Tensor]], Iterator[torch.Tensor]]
 
-MOE = "lfm2_moe"
 TOKENS_A_PASS = 8192  # tokens that go through a streamed layer at a time; bounds the memory of its hidden states
 DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int8)": np.int8}
 
@@ -159,31 +157,21 @@ class OnnxModel:
 
 def _transformers_model(folder: Path) -> Model:
     try:
-        config = AutoConfig.from_pretrained(folder)
-        compat.check_model_type(config.model_type)
-        if config.model_type == MOE:
-            task = "text-generation"
-            return reference_model(Lfm2TasksManager.get_model_from_task(task, str(folder), torch_dtype=torch.float32))
-        compat.spell_rope_for_both(config)
-        model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32).eval()
+        if is_ours(folder):
+            model = Lfm2TasksManager.get_model_from_task("text-generation", str(folder), torch_dtype=torch.float32)
+            return reference_model(model)
+        return _WholeModel(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval())
     except Lfm2Error:
         raise
     except (OSError, ValueError) as error:
         raise Lfm2Error(
             f"{folder} holds neither an ONNX file nor a checkpoint ({first_line(error)}). Give a folder that does."
         ) from None
-    return _WholeModel(model)
 
 
 def reference_model(model: Any) -> Model:
-    """Wrap a float32 model of `Lfm2TasksManager` as a reference for `measure`.
-
-    Weights with experts may be larger than memory. Such a model is read layer by layer, any other one as a whole.
-    """
-    weights = getattr(model, "checkpoint", None)
-    if model.config.model_type == MOE and weights is not None:
-        return _StreamedModel(model, weights)
-    return _WholeModel(model.to("cpu"))
+    """Wrap a float32 model of `Lfm2TasksManager` as a reference for `measure`. It is read layer by layer."""
+    return _StreamedModel(model, model.checkpoint)
 
 
 class _WholeModel:
@@ -223,7 +211,7 @@ class _StreamedModel:
     def _read(self, chunks: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Return, for each chunk, the final hidden states of the scored tokens, float (scored(ids), hidden_size)."""
         groups = torch.cat(list(chunks)).split(max(1, TOKENS_A_PASS // chunks[0].shape[1]))
-        total, count = len(groups) * len(self._model.model.layers), scored(chunks[0])
+        total, count = len(groups) * len(self._model.base_model.layers), scored(chunks[0])
         with tqdm(total=total, desc="Reference", unit="layer", disable=None, leave=False) as bar:
             states = (hidden for group in groups for hidden in self._hidden_states(group, bar))
             return [hidden[-count:].clone() for hidden in states]
@@ -233,6 +221,6 @@ class _StreamedModel:
             bar.update()
 
         with streamed(self._model, self._weights), ExitStack() as stack:
-            for layer in self._model.model.layers:
+            for layer in self._model.base_model.layers:
                 stack.callback(layer.register_forward_hook(count).remove)
-            return self._model.model(input_ids=ids, use_cache=False).last_hidden_state
+            return self._model.base_model(input_ids=ids, use_cache=False).last_hidden_state

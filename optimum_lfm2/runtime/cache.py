@@ -1,4 +1,4 @@
-"""The cache of a generation: keys and values that grow, conv states that do not."""
+"""The cache of a generation: keys and values that grow, states that do not."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache
 
+from optimum_lfm2.caches import GROWS
 from optimum_lfm2.errors import Lfm2Error
 from optimum_lfm2.runtime.layout import GraphLayout
 
@@ -21,13 +22,15 @@ class Lfm2Cache(Cache):
     """One object for both kinds of cache, which `forward` and `generate` take and give.
 
     Keys and values lie in buffers (batch_size, kv_heads, capacity, head_dim) of which the first `get_seq_length()`
-    columns count; capacity doubles when it is used up. Conv states are (batch_size, hidden_size, width), two of each,
-    past and present in turn. `forward` changes the cache it is given: to continue twice from one point, copy it
-    (`copy.deepcopy`). A cache holds no session: it can be pickled, and any session of the same graph continues it.
+    columns count; capacity doubles when it is used up. States have a fixed shape: those of convolutions, and the
+    windows of sliding attention. There are two of each, past and present in turn. `forward` changes the cache it is
+    given: to continue twice from one point, copy it (`copy.deepcopy`). A cache holds no session: it can be pickled, and
+    any session of the same graph continues it.
     """
 
     is_compileable = False  # type: ignore[assignment]  # properties of transformers' class, which ask its layers
     is_initialized = True  # type: ignore[assignment]
+    batch_size = 0
     is_linear = (False,)  # not all layers: so `generate` asks how many columns were seen
     is_croppable = False  # type: ignore[assignment]
     batch_size = 0  # type: ignore[assignment]
@@ -42,8 +45,7 @@ class Lfm2Cache(Cache):
         self.tensors: dict[str, torch.Tensor] = {}
         self.spare: dict[str, torch.Tensor] = {}
         for cache in layout.caches:
-            first, last = layout.shapes[cache.past]
-            shape = (batch_size, first, capacity, last) if cache.grows else (batch_size, first, last)
+            shape = (batch_size, *(capacity if size is GROWS else size for size in layout.shapes[cache.past]))
             # Memory is touched when it is used: a graph reads no column of keys and values that it has not written.
             make = torch.empty if cache.grows else torch.zeros
             self.tensors[cache.past] = make(shape, dtype=layout.dtypes[cache.past], device=device)
@@ -149,7 +151,7 @@ class Lfm2Cache(Cache):
         self.bindings.clear()
 
     def swap(self) -> None:
-        """What was written beside the conv states becomes the conv states."""
+        """What was written beside the states becomes the states."""
         self.tensors, self.spare = {**self.tensors, **self.spare}, {name: self.tensors[name] for name in self.spare}
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:

@@ -11,6 +11,7 @@ from transformers import PretrainedConfig
 
 from optimum_lfm2.caches import (
     CONV,
+    GROWS,
     LOGITS_TO_KEEP,
     CacheTensor,
     head_dim,
@@ -27,7 +28,7 @@ class GraphLayout:
 
     Attributes:
         caches: the cache tensors in the order of the inputs; empty for a graph without them.
-        shapes: of each cache input by name, without the batch: (hidden_size, width) or (kv_heads, head_dim).
+        shapes: of each cache input by name, without the batch: None for the axis that grows.
         dtypes: of each cache input by name.
         outputs: all outputs, in order; the first is `logits`.
         vocab_size: width of the logits, None if it is not declared.
@@ -36,7 +37,7 @@ class GraphLayout:
     """
 
     caches: tuple[CacheTensor, ...]
-    shapes: dict[str, tuple[int, int]]
+    shapes: dict[str, tuple[int | None, ...]]
     dtypes: dict[str, torch.dtype]
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
@@ -96,19 +97,19 @@ class GraphLayout:
         if extra := declared.keys() - expected.keys():
             raise disagree("the cache input", declared[min(extra)].past, "nothing of it")
         for cache in self.caches:
-            shape = self.shapes[cache.past]
-            if cache.kind == CONV:
-                right = shape[0] == config.hidden_size and shape[1] in (config.conv_L_cache, config.conv_L_cache - 1)
-                wanted: tuple[int, int] = (config.hidden_size, config.conv_L_cache)
-            else:
-                wanted = (config.num_key_value_heads, head_dim(config))
-                right = shape == wanted
-            if not right:
+            shape, wanted = self.shapes[cache.past], expected[cache.layer, cache.kind].axes
+            narrow = cache.kind == CONV and shape == (wanted[0], wanted[1] - 1)  # as onnxruntime-genai's builder has it
+            if shape != wanted and not narrow:
                 raise disagree(f"{cache.past} of shape", shape, wanted)
 
 
-def _fixed(cache: CacheTensor, config: PretrainedConfig) -> tuple[int, int]:
-    """The two sizes besides batch and length; from the config where the graph has a symbol, as genai's builder."""
-    known = (config.num_key_value_heads, head_dim(config)) if cache.grows else (config.hidden_size, config.conv_L_cache)
-    first, last = (size or default for size, default in zip((cache.axes[0], cache.axes[-1]), known, strict=True))
-    return first, last
+def _fixed(cache: CacheTensor, config: PretrainedConfig) -> tuple[int | None, ...]:
+    """The sizes after the batch; from the config where the graph has a symbol, as genai's builder."""
+    if cache.kind != CONV and not cache.grows:
+        return cache.axes
+    known: tuple[int | None, ...]
+    if cache.kind == CONV:
+        known = config.hidden_size, config.conv_L_cache
+    else:
+        known = config.num_key_value_heads, GROWS, head_dim(config)
+    return tuple(size or default for size, default in zip(cache.axes, known, strict=True))

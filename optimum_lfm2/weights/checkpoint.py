@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -38,6 +38,9 @@ class Checkpoint(Mapping[str, torch.Tensor]):
             the values are not finite in the wanted dtype.
     """
 
+    # Parts of names that transformers changes when it reads a checkpoint: its own, and as files have it too.
+    RENAMED: ClassVar[Mapping[str, str]] = {}
+
     def __init__(self, files: Mapping[str, Path], model: torch.nn.Module) -> None:
         self._files = files
         self._parameters = stored_tensors(model)
@@ -49,9 +52,13 @@ class Checkpoint(Mapping[str, torch.Tensor]):
 
         A decoder that was saved together with its head has the prefix `model.`, one saved alone has not.
         """
-        for candidate in (name, BASE_PREFIX + name, name.removeprefix(BASE_PREFIX)):
-            if candidate in self._files:
-                return candidate
+        renamed = name
+        for own, stored in self.RENAMED.items():
+            renamed = renamed.replace(own, stored)
+        for spelled in (name, renamed):
+            for candidate in (spelled, BASE_PREFIX + spelled, spelled.removeprefix(BASE_PREFIX)):
+                if candidate in self._files:
+                    return candidate
         raise Lfm2Error(
             f"The checkpoint has no tensor {name}, which its config.json asks for. "
             "Download or copy the checkpoint again, with its own config.json."

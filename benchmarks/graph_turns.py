@@ -1,0 +1,105 @@
+"""Graphs against each other in one process, in turns: `python -m benchmarks.graph_turns ours.onnx theirs.onnx`.
+
+Every graph gets the same session options, and caches bound once: keys and values lie in place, conv states go from one
+buffer to another. Each round runs every graph, so a slow moment of the machine meets all. Ratios are taken within a
+round, to the first graph.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+
+
+DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64}
+
+
+class Graph:
+    """A session, a call of one token after `prompt` others, and a call of `prompt` tokens on empty caches."""
+
+    def __init__(self, path: Path, threads: int, prompt: int) -> None:
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads, options.log_severity_level = threads, 3
+        self.session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        self.arrays: list[np.ndarray] = []  # they must outlive the bindings
+        caches = {x.name: self._empty(x, prompt + 1) for x in self.session.get_inputs() if x.name.startswith("past")}
+        self.decode = self._binding(1, prompt, caches)
+        self.prefill = self._binding(prompt, 0, caches)
+
+    def _empty(self, value: onnxruntime.NodeArg, length: int) -> np.ndarray:
+        shape = (1, *(axis if isinstance(axis, int) else length for axis in value.shape[1:]))
+        self.arrays.append(np.zeros(shape, DTYPES[value.type]))
+        return self.arrays[-1]
+
+    def _binding(self, tokens: int, past: int, caches: dict[str, np.ndarray]) -> onnxruntime.IOBinding:
+        columns = np.arange(past + tokens, dtype=np.int64)
+        values = {
+            "input_ids": np.ones((1, tokens), np.int64),
+            "attention_mask": np.ones((1, past + tokens), np.int64),
+            "position_ids": columns[None, past:],
+            "num_logits_to_keep": np.array(1, np.int64),
+            **caches,
+        }
+        binding = self.session.io_binding()
+        for value in self.session.get_inputs():
+            self._bind(binding.bind_input, value.name, values[value.name])
+        presents = [value for value in self.session.get_outputs() if value.name.startswith("present")]
+        for value, before in zip(presents, caches.values(), strict=True):
+            self._bind(binding.bind_output, value.name, before if before.ndim == 4 else np.zeros_like(before))
+        logits = self.session.get_outputs()[0]
+        self._bind(binding.bind_output, logits.name, np.zeros((1, 1, logits.shape[2]), DTYPES[logits.type]))
+        return binding
+
+    def _bind(self, bind, name: str, array: np.ndarray) -> None:
+        self.arrays.append(array)
+        bind(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+
+    def milliseconds(self, binding: onnxruntime.IOBinding, calls: int) -> float:
+        """The median time of a call."""
+        times = []
+        for _ in range(calls):
+            start = time.perf_counter()
+            self.session.run_with_iobinding(binding)
+            times.append(time.perf_counter() - start)
+        return 1000 * statistics.median(times)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "graphs", type=Path, nargs="+", help=".onnx files; the first is what the others are measured by"
+    )
+    parser.add_argument("--rounds", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=9, help="calls of one token a turn")
+    parser.add_argument("--prompt", type=int, default=512)
+    parser.add_argument("--prefill-rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=2)
+    args = parser.parse_args()
+    graphs = [Graph(path, args.threads, args.prompt) for path in args.graphs]
+    for kind, rounds, calls in (("decode", args.rounds, args.steps), ("prefill", args.prefill_rounds, 1)):
+        if not rounds:
+            continue
+        for graph in graphs:
+            graph.milliseconds(getattr(graph, kind), calls)
+        turns = []
+        for number in range(rounds):  # who goes first changes
+            order = [(number + i) % len(graphs) for i in range(len(graphs))]
+            times = {i: graphs[i].milliseconds(getattr(graphs[i], kind), calls) for i in order}
+            turns.append([times[i] for i in range(len(graphs))])
+        print(f"{kind}, {rounds} rounds: ms (median, lowest), ratio (quartiles)")
+        for path, own in zip(args.graphs, zip(*turns, strict=True), strict=True):
+            ratios = sorted(time / turn[0] for time, turn in zip(own, turns, strict=True))
+            low, middle, high = (np.quantile(ratios, q) for q in (0.25, 0.5, 0.75))
+            print(
+                f"  {path.parent.name}/{path.name:12} {statistics.median(own):8.2f} {min(own):8.2f}"
+                f"   {middle:.3f} ({low:.3f} to {high:.3f})"
+            )
+
+
+if __name__ == "__main__":
+    main()

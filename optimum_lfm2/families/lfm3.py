@@ -1,0 +1,117 @@
+"""LFM3: sliding attention beside full attention and convolutions, gates on heads, norms after the blocks.
+
+The reference is `modeling_lfm3.py`; what it adds to LFM2 is here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from transformers import PretrainedConfig, PreTrainedModel
+
+from optimum_lfm2.caches import CONV, Kept, head_dim
+from optimum_lfm2.errors import Lfm2Error
+from optimum_lfm2.families import lfm2
+from optimum_lfm2.graph.blocks import AttentionParts, attention
+from optimum_lfm2.graph.call import Call, Rotary
+from optimum_lfm2.graph.member import LayerKind, Member, Weight
+from optimum_lfm2.graph.sliding import SlidingCall, sliding_call
+from optimum_lfm2.weights.checkpoint import Checkpoint
+
+
+SLIDING_ATTENTION = "sliding_attention"
+
+
+def gated_attention(
+    hidden: torch.Tensor,
+    past: tuple[torch.Tensor, ...] | None,
+    shared: Any,
+    weight: Weight,
+    name: str,
+    config: PretrainedConfig,
+) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+    """LFM2's attention under other names, with the parts that the configuration asks for."""
+    gate = "g_proj" if config.use_attention_gate else None
+    parts = AttentionParts(norm="norm", out="o_proj", bias=config.attention_bias, gate=gate)
+    return attention(hidden, past, shared, weight, name, config, parts)
+
+
+def window_state(config: PretrainedConfig) -> tuple[Kept, ...]:
+    """Keys and values of a row's last `sliding_window` unmasked tokens, the newest last."""
+    axes = (config.num_key_value_heads, config.sliding_window, head_dim(config))
+    return Kept("key", axes), Kept("value", axes)
+
+
+def prepare_sliding(call: Call, config: PretrainedConfig, rotary: Rotary | None) -> SlidingCall:
+    return sliding_call(call, rotary, config)
+
+
+def take_window(x: torch.Tensor, row: int, seen: torch.Tensor) -> torch.Tensor:
+    """Zeros for the tokens before the window, which transformers masks."""
+    missing = len(seen) - x.shape[2]
+    return F.pad(x[row : row + 1, :, max(0, -missing) :], (0, 0, max(0, missing), 0))
+
+
+def fill_window(own: torch.Tensor, target: torch.Tensor, row: int, columns: torch.Tensor) -> None:
+    """The last tokens that the row has: transformers keeps all (see `compat.hybrid_cache`)."""
+    kept = own[0][:, -target.shape[2] :]
+    target[row][:, target.shape[2] - kept.shape[1] :] = kept.to(target.dtype)
+
+
+def rotary_by_kind(model: PreTrainedModel) -> Mapping[str, Rotary]:
+    """The rotary tables: LFM3 has one for each kind of attention."""
+    rotary: Any = type(model.base_model.rotary_emb)(model.config)  # made anew, for the model may be on the meta device
+    return {
+        kind: (getattr(rotary, f"{kind}_inv_freq").float(), getattr(rotary, f"{kind}_attention_scaling"))
+        for kind in rotary.layer_types
+    }
+
+
+def sandwich_norms(config: PretrainedConfig) -> tuple[str, str] | None:
+    return ("post_operator_norm", "post_ffn_norm") if config.use_sandwich_norm else None
+
+
+class Lfm3Checkpoint(Checkpoint):
+    """Files call the gate's projection `gate_proj`: transformers 5.24 renames it as it loads and as it saves."""
+
+    RENAMED: ClassVar[Mapping[str, str]] = {".self_attn.g_proj.": ".self_attn.gate_proj."}
+
+
+def check_window(config: Mapping[str, Any]) -> None:
+    """Raise `Lfm2Error` for sliding attention without the width of its window."""
+    window = config.get("sliding_window")
+    if SLIDING_ATTENTION in (config.get("layer_types") or ()) and (not isinstance(window, int) or window < 1):
+        raise Lfm2Error(
+            f"sliding_window in config.json is {window}, and layer_types names {SLIDING_ATTENTION}. "
+            "Give the number of tokens that such a layer sees."
+        )
+
+
+def whole_text(config: PretrainedConfig) -> LayerKind | None:
+    """Full attention, where the window is as long as a text can be."""
+    return FULL if config.sliding_window >= config.max_position_embeddings else None
+
+
+FULL = replace(lfm2.LAYER_KINDS[lfm2.FULL_ATTENTION], mixer=gated_attention)
+SLIDING = LayerKind(
+    gated_attention, FULL.module, window_state, prepare_sliding, take_window, fill_window, instead=whole_text
+)
+LAYER_KINDS = {CONV: lfm2.LAYER_KINDS[CONV], lfm2.FULL_ATTENTION: FULL, SLIDING_ATTENTION: SLIDING}
+
+
+MEMBER = Member(
+    model_type="lfm3",
+    architectures={"Lfm3ForCausalLM": "text-generation", "Lfm3Model": "feature-extraction"},
+    min_transformers="5.23.0",
+    layer_kinds=LAYER_KINDS,
+    feed_forwards=lfm2.dense,
+    rotary=rotary_by_kind,
+    checkpoint=Lfm3Checkpoint,
+    check=check_window,
+    post_norms=sandwich_norms,
+    transformers_js=False,
+)
