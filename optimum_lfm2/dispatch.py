@@ -15,7 +15,7 @@ from transformers.utils import CONFIG_NAME
 
 from optimum.commands.lfm2.adapters import check_adapter
 from optimum_lfm2.errors import Lfm2Error
-from optimum_lfm2.export.config_check import check_fields
+from optimum_lfm2.export.config_check import check_fields, loaded_config
 from optimum_lfm2.genai_config import GENAI_CONFIG, is_of_our_type, read_genai_config
 from optimum_lfm2.modeling import ORTLfm2ForCausalLM
 
@@ -45,10 +45,11 @@ def _check_config(path: Path, model_types: tuple[str, ...]) -> None:
     """Refuse a local model of ours whose config.json cannot be, before transformers makes an object of it."""
     try:
         written = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return  # nothing tells that it is ours
     if isinstance(written, dict) and written.get("model_type") in list(model_types):
         check_fields(written, str(path))
+        loaded_config(path.parent)
 
 
 def dispatch(model_types: tuple[str, ...]) -> None:

@@ -9,20 +9,23 @@ import sys
 import time
 from argparse import ArgumentParser
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from checkpoints import make_checkpoint
-from mutations import Spoil, export_mutations, mutations
+from mutations import Spoil, export_mutations, mutations, untellable, untellable_exports
 from optimum.commands.export.onnx import ONNXExportCommand, parse_args_onnx
 from optimum.onnxruntime import ORTModelForCausalLM
+from publishing import run as publish
 from transformers import AutoModelForCausalLM
 
 from benchmarks.checkpoint import add_tokenizer
 from optimum.commands.lfm2.export_onnx import register
 from optimum_lfm2.errors import Lfm2Error
+from optimum_lfm2.modeling import ORTLfm2ForCausalLM
 
 
 SECONDS = 120  # of one mutation, on a busy machine
@@ -72,6 +75,16 @@ def run_export(source: Path, work: Path) -> str:
     return compare(source, work / "out")
 
 
+def run_publish(source: Path, work: Path) -> str:
+    """What is wrong with how `export lfm2` refused `source`; "" if nothing is."""
+    code = publish("--model", source, work / "out", "--precisions", "q4")
+    sys.stderr.flush()
+    said = (work / "stderr").read_text()
+    if code == 1 and said.startswith(ERROR) and said.count("\n") == 1 and not (work / "out").exists():
+        return ""
+    return f"code {code}, said {said[-400:]}"
+
+
 def compare(source: Path, out: Path) -> str:
     """What transformers loads of the mutated checkpoint is gold: a mutation may make another model that is as good."""
     with torch.no_grad():
@@ -82,10 +95,10 @@ def compare(source: Path, out: Path) -> str:
     return "" if (out / "tokenizer.json").is_file() and (out / "generation_config.json").is_file() else "files are lost"
 
 
-def run_load(source: Path, work: Path) -> str:
+def run_load(source: Path, work: Path, loads: type = ORTModelForCausalLM) -> str:
     """What is wrong with how the runtime met a mutated export; "" if nothing is."""
     try:
-        ORTModelForCausalLM.from_pretrained(source)(IDS)
+        loads.from_pretrained(source)(IDS)
     except Lfm2Error as error:
         return "" if str(error) and "\n" not in str(error) else f"not one line: {error}"
     return ""
@@ -141,10 +154,21 @@ def test_a_mutated_checkpoint_is_one_line_or_the_right_file(good, tmp_path):
     assert not found, "\n".join(f"{name}: {problem}" for name, problem in found.items())
 
 
+def test_a_model_that_cannot_be_told_is_one_line_of_export_lfm2(good, tmp_path):
+    found = problems(good, untellable(good), run_publish, tmp_path)
+    assert not found, "\n".join(f"{name}: {problem}" for name, problem in found.items())
+
+
 def test_a_mutated_export_loads_or_is_one_error(good, tmp_path):
     assert export(good, tmp_path / "export") == 0
     spoiled = [*export_mutations(tmp_path / "export")]
     found = problems(tmp_path / "export", spoiled, run_load, tmp_path)
+    assert not found, "\n".join(f"{name}: {problem}" for name, problem in found.items())
+
+
+def test_a_genai_folder_that_cannot_be_told_is_one_error_of_our_class(good, tmp_path):
+    assert export(good, tmp_path / "export") == 0
+    found = problems(tmp_path / "export", untellable_exports(), partial(run_load, loads=ORTLfm2ForCausalLM), tmp_path)
     assert not found, "\n".join(f"{name}: {problem}" for name, problem in found.items())
 
 

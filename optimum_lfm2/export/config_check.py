@@ -6,7 +6,10 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+from transformers import AutoConfig, PretrainedConfig
 
 from optimum_lfm2.errors import Lfm2Error
 
@@ -166,6 +169,26 @@ def check_fields(config: Mapping[str, Any], name: str = "config.json") -> None:
     experts, used = config.get("num_experts"), config.get("num_experts_per_tok")
     if experts and used and used > experts:
         raise _contradiction(name, f"num_experts_per_tok is {used}", f"num_experts {experts}")
+
+
+def loaded_config(model_name_or_path: str | Path, **where: Any) -> PretrainedConfig:
+    """What transformers makes of a model's `config.json`, whose fields are checked already.
+
+    Args:
+        where: `subfolder`, `revision` and the like, as `AutoConfig.from_pretrained` takes them.
+
+    Raises:
+        Lfm2Error: where transformers does not take it. Release 5 is stricter than 4: it refuses 0 for 0.0.
+    """
+    try:
+        return AutoConfig.from_pretrained(model_name_or_path, **where)
+    except OSError:
+        raise  # of the Hub
+    except Exception as error:  # transformers 5 has classes of its own for them, and 4 has not
+        said = " ".join(str(error).split())[:300]
+        raise Lfm2Error(
+            f"transformers cannot use the config.json of {model_name_or_path}: {said} Correct it, or copy it again."
+        ) from error
 
 
 def _check_table(config: Mapping[str, Any], fields: Mapping[str, Field], name: str) -> None:

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from optimum.exporters.tasks import TasksManager
 from transformers import (
-    AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     GenerationConfig,
@@ -19,6 +18,7 @@ from transformers import (
 
 from optimum_lfm2 import compat
 from optimum_lfm2.errors import Lfm2Error
+from optimum_lfm2.export.config_check import loaded_config
 from optimum_lfm2.export.supported import check_architecture
 from optimum_lfm2.families import MEMBERS, MODEL_TYPES
 from optimum_lfm2.weights.checkpoint import find_tensors, stored_tensors, tied_names
@@ -55,6 +55,13 @@ class Lfm2TasksManager(TasksManager):
         if not _is_for_us(model, *args, **kwargs):
             return TasksManager.infer_task_from_model(model, *args, **kwargs)
         return "text-generation" if is_causal(_lfm2_config(model, **kwargs)) else "feature-extraction"
+
+    @classmethod
+    def infer_library_from_model(cls, model: Any, *args: Any, **kwargs: Any) -> str:
+        # The first question of `main_export`: a wrong configuration is refused before transformers trips over it.
+        if _is_for_us(model, *args, **kwargs):
+            _checked_config(model, **kwargs)
+        return TasksManager.infer_library_from_model(model, *args, **kwargs)
 
     @staticmethod
     def get_model_from_task(task: str, model_name_or_path: Any, *args: Any, **kwargs: Any) -> PreTrainedModel:
@@ -147,11 +154,15 @@ def _generation_config(model_name_or_path: str, config: PretrainedConfig, hub: d
     return GenerationConfig.from_model_config(config) if written is None else written
 
 
-def _lfm2_config(model_name_or_path: str | Path, **kwargs: Any) -> PretrainedConfig:
+def _checked_config(model_name_or_path: str | Path, **kwargs: Any) -> PretrainedConfig:
     hub = _hub(kwargs)
     # As it is written: what transformers makes of it has defaults in place of what is wrong, or is an error of its own.
     check_architecture(PretrainedConfig.get_config_dict(model_name_or_path, **hub)[0])
-    config = AutoConfig.from_pretrained(model_name_or_path, **hub)
+    return loaded_config(model_name_or_path, **hub)
+
+
+def _lfm2_config(model_name_or_path: str | Path, **kwargs: Any) -> PretrainedConfig:
+    config = _checked_config(model_name_or_path, **kwargs)
     compat.spell_rope_for_both(config)
     return config
 

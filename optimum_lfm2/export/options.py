@@ -6,6 +6,7 @@ import math
 from argparse import Namespace
 from collections.abc import Callable, Mapping
 from functools import wraps
+from inspect import signature
 from typing import Any
 
 from optimum.exporters.tasks import TasksManager
@@ -57,8 +58,10 @@ def check_model(model: str, config: Mapping[str, Any]) -> None:
 def heeding_variant(export: Callable[..., Any]) -> Callable[..., Any]:
     """Optimum's `onnx_export_from_model`, which takes `_variant`, with `variant` as another name for it.
 
-    Optimum takes any other keyword for a shape, and forgets it without a word.
+    Optimum takes any other keyword for a shape, and forgets it without a word. For our models it is refused:
+    `Lfm2Error`.
     """
+    known = {*signature(export).parameters, *DEFAULT_DUMMY_SHAPES}
 
     @wraps(export)
     def wrapped(model: Any, *args: Any, **kwargs: Any) -> Any:
@@ -66,6 +69,8 @@ def heeding_variant(export: Callable[..., Any]) -> Callable[..., Any]:
             variant = kwargs.pop("variant", None)
             if variant is not None:
                 kwargs["_variant"] = variant
+            if unknown := sorted(kwargs.keys() - known):
+                raise Lfm2Error(f"main_export knows no {', '.join(unknown)}. Leave it out, or correct its name.")
         return export(model, *args, **kwargs)
 
     return wrapped

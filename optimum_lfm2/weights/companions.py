@@ -20,6 +20,27 @@ FLAGS = ("do_sample", "use_cache", "output_scores", "output_logits", "return_dic
 TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
+class WrittenSettings(GenerationConfig):
+    """Generation settings that are saved as their file has them, byte for byte.
+
+    transformers loads some files that it refuses to save, such as a temperature beside `do_sample: false`. Fine-tunes
+    have them.
+
+    Attributes:
+        written: the contents of the file.
+    """
+
+    written = b""
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / GENERATION_CONFIG_NAME).write_bytes(self.written)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {name: value for name, value in super().to_dict().items() if name != "written"}
+
+
 def generation_settings(model_name_or_path: str, **hub: Any) -> GenerationConfig | None:
     """The checkpoint's `generation_config.json`; None where it has none.
 
@@ -27,19 +48,19 @@ def generation_settings(model_name_or_path: str, **hub: Any) -> GenerationConfig
         hub: `subfolder`, `revision` and the like, as `transformers.utils.cached_file` takes them.
 
     Raises:
-        Lfm2Error: for a file that cannot be read, or that transformers would not save again.
+        Lfm2Error: for a file that cannot be read, or that transformers does not load.
     """
     path = _found(model_name_or_path, GENERATION_CONFIG_NAME, hub)
     if path is None:
         return None
     _check_settings(path, read_object(path))
     try:
-        settings = GenerationConfig.from_pretrained(model_name_or_path, **hub)
-        settings.validate(strict=True)
+        settings = WrittenSettings.from_pretrained(model_name_or_path, **hub)
     except (ValueError, TypeError, AttributeError) as error:
         raise Lfm2Error(
             f"{path} is not what transformers can use: {_one_line(error)} Correct it, or copy it again."
         ) from error
+    settings.written = path.read_bytes()
     return settings
 
 

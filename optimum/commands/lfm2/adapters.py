@@ -18,7 +18,7 @@ def check_adapter(folder: Path) -> None:
     try:
         base = str(_object(folder / ADAPTER_CONFIG).get("base_model_name_or_path"))
         model_type = _object(Path(base, "config.json")).get("model_type") if Path(base).is_dir() else None
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return  # whose it is cannot be told
     if model_type in MODEL_TYPES or "lfm2" in base.lower():
         raise ValueError(

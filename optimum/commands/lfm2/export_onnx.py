@@ -79,7 +79,7 @@ def read_config(args: Namespace) -> dict[str, Any]:
 def _parsed(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:  # the last of lists within lists
         raise ValueError(f"{path} cannot be read as JSON ({error}). Download or copy it again.") from None
     if not isinstance(config, dict):
         raise ValueError(f"{path} is no model's configuration. Download or copy it again.")
