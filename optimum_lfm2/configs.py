@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -17,7 +17,6 @@ from packaging import version
 from optimum_lfm2 import compat
 from optimum_lfm2.caches import (
     BATCH,
-    CACHE_NAMES,
     LOGITS_TO_KEEP,
     PAST,
     SEQUENCE,
@@ -29,13 +28,14 @@ from optimum_lfm2.caches import (
 )
 from optimum_lfm2.errors import Lfm2Error
 from optimum_lfm2.export.finish import bind
+from optimum_lfm2.export.model_kwargs import ExportOptions
 from optimum_lfm2.export.patcher import Lfm2ModelPatcher
 from optimum_lfm2.families import MEMBERS
 from optimum_lfm2.genai_config import write_genai_config
 from optimum_lfm2.graph import ops
 from optimum_lfm2.graph.member import Member
 from optimum_lfm2.metadata import ANY_PADDING, IN_PLACE
-from optimum_lfm2.weights.blocks import EMBEDDINGS, SCHEMES, Scheme
+from optimum_lfm2.weights.blocks import SCHEMES, Scheme
 
 
 Shapes = dict[str, tuple[int | str, ...] | None]
@@ -63,16 +63,9 @@ class Lfm2OnnxConfig(TextDecoderOnnxConfig):
     }
 
     DEFAULT_VARIANT = "default"
-    # What --model-kwargs may say; the first value is the default, and each is an attribute of this class.
-    MODEL_KWARGS: ClassVar[dict[str, tuple[str, ...]]] = {
-        "embedding": EMBEDDINGS,
-        "cache_names": tuple(CACHE_NAMES),
-    }
-
-    weights: Mapping[str, torch.Tensor] = {}
-    embedding = "fused"
-    cache_names = "hub"
-    logits_default = True  # whether `num_logits_to_keep` may be left out by who runs the file
+    # `patch_model_for_export` sets these: Optimum gives a configuration neither the model nor `--model-kwargs` before.
+    _options = ExportOptions()
+    _weights: Mapping[str, torch.Tensor] = MappingProxyType({})
 
     @property
     def member(self) -> Member:
@@ -110,6 +103,21 @@ class Lfm2OnnxConfig(TextDecoderOnnxConfig):
         scheme = SCHEMES.get(self.variant)
         return scheme and replace(scheme, embedding=self.embedding)
 
+    @property
+    def embedding(self) -> str:
+        """How a quantised graph reads the embedding."""
+        return self._options.embedding
+
+    @property
+    def cache_names(self) -> str:
+        """The naming convention of the caches."""
+        return self._options.cache_names
+
+    @property
+    def weights(self) -> Mapping[str, torch.Tensor]:
+        """Each parameter by its name in the checkpoint. It is empty until `patch_model_for_export` has the model."""
+        return self._weights
+
     @classmethod
     def check_variant(cls, name: str) -> None:
         """Raise `Lfm2Error`, which lists the variants, for one that is not there."""
@@ -117,28 +125,28 @@ class Lfm2OnnxConfig(TextDecoderOnnxConfig):
             known = "".join(f"\n  {variant}: {description}" for variant, description in cls.VARIANTS.items())
             raise Lfm2Error(f"LFM2 has no variant {name}. It has:{known}")
 
-    @classmethod
-    def check_model_kwargs(cls, options: Any) -> None:
-        """Raise `Lfm2Error` for `--model-kwargs` that nothing would heed."""
-        listed = (f"{name} ({', '.join(values)})" for name, values in cls.MODEL_KWARGS.items())
-        known = f"LFM2 knows {', '.join(listed)}."
-        if not isinstance(options, dict):
-            raise Lfm2Error(f"--model-kwargs {options}: give a JSON object. {known}")
-        if unknown := sorted(options.keys() - set(cls.MODEL_KWARGS)):
-            raise Lfm2Error(f"--model-kwargs: nothing knows {', '.join(unknown)}. {known}")
-        for name, value in options.items():
-            if value not in cls.MODEL_KWARGS[name]:
-                raise Lfm2Error(f"--model-kwargs: {name} is {json.dumps(value)}. {known}")
-
     def patch_model_for_export(self, model: Any, model_kwargs: dict[str, Any] | None = None) -> Lfm2ModelPatcher:
-        """Optimum hands over `--model-kwargs`, to which it adds `logits_to_keep`."""
-        options = {name: value for name, value in (model_kwargs or {}).items() if name != "logits_to_keep"}
-        self.check_model_kwargs(options)
-        if self.scheme is not None:  # called before the trace: what cannot be quantised is refused here
+        """Read the options and the model's weights, and return the patcher. Optimum calls this before the trace.
+
+        Args:
+            model: a model of transformers. It may be on the meta device, with a `checkpoint` that has its weights.
+            model_kwargs: what `ExportOptions.read` takes. Optimum adds `logits_to_keep`.
+
+        Raises:
+            Lfm2Error: the options are wrong, or the weights cannot be quantised as the variant says.
+        """
+        given = {name: value for name, value in (model_kwargs or {}).items() if name != "logits_to_keep"}
+        options = ExportOptions.read(given)
+        if "num_logits_to_keep" in given and self.task != "text-generation":
+            raise Lfm2Error(
+                f"--model-kwargs: num_logits_to_keep is no input of a graph for {self.task}. Leave the option out."
+            )
+        self._options = options
+        if self.scheme is not None:
             self.member.check_scheme(self.scheme, self._config)
-        for name, values in self.MODEL_KWARGS.items():
-            setattr(self, name, options.get(name, values[0]))
-        return super().patch_model_for_export(model, model_kwargs)
+        patcher = super().patch_model_for_export(model, model_kwargs)
+        self._weights = patcher.weights
+        return patcher
 
     @property
     def ATOL_FOR_VALIDATION(self) -> float:  # noqa: N802  Optimum's name
@@ -255,7 +263,8 @@ class Lfm2OnnxConfig(TextDecoderOnnxConfig):
     ) -> None:
         """Optimum calls this right after the trace: declare the shapes and stream the weights into the file."""
         shapes = {**self.input_shapes(), **self.output_shapes()}
-        bind(model_path, self.weights, shapes, self.metadata(), self.scheme, self.logits_default, self.member.passes)
+        logits_default = self._options.num_logits_to_keep == "optional"
+        bind(model_path, self.weights, shapes, self.metadata(), self.scheme, logits_default, self.member.passes)
 
     def post_process_exported_models(self, path: Path, models_and_onnx_configs: dict, onnx_files_subpaths: list[str]):
         """Tied weights are one tensor already; what Optimum has saved beside the model becomes readable for all."""

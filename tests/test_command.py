@@ -178,6 +178,7 @@ def test_replaces_its_own_files_and_leaves_others(cli, checkpoint, expected, out
         ('--model-kwargs {"embedding":"quantised"}', "embedding (fused, portable, float)"),
         ('--model-kwargs {"embedding":true}', "embedding (fused, portable, float)"),
         ('--model-kwargs {"cache_names":"mine"}', "cache_names (hub, genai)"),
+        ('--model-kwargs {"num_logits_to_keep":1}', "num_logits_to_keep (optional, required)"),
         ("--batch_size 0", "--batch_size 0"),
         ("--sequence_length -1", "--sequence_length -1"),
         ("--sequence_length 9999", "512"),

@@ -12,6 +12,7 @@ from optimum.exporters.tasks import TasksManager
 from optimum.utils import DEFAULT_DUMMY_SHAPES
 
 from optimum_lfm2.errors import Lfm2Error
+from optimum_lfm2.export.model_kwargs import ExportOptions
 from optimum_lfm2.export.supported import check_architecture
 from optimum_lfm2.families import MODEL_TYPES
 
@@ -114,7 +115,7 @@ def _check_variant(args: Namespace, config: Mapping[str, Any]) -> None:
         "onnx", model_type=config["model_type"], task="text-generation", library_name="transformers"
     )
     constructor.func.check_variant(args.variant)
-    constructor.func.check_model_kwargs(args.model_kwargs or {})
+    ExportOptions.read(args.model_kwargs)
 
 
 def _check_rewrites(args: Namespace) -> None:

@@ -32,10 +32,10 @@ class Lfm2ModelPatcher:
         self._tied = tied_names(model)
         prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
         member = config.member
+        self.weights = getattr(model, "checkpoint", self._parameters)
         self._decoder = Decoder(member, model.config, member.rotary(model), prefix)
 
     def __enter__(self) -> Lfm2ModelPatcher:
-        self._onnx_config.weights = getattr(self._model, "checkpoint", self._parameters)
         self._own_forward = vars(self._model).get("forward")  # on the instance, which has none unless someone set it
         self._model.forward = self.forward
         return self
