@@ -1,7 +1,6 @@
-"""The record that describes a member of the family: one instance a member, in `optimum_lfm2/families/`.
+"""The type of the record that describes a family member. `optimum_lfm2/families/` has one record a member.
 
-Whatever the exporter, the runtime and the tools have to know of a member they ask here. Nobody else compares a model
-type.
+The exporter, the runtime and the tools ask the record about a member. Nothing else compares model types.
 """
 
 from __future__ import annotations
@@ -20,21 +19,23 @@ from optimum_lfm2.weights.blocks import Scheme
 from optimum_lfm2.weights.checkpoint import Checkpoint
 
 
-# A parameter by its name in the checkpoint; `kernel=True` gives a depthwise kernel (width, 1, taps) as (taps, width).
+# Gives a parameter by its name in the checkpoint. With `kernel=True`, a depthwise kernel stored as (width, 1, taps)
+# comes as (taps, width).
 Weight = Callable[..., torch.Tensor]
 
-# Hidden states (tokens, hidden_size), the weights, the name of the layer's feed-forward → (tokens, hidden_size).
+# Takes hidden states (tokens, hidden_size), the weights and the name of the layer's feed-forward in the checkpoint.
+# Returns hidden states (tokens, hidden_size).
 FeedForward = Callable[[torch.Tensor, Weight, str], torch.Tensor]
 
 # The cache tensors of a layer.
 Caches = tuple[torch.Tensor, ...]
 
-# A pass over the traced graph, which may read the weights and the scheme by which they are quantised.
+# Changes the traced graph. It gets the graph, the weights by name, and how they are quantised (None: not at all).
 GraphPass = Callable[[ir.Graph, Mapping[str, Any], Scheme | None], None]
 
 
 class Mixer(Protocol):
-    """What mixes the tokens of a layer."""
+    """The block of a layer that mixes tokens: a short convolution or attention."""
 
     def __call__(
         self,
@@ -45,12 +46,12 @@ class Mixer(Protocol):
         name: str,
         config: PretrainedConfig,
     ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
-        """Return the block's output and the layer's present caches.
+        """Return the block's output, (tokens, hidden_size), and the layer's present caches.
 
         Args:
-            hidden: normed hidden states, (tokens, hidden_size).
+            hidden: hidden states after the norm, float (tokens, hidden_size).
             past: the layer's caches in the order of `LayerKind.caches`, or None for a graph without cache inputs.
-            shared: what `LayerKind.prepare` gave.
+            shared: the result of `LayerKind.prepare`.
             weight: gives a parameter by its name.
             name: the name of the layer's mixer in the checkpoint, such as `model.layers.0.conv`.
         """
@@ -58,18 +59,18 @@ class Mixer(Protocol):
 
 @dataclass(frozen=True)
 class LayerKind:
-    """A kind of layer, which `layer_types` in config.json names.
+    """A kind of layer. `layer_types` in config.json names the kind of each layer.
 
     Attributes:
-        mixer: the block as graph code.
-        module: the block's module in transformers' layer.
-        caches: the tensors that a layer of this kind keeps, for a configuration.
-        prepare: computes once a call what all layers of the kind share. It gets the call, the configuration and the
-            rotary table of the kind (None for a kind that rotates nothing).
-        row_of: the caches of one row as transformers keeps them, from those of all rows, the row's index and the
-            columns that it sees.
-        fill: writes the caches of one row, as transformers keeps them, over those of all rows. It gets the row's index
-            and the columns of the row's new tokens.
+        mixer: the block that mixes tokens, as graph code.
+        module: the name of this block in transformers' layer.
+        caches: takes a configuration and returns the tensors that a layer of this kind keeps.
+        prepare: computes what all layers of the kind share in a call. It gets the call, the configuration and the
+            kind's rotary table (None for a kind that rotates nothing).
+        row_of: takes one row's caches out of those of all rows, in the form of transformers' cache. It gets the caches
+            of all rows, the row's index and the columns that the row sees.
+        fill: writes one row's caches over those of all rows. It gets the row's caches in the form of transformers'
+            cache, the caches of all rows, the row's index and the columns of the row's new tokens.
     """
 
     mixer: Mixer
@@ -82,24 +83,23 @@ class LayerKind:
 
 @dataclass(frozen=True)
 class Member:
-    """A member of the family.
+    """The record of a member of the family.
 
     Attributes:
         model_type: as in config.json.
-        architectures: the classes of transformers whose checkpoints are exported, each with the task that it is for:
+        architectures: the classes of transformers whose checkpoints are exported. Each has its task:
             `text-generation` with a head, `feature-extraction` without.
         min_transformers: the first release of transformers that has the model.
-        layer_kinds: by their names in `layer_types`.
-        feed_forwards: the feed-forward of each layer.
-        rotary: the rotary table of each kind of layer that has one, read from transformers' model.
-        post_norms: the norms of a layer that follow its mixer and its feed-forward, before the residual is added;
-            None where a layer has none.
-        checkpoint: reads the stored weights.
-        check_scheme: raises `Lfm2Error` for a quantisation that the member's operators cannot do.
-        passes: what finishes the traced graph, besides what all members need.
-        tolerance: the difference from transformers that validation accepts for a scheme, where it is larger than that
-            of other members; 0 for theirs.
-        genai_type: what `genai_config.json` calls the model; None where onnxruntime-genai has nothing to run it.
+        layer_kinds: the kinds of layers, by their names in `layer_types`.
+        feed_forwards: takes a configuration and returns the feed-forward of each layer.
+        rotary: reads the rotary tables from transformers' model, by the kind of layer that uses them.
+        post_norms: takes a configuration and returns the names of two norms of a layer, or None where it has none. The
+            first follows the mixer and the second the feed-forward, before the residual is added.
+        checkpoint: the class that reads the stored weights.
+        check_scheme: raises `Lfm2Error` for a quantisation that the member's operators cannot compute.
+        passes: passes over the traced graph that this member needs, besides those for all members.
+        tolerance: takes a scheme and returns the relative error that validation accepts. 0 leaves the common tolerance.
+        genai_type: the model type in `genai_config.json`. None if onnxruntime-genai cannot run the member.
     """
 
     model_type: str
@@ -116,14 +116,15 @@ class Member:
     genai_type: str | None = None
 
     def kind(self, config: PretrainedConfig, layer: int) -> LayerKind:
-        """The kind of a layer."""
+        """Return the kind of the layer with this index."""
         return self.layer_kinds[config.layer_types[layer]]
 
     def cache_tensors(self, config: PretrainedConfig, names: str = "hub") -> list[CacheTensor]:
-        """The cache tensors of a model, in the order of the graph's inputs.
+        """Return the cache tensors of a model, in the order of the graph's inputs.
 
         Args:
-            names: the convention of their names, a key of `optimum_lfm2.caches.CACHE_NAMES`.
+            config: the model's configuration.
+            names: the naming convention, a key of `optimum_lfm2.caches.CACHE_NAMES`.
         """
         layers = [self.kind(config, layer).caches(config) for layer in range(config.num_hidden_layers)]
         return cache_tensors(layers, names)
