@@ -178,6 +178,7 @@ def test_replaces_its_own_files_and_leaves_others(cli, checkpoint, expected, out
         ('--model-kwargs {"embedding":"quantised"}', "embedding (fused, portable, float)"),
         ('--model-kwargs {"embedding":true}', "embedding (fused, portable, float)"),
         ('--model-kwargs {"cache_names":"mine"}', "cache_names (hub, genai)"),
+        ('--model-kwargs {"num_logits_to_keep":1}', "num_logits_to_keep (optional, required)"),
         ("--batch_size 0", "--batch_size 0"),
         ("--sequence_length -1", "--sequence_length -1"),
         ("--sequence_length 9999", "512"),
@@ -366,7 +367,7 @@ def _another_type(source: Path) -> str:
 
 @pytest.fixture
 def optimums(monkeypatch) -> list[str]:
-    """The models that `main_export` of Optimum is asked for; it exports none."""
+    """Replace Optimum's `main_export`, and return the list of the models that it is called for."""
     asked: list[str] = []
     monkeypatch.setattr(
         "optimum.exporters.onnx.main_export", lambda model_name_or_path, **_: asked.append(model_name_or_path)
@@ -524,7 +525,7 @@ def test_other_models_go_to_optimum_untouched(cli, tmp_path):
 
 @pytest.mark.skipif(TRANSFORMERS_5, reason="optimum-onnx 0.1.0 is not imported before us there: it would fail")
 def test_ours_wins_over_a_config_of_optimum(checkpoint, tmp_path):
-    """A later optimum-onnx may bring a configuration of its own."""
+    """A later optimum-onnx may have a configuration of its own for these types."""
     code = """
 from optimum.exporters.tasks import TasksManager
 import optimum.exporters.onnx.model_configs as theirs
