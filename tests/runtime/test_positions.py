@@ -40,3 +40,18 @@ def test_padded_rows_go_on_as_alone(side, io_binding, with_positions, gold_model
         ids[i, columns], mask[i, columns] = row, 1
     out = model.generate(ids, attention_mask=mask, **GREEDY)
     assert out[:, 12:].tolist() == [gold_tokens(gold_model("hybrid"), row, 16) for row in rows]
+
+
+def test_a_token_behind_padding_has_the_position_that_follows_its_row(with_positions, gold_model):
+    """Equal shifts of a whole row go unseen by rotary embeddings; a gap within a row does not."""
+    model = ORTModelForCausalLM.from_pretrained(with_positions)
+    rows, token = prompts([9, 2]), torch.tensor([20])
+    ids, mask = torch.full((2, 9), 9), torch.zeros(2, 9, dtype=torch.int64)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)], mask[i, : len(row)] = row, 1
+    cache = model(ids, attention_mask=mask, return_dict=False)[1]
+    mask = torch.cat([mask, torch.ones(2, 1, dtype=torch.int64)], dim=1)
+    logits = model(token.expand(2, 1), attention_mask=mask, past_key_values=cache).logits[:, -1]
+    for i, row in enumerate(rows):
+        expected = gold_model("hybrid")(input_ids=torch.cat([row, token])[None]).logits[0, -1]
+        torch.testing.assert_close(logits[i], expected, atol=1e-4, rtol=0)
