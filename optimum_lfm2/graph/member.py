@@ -7,7 +7,7 @@ type.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import onnx_ir as ir
@@ -15,6 +15,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from optimum_lfm2.caches import CacheTensor, Kept, cache_tensors
+from optimum_lfm2.fields import Field
 from optimum_lfm2.graph.call import Call, Rotary
 from optimum_lfm2.weights.blocks import Scheme
 from optimum_lfm2.weights.checkpoint import Checkpoint
@@ -91,6 +92,7 @@ class Member:
         layer_kinds: by their names in `layer_types`.
         feed_forwards: the feed-forward of each layer.
         rotary: the rotary table of each kind of layer that has one, read from transformers' model.
+        fields: the fields of config.json that other members lack or fill otherwise, each with what it may hold.
         check: raises `Lfm2Error` for a config.json, as a mapping, that the member's graph is not right for.
         post_norms: the norms of a layer that follow its mixer and its feed-forward, before the residual is added;
             None where a layer has none.
@@ -109,6 +111,7 @@ class Member:
     layer_kinds: Mapping[str, LayerKind]
     feed_forwards: Callable[[PretrainedConfig], Sequence[FeedForward]]
     rotary: Callable[[PreTrainedModel], Mapping[str, Rotary]]
+    fields: Mapping[str, Field] = field(default_factory=dict)
     check: Callable[[Mapping[str, Any]], None] = lambda config: None
     post_norms: Callable[[PretrainedConfig], tuple[str, str] | None] = lambda config: None
     checkpoint: type[Checkpoint] = Checkpoint

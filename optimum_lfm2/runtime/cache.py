@@ -32,8 +32,6 @@ class Lfm2Cache(Cache):
     is_initialized = True  # type: ignore[assignment]
     batch_size = 0
     is_linear = (False,)  # not all layers: so `generate` asks how many columns were seen
-    is_croppable = False  # type: ignore[assignment]
-    batch_size = 0  # type: ignore[assignment]
 
     def __init__(self, layout: GraphLayout, batch_size: int, device: torch.device, capacity: int = 0) -> None:
         super().__init__(layers=[])  # the graph updates the tensors below; transformers' layers would hold them twice

@@ -55,7 +55,7 @@ def generation_settings(model_name_or_path: str, **hub: Any) -> GenerationConfig
         return None
     _check_settings(path, read_object(path))
     try:
-        settings = WrittenSettings.from_pretrained(model_name_or_path, **hub)
+        settings: Any = WrittenSettings.from_pretrained(model_name_or_path, **hub)
     except (ValueError, TypeError, AttributeError) as error:
         raise Lfm2Error(
             f"{path} is not what transformers can use: {_one_line(error)} Correct it, or copy it again."
