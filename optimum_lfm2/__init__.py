@@ -5,11 +5,11 @@
 from optimum_lfm2.compat import complete_transformers, read_tokenizers_of_5
 
 
-complete_transformers()  # before anything of optimum is imported
+complete_transformers()  # optimum-onnx imports names that this adds
 
 from optimum.exporters.tasks import TasksManager
 
-import optimum.exporters.onnx.__main__  # Optimum's own configs first, so that ours replace them
+import optimum.exporters.onnx.__main__  # registers Optimum's own configs, which ours then replace
 from optimum_lfm2.configs import Lfm2OnnxConfig
 from optimum_lfm2.export.loading import Lfm2TasksManager, is_ours
 from optimum_lfm2.export.options import heeding_variant

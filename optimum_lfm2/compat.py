@@ -1,6 +1,6 @@
-"""What differs between transformers releases; each entry says at which release it can go.
+"""Differences between transformers releases. Each entry says when it can go.
 
-Imported before anything of `optimum`: it imports nothing of it.
+`optimum_lfm2/__init__.py` imports this before `optimum`, so nothing here imports `optimum`.
 """
 
 from __future__ import annotations
@@ -33,26 +33,26 @@ from optimum_lfm2.errors import Lfm2Error
 Caches = Sequence[tuple[torch.Tensor, ...]]
 
 TRANSFORMERS_5 = int(transformers.__version__.split(".")[0]) >= 5
-# transformers' name for the cache that a forward takes and gives: another from 5.24 on. Goes with the releases before.
+# The name of the cache among a forward's arguments and outputs. transformers 5.24 renamed it. Goes with 5.23.
 CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
-# Whether a cache of transformers can go on with several tokens at once; 4.57 takes one. Goes with transformers 4.
+# Whether a forward over a filled cache takes several new tokens; that of 4.57 takes one. Goes with transformers 4.
 CONTINUES_WITH_SEVERAL_TOKENS = TRANSFORMERS_5
 TOKENIZER_CONFIG = "tokenizer_config.json"
 TOKENIZER_CLASS_OF_5 = "TokenizersBackend"
 CHAT_TEMPLATE = "chat_template.jinja"
-# What `AutoTokenizer.from_pretrained` takes and a tokenizer's own does not.
+# The arguments of `AutoTokenizer.from_pretrained` that a tokenizer class does not take.
 AUTO_ARGUMENTS = ("config", "use_fast", "tokenizer_type", "trust_remote_code")
 
 
 def complete_transformers() -> None:
-    """Put back the names that optimum-onnx imports and transformers 5 moved, and the classes that transformers 4 lacks.
+    """Add the names that optimum-onnx 0.1 imports and transformers 5 moved, and the classes that transformers 4 lacks.
 
-    The former go with the first optimum-onnx that admits transformers 5, the latter with transformers 4.
+    The names go with the first optimum-onnx that admits transformers 5, the classes with transformers 4.
     """
     for name, stand_in in STAND_INS.items():
         AutoConfig.register(name, stand_in, exist_ok=True)
     if not TRANSFORMERS_5:
-        for name in ("lfm2", *LATER_MODELS):  # of folders that name no class
+        for name in ("lfm2", *LATER_MODELS):  # a folder's tokenizer may name no class
             if (config := CONFIG_MAPPING[name]) not in TOKENIZER_MAPPING:
                 AutoTokenizer.register(config, fast_tokenizer_class=PreTrainedTokenizerFast)
         return
@@ -60,16 +60,16 @@ def complete_transformers() -> None:
     from transformers import modeling_utils, pipelines, utils
     from transformers.utils import generic, output_capturing  # type: ignore[attr-defined]
 
-    # transformers.processing_utils, which pipelines imports, puts a new module in the place of `transformers`
-    # (direct_transformers_import in 5.24). So the names that it lacks are given to the one that is there now.
+    # Importing `transformers.pipelines` puts a new module in the place of `transformers` in `sys.modules`
+    # (`direct_transformers_import` in processing_utils, 5.24). The names must be on the new one.
     transformers = sys.modules["transformers"]
     _put_back(modeling_utils, "get_parameter_dtype", lambda model: model.dtype)
     _put_back(transformers, "AutoModelForVision2Seq", transformers.AutoModelForImageTextToText)
     _put_back(utils, "is_offline_mode", huggingface_hub.is_offline_mode)
     _put_back(generic, "OutputRecorder", output_capturing.OutputRecorder)
-    # Optimum looks classes up by str(class) in it: a registry of its own is as good, for it falls back to the class.
+    # Optimum looks classes up in this registry, and falls back to the class itself. So an empty one serves.
     _put_back(generic, "_CAN_RECORD_REGISTRY", {})
-    # What it asks for no longer exists: generation parameters in a model's config.
+    # Optimum asks for the generation parameters in a model's config. In transformers 5 a config has none.
     _put_back(PretrainedConfig, "_get_non_default_generation_parameters", lambda config: {})
     _route_pipelines(pipelines)
 
@@ -101,7 +101,7 @@ def _put_back(module: Any, name: str, value: Any) -> None:
 
 
 def _route_pipelines(pipelines: Any) -> None:
-    """Optimum's `pipeline` replaces `infer_framework_load_model` while it runs; transformers 5 calls `load_model`."""
+    """Let `load_model` of transformers 5 call what Optimum's `pipeline` puts in for `infer_framework_load_model`."""
     if hasattr(pipelines, "infer_framework_load_model"):
         return
     load_model = pipelines.load_model
@@ -111,7 +111,7 @@ def _route_pipelines(pipelines: Any) -> None:
         replacement = pipelines.infer_framework_load_model
         if replacement is None:
             return load_model(*args, **kwargs)
-        for name in ("code_revision", "dtype"):  # which Optimum's models do not take
+        for name in ("code_revision", "dtype"):  # Optimum's models do not take these
             kwargs.pop(name, None)
         return replacement(*args, **kwargs)[1]
 
@@ -119,9 +119,10 @@ def _route_pipelines(pipelines: Any) -> None:
 
 
 def spell_rope_for_both(config: PretrainedConfig) -> None:
-    """Let `config` say the rope's parameters as transformers 4 reads them, at the top, and as 5 does, nested.
+    """Write the parameters of the rotary embedding into `config` in the forms of both releases.
 
-    transformers 4 silently takes its default where it finds them nested. Goes with transformers 4.
+    transformers 5 nests them in `rope_parameters`. transformers 4 reads the top level, and silently takes its default
+    where they are nested only. Goes with transformers 4.
     """
     rope = getattr(config, "rope_parameters", None)
     if rope is None or any(isinstance(value, dict) for value in rope.values()):  # of each kind: 4 has no such model
@@ -133,12 +134,12 @@ def spell_rope_for_both(config: PretrainedConfig) -> None:
 
 
 def read_tokenizers_of_5(is_ours: Callable[..., bool]) -> None:
-    """Let `AutoTokenizer` of transformers 4 read the folders of our models that transformers 5 wrote. Goes with 4.
+    """Let `AutoTokenizer` of transformers 4 read our models' folders that transformers 5 wrote. Goes with 4.
 
-    Those name the class `TokenizersBackend`. For every other model the answer and the error are transformers' own.
+    Such a folder names the class `TokenizersBackend`. For every other model the result and the error are transformers'.
 
     Args:
-        is_ours: told a folder or an id of the Hub, and the arguments of `from_pretrained`.
+        is_ours: takes a folder or an id of the Hub, and the arguments of `from_pretrained`.
     """
     if TRANSFORMERS_5:
         return
@@ -148,7 +149,7 @@ def read_tokenizers_of_5(is_ours: Callable[..., bool]) -> None:
     def from_pretrained(pretrained_model_name_or_path: Any, *inputs: Any, **kwargs: Any) -> Any:
         try:
             return original(pretrained_model_name_or_path, *inputs, **kwargs)
-        except ValueError:  # what it raises for a class that it does not know
+        except ValueError:  # transformers raises it for an unknown class
             written = _tokenizer_of_5(pretrained_model_name_or_path, kwargs)
             if written is None or not is_ours(pretrained_model_name_or_path, **kwargs):
                 raise
@@ -160,22 +161,25 @@ def read_tokenizers_of_5(is_ours: Callable[..., bool]) -> None:
 
 
 def _tokenizer_of_5(name_or_path: Any, kwargs: dict[str, Any]) -> dict[str, Any] | None:
-    """The `tokenizer_config.json` if it names transformers 5's class; else None."""
+    """Return `tokenizer_config.json` if it names the class of transformers 5, else None."""
     try:
         written = get_tokenizer_config(name_or_path, **kwargs)
-    except Exception:  # the caller raises what transformers says
+    except Exception:  # the caller raises the error of transformers
         return None
     return written if written.get("tokenizer_class") == TOKENIZER_CLASS_OF_5 else None
 
 
 def _special_tokens(tokenizer_config: dict[str, Any]) -> dict[str, Any]:
-    """Special tokens without a name of their own: transformers 5 lists them where 4 keeps named ones."""
+    """Return the unnamed special tokens as transformers 4 wants them.
+
+    transformers 5 lists them in `extra_special_tokens`, where transformers 4 expects a dictionary of named ones.
+    """
     extra = tokenizer_config.get("extra_special_tokens")
     return {"additional_special_tokens": extra, "extra_special_tokens": {}} if isinstance(extra, list) else {}
 
 
 def spell_tokenizer_for_both(folder: Path) -> None:
-    """Rewrite a `tokenizer_config.json` of transformers 5 so that 4 alone reads it too. Goes with transformers 4."""
+    """Rewrite a `tokenizer_config.json` of transformers 5 so that 4 reads it without us. Goes with transformers 4."""
     path = folder / TOKENIZER_CONFIG
     if not path.is_file():
         return
@@ -186,9 +190,9 @@ def spell_tokenizer_for_both(folder: Path) -> None:
 
 
 def repeat_chat_template(folder: Path) -> None:
-    """Put the template of `chat_template.jinja` into `tokenizer_config.json` too: Transformers.js looks only there.
+    """Copy the template of `chat_template.jinja` into `tokenizer_config.json`. Transformers.js 4.3 looks only there.
 
-    Goes when transformers writes both again, or Transformers.js reads the former.
+    Goes when transformers writes both again, or Transformers.js reads `chat_template.jinja`.
     """
     path, template = folder / TOKENIZER_CONFIG, folder / CHAT_TEMPLATE
     if path.is_file() and template.is_file():
@@ -201,22 +205,22 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
 
 
 class GenerationWithoutExperts:
-    """What `generate` of transformers 5 asks of a model that is no module. Goes with an optimum-onnx made for it."""
+    """Methods that `generate` of transformers 5 expects of a model. Goes with an optimum-onnx for transformers 5."""
 
     def get_experts_implementation(self) -> dict[str, str]:
-        """None: `generate` would switch to another one for decoding."""
+        """Return nothing, so that `generate` does not switch implementations for decoding."""
         return {}
 
 
-# The caches that transformers' own forward takes: transformers 4 has a class of LFM2's own, 5 one for every model.
-# The former goes with transformers 4. Types are checked against the release that pip resolves: hence what is ignored.
+# The cache of transformers' own forward. transformers 5 has one class for all models. transformers 4 has one for LFM2
+# alone; it goes with transformers 4. mypy checks against the release that pip resolves, hence the ignored errors.
 
 if TRANSFORMERS_5:
     from transformers import DynamicCache
     from transformers.cache_utils import DynamicLayer
 
     class _HybridCache(DynamicCache):
-        """transformers 5's cache, which looks for an attention layer even where a model has none."""
+        """transformers 5's cache, told its length: it reads it off an attention layer, and a model may have none."""
 
         length = 0
 
@@ -227,7 +231,12 @@ if TRANSFORMERS_5:
             return self.length + query_length, 0
 
     def hybrid_cache(model: PreTrainedModel, caches: Caches | None) -> Any:
-        """A cache of one row for transformers' forward in float32, with `caches` (a tuple a layer) or empty."""
+        """Make a cache of one row for transformers' forward in float32.
+
+        Args:
+            caches: a tuple a layer: the state (1, hidden_size, conv_L_cache), or keys and values (1, kv_heads,
+                length, head_dim). None makes an empty cache.
+        """
         cache: Any = _HybridCache(config=model.config)
         # All keys of sliding attention, which its mask hides: a window of its own would be another thing to be right.
         cache.layers = [DynamicLayer() if getattr(layer, "is_sliding", False) else layer for layer in cache.layers]
@@ -237,14 +246,20 @@ if TRANSFORMERS_5:
         return cache
 
     def hybrid_cache_layers(cache: Any) -> list[tuple[torch.Tensor, ...]]:
-        """The inverse of `hybrid_cache`: one tuple of caches a layer."""
+        """Undo `hybrid_cache`: return one tuple of tensors a layer."""
         return [
             (layer.conv_states[0],) if hasattr(layer, "conv_states") else (layer.keys, layer.values)
             for layer in cache.layers
         ]
 
     def call(model: PreTrainedModel, ids: torch.Tensor, cache: Any, length: int) -> torch.Tensor:
-        """The first output of transformers' forward for one row's new `ids`, (1, new), on `length` cached tokens."""
+        """Return the first output of transformers' forward for one row: logits or hidden states, (1, new, width).
+
+        Args:
+            ids: the new tokens, int64 (1, new).
+            cache: one of `hybrid_cache`. The call extends it.
+            length: the number of tokens that the cache holds.
+        """
         cache.length = length
         positions = torch.arange(length, length + ids.shape[1], device=ids.device)
         return model(input_ids=ids, position_ids=positions[None], use_cache=True, **{CACHE: cache})[0]
@@ -253,7 +268,7 @@ else:
     from transformers.models.lfm2.modeling_lfm2 import Lfm2HybridConvCache
 
     class _ConvCache(Lfm2HybridConvCache):
-        """transformers 4's cache, which looks for an attention layer even where a model has none."""
+        """transformers 4's cache, told its length: it reads it off an attention layer, and a model may have none."""
 
         def __init__(self, model: PreTrainedModel) -> None:
             self.key_cache: list[torch.Tensor] = []
@@ -266,7 +281,12 @@ else:
             return self.length
 
     def hybrid_cache(model: PreTrainedModel, caches: Caches | None) -> Any:
-        """A cache of one row for transformers' forward in float32, with `caches` (a tuple a layer) or empty."""
+        """Make a cache of one row for transformers' forward in float32.
+
+        Args:
+            caches: a tuple a layer: the state (1, hidden_size, conv_L_cache), or keys and values (1, kv_heads,
+                length, head_dim). None makes an empty cache.
+        """
         config = model.config
         cache = _ConvCache(model)
         nothing, empty_state = torch.zeros(0), torch.zeros(1, config.hidden_size, config.conv_L_cache)
@@ -282,14 +302,20 @@ else:
         return cache
 
     def hybrid_cache_layers(cache: Any) -> list[tuple[torch.Tensor, ...]]:
-        """The inverse of `hybrid_cache`: one tuple of caches a layer."""
+        """Undo `hybrid_cache`: return one tuple of tensors a layer."""
         return [
             (cache.conv_cache[i],) if layer_type == CONV else (cache.key_cache[i], cache.value_cache[i])
             for i, layer_type in enumerate(cache.layer_types)
         ]
 
     def call(model: PreTrainedModel, ids: torch.Tensor, cache: Any, length: int) -> torch.Tensor:
-        """The first output of transformers' forward for one row's new `ids`, (1, new), on `length` cached tokens."""
+        """Return the first output of transformers' forward for one row: logits or hidden states, (1, new, width).
+
+        Args:
+            ids: the new tokens, int64 (1, new).
+            cache: one of `hybrid_cache`. The call extends it.
+            length: the number of tokens that the cache holds.
+        """
         cache.length = length
         positions = torch.arange(length, length + ids.shape[1], device=ids.device)
         return model(input_ids=ids, past_key_values=cache, use_cache=True, cache_position=positions)[0]

@@ -1,12 +1,12 @@
-"""Optimum's description of an LFM2 export: inputs, outputs, axes, dummy inputs and the hooks of the conversion."""
+"""What Optimum asks about an LFM2 export: inputs, outputs, axes, dummy inputs, and the hooks of the conversion."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -17,7 +17,6 @@ from packaging import version
 from optimum_lfm2 import compat
 from optimum_lfm2.caches import (
     BATCH,
-    CACHE_NAMES,
     LOGITS_TO_KEEP,
     PAST,
     SEQUENCE,
@@ -29,26 +28,30 @@ from optimum_lfm2.caches import (
 )
 from optimum_lfm2.errors import Lfm2Error
 from optimum_lfm2.export.finish import bind
+from optimum_lfm2.export.model_kwargs import ExportOptions
 from optimum_lfm2.export.patcher import Lfm2ModelPatcher
 from optimum_lfm2.families import MEMBERS
 from optimum_lfm2.genai_config import write_genai_config
 from optimum_lfm2.graph import ops
 from optimum_lfm2.graph.member import Member
 from optimum_lfm2.metadata import ANY_PADDING, IN_PLACE
-from optimum_lfm2.weights.blocks import EMBEDDINGS, SCHEMES, Scheme
+from optimum_lfm2.weights.blocks import SCHEMES, Scheme
 
 
 Shapes = dict[str, tuple[int | str, ...] | None]
 
-FULL = 16  # columns of a full cache in dummy inputs, at least
+FULL = 16  # the fewest columns of a filled cache in dummy inputs
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 
 
 class Lfm2OnnxConfig(TextDecoderOnnxConfig):
-    """Dense LFM2 models: `text-generation`, `feature-extraction`, each with and without past.
+    """The configuration of every member of the family, for `text-generation` and `feature-extraction`.
+
+    Each task has a form with past and one without.
 
     Inputs: `input_ids`, `attention_mask`, the caches in layer order, and for text-generation `num_logits_to_keep`.
-    Outputs: `logits` or `last_hidden_state`, then the present caches in the same order.
+    Outputs: `logits` or `last_hidden_state`, then the present caches in the same order. `input_shapes` and
+    `output_shapes` give the shapes. Ids and masks are int64, everything else is of the dtype `float_dtype`.
     """
 
     NORMALIZED_CONFIG_CLASS = NormalizedTextConfig
@@ -63,20 +66,13 @@ class Lfm2OnnxConfig(TextDecoderOnnxConfig):
     }
 
     DEFAULT_VARIANT = "default"
-    # What --model-kwargs may say; the first value is the default, and each is an attribute of this class.
-    MODEL_KWARGS: ClassVar[dict[str, tuple[str, ...]]] = {
-        "embedding": EMBEDDINGS,
-        "cache_names": tuple(CACHE_NAMES),
-    }
-
-    weights: Mapping[str, torch.Tensor] = {}
-    embedding = "fused"
-    cache_names = "hub"
-    logits_default = True  # whether `num_logits_to_keep` may be left out by who runs the file
+    # `patch_model_for_export` sets these: Optimum gives a configuration neither the model nor `--model-kwargs` before.
+    _options = ExportOptions()
+    _weights: Mapping[str, torch.Tensor] = MappingProxyType({})
 
     @property
     def member(self) -> Member:
-        """The record of the model's member of the family."""
+        """The record of the family member that the model belongs to."""
         return MEMBERS[self._config.model_type]
 
     @property
@@ -85,6 +81,7 @@ class Lfm2OnnxConfig(TextDecoderOnnxConfig):
 
     @property
     def variant(self) -> str:
+        """The precision of the weights, a key of `VARIANTS`. Setting it raises `Lfm2Error` for any other name."""
         return self._variant
 
     @variant.setter
@@ -92,59 +89,75 @@ class Lfm2OnnxConfig(TextDecoderOnnxConfig):
         name = self.DEFAULT_VARIANT if name == "default" else name
         self.check_variant(name)
         self._variant = name
-        # Optimum exports with a new config that it makes of this one's class alone: so the variant goes into the class.
+        # Optimum exports with a new configuration, and takes nothing but the class from this one. So the class has the
+        # variant too.
         self.__class__ = _class_of_variant(self._plain_class(), name)
 
     @classmethod
     def _plain_class(cls) -> Any:
-        """The class that a module holds, of which the variant's class is made."""
+        """Return the class that a module holds. The class of a variant is derived from it."""
         return cls
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickled by the plain class and the variant, since no module holds the variant's class."""
+        """Pickle the plain class and the variant, since no module holds the class of the variant."""
         return _unpickled, (self._plain_class(), self.variant), self.__dict__
 
     @property
     def scheme(self) -> Scheme | None:
-        """How the weights are quantised; None: not at all."""
+        """How the weights are quantised. None means that they are not."""
         scheme = SCHEMES.get(self.variant)
         return scheme and replace(scheme, embedding=self.embedding)
 
+    @property
+    def embedding(self) -> str:
+        """How a quantised graph reads the embedding."""
+        return self._options.embedding
+
+    @property
+    def cache_names(self) -> str:
+        """The naming convention of the caches."""
+        return self._options.cache_names
+
+    @property
+    def weights(self) -> Mapping[str, torch.Tensor]:
+        """Each parameter by its name in the checkpoint. It is empty until `patch_model_for_export` has the model."""
+        return self._weights
+
     @classmethod
     def check_variant(cls, name: str) -> None:
-        """Raise `Lfm2Error`, which lists the variants, for one that is not there."""
+        """Raise `Lfm2Error` for an unknown variant. The message lists those that there are."""
         if name not in cls.VARIANTS:
             known = "".join(f"\n  {variant}: {description}" for variant, description in cls.VARIANTS.items())
             raise Lfm2Error(f"LFM2 has no variant {name}. It has:{known}")
 
-    @classmethod
-    def check_model_kwargs(cls, options: Any) -> None:
-        """Raise `Lfm2Error` for `--model-kwargs` that nothing would heed."""
-        listed = (f"{name} ({', '.join(values)})" for name, values in cls.MODEL_KWARGS.items())
-        known = f"LFM2 knows {', '.join(listed)}."
-        if not isinstance(options, dict):
-            raise Lfm2Error(f"--model-kwargs {options}: give a JSON object. {known}")
-        if unknown := sorted(options.keys() - set(cls.MODEL_KWARGS)):
-            raise Lfm2Error(f"--model-kwargs: nothing knows {', '.join(unknown)}. {known}")
-        for name, value in options.items():
-            if value not in cls.MODEL_KWARGS[name]:
-                raise Lfm2Error(f"--model-kwargs: {name} is {json.dumps(value)}. {known}")
-
     def patch_model_for_export(self, model: Any, model_kwargs: dict[str, Any] | None = None) -> Lfm2ModelPatcher:
-        """Optimum hands over `--model-kwargs`, to which it adds `logits_to_keep`."""
-        options = {name: value for name, value in (model_kwargs or {}).items() if name != "logits_to_keep"}
-        self.check_model_kwargs(options)
-        if self.scheme is not None:  # called before the trace: what cannot be quantised is refused here
+        """Read the options and the model's weights, and return the patcher. Optimum calls this before the trace.
+
+        Args:
+            model: a model of transformers. It may be on the meta device, with a `checkpoint` that has its weights.
+            model_kwargs: what `ExportOptions.read` takes. Optimum adds `logits_to_keep`.
+
+        Raises:
+            Lfm2Error: the options are wrong, or the weights cannot be quantised as the variant says.
+        """
+        given = {name: value for name, value in (model_kwargs or {}).items() if name != "logits_to_keep"}
+        options = ExportOptions.read(given)
+        if "num_logits_to_keep" in given and self.task != "text-generation":
+            raise Lfm2Error(
+                f"--model-kwargs: num_logits_to_keep is no input of a graph for {self.task}. Leave the option out."
+            )
+        self._options = options
+        if self.scheme is not None:
             self.member.check_scheme(self.scheme, self._config)
-        for name, values in self.MODEL_KWARGS.items():
-            setattr(self, name, options.get(name, values[0]))
-        return super().patch_model_for_export(model, model_kwargs)
+        patcher = super().patch_model_for_export(model, model_kwargs)
+        self._weights = patcher.weights
+        return patcher
 
     @property
     def ATOL_FOR_VALIDATION(self) -> float:  # noqa: N802  Optimum's name
-        """The largest share of its length by which a token's value may differ in a layer (see `validation.py`).
+        """The largest relative error of a token that validation accepts in a layer (see `validation.relative_error`).
 
-        Quantised files are compared with the values that their weights stand for, activations in float.
+        The reference of a quantised file computes with the dequantised weights, and both keep activations in float.
         """
         if self.scheme is None:
             return 1e-4 if self.float_dtype == "fp32" else 2e-2
@@ -152,18 +165,24 @@ class Lfm2OnnxConfig(TextDecoderOnnxConfig):
 
     @property
     def cache_tensors(self) -> list[CacheTensor]:
+        """The cache tensors in the order of the inputs."""
         return self.member.cache_tensors(self._config, self.cache_names)
 
     @property
     def inputs(self) -> dict[str, dict[int, str]]:
+        """For each input, in order, the axes that vary: index to symbol."""
         return _axes(self.input_shapes())
 
     @property
     def outputs(self) -> dict[str, dict[int, str]]:
+        """For each output, in order, the axes that vary: index to symbol."""
         return _axes(self.output_shapes())
 
     def input_shapes(self) -> Shapes:
-        """The inputs in order, a name for each axis that varies; None: `num_logits_to_keep` takes a scalar or [1]."""
+        """Return the shape of each input, in order. A symbol stands for an axis that varies.
+
+        `num_logits_to_keep` has None, so that a caller may feed a scalar or a vector of one element.
+        """
         shapes: Shapes = {
             "input_ids": (BATCH, SEQUENCE),
             "attention_mask": (BATCH, TOTAL if self.use_past_in_inputs else SEQUENCE),
@@ -175,6 +194,7 @@ class Lfm2OnnxConfig(TextDecoderOnnxConfig):
         return shapes
 
     def output_shapes(self) -> Shapes:
+        """Return the shape of each output, in order. A symbol stands for an axis that varies."""
         if self.task == "text-generation":
             shapes: Shapes = {"logits": (BATCH, "num_logits", self._config.vocab_size)}
         else:
@@ -184,19 +204,33 @@ class Lfm2OnnxConfig(TextDecoderOnnxConfig):
         return shapes
 
     def metadata(self) -> dict[str, str]:
-        """What our runtime may rely on. Heads of other widths are padded in the graph, outside the cache's buffer."""
+        """Return what our runtime may rely on, as entries for the file's metadata.
+
+        The graph pads heads whose width GroupQueryAttention does not take. The padded copy is no longer the cache's
+        buffer, so such a graph cannot write keys and values in place.
+        """
         in_place = head_dim(self._config) % ops.HEAD_DIM_MULTIPLE == 0
         return {ANY_PADDING: "true", IN_PLACE: str(in_place).lower()}
 
     def ordered_inputs(self, model: Any) -> dict[str, dict[int, str]]:
-        """The inputs as declared: the forward of the patched model takes them in this order."""
+        """Return the inputs as declared. The patched model's forward takes them in this order."""
         return self.inputs
 
     def generate_dummy_inputs(self, framework: str = "pt", **shapes: Any) -> dict[str, Any]:
-        """Rows with padding on either side, on a cache that is full where onnxruntime takes it.
+        """Return rows with padding on either side, over a filled cache where onnxruntime allows it.
 
-        `GroupQueryAttention` refuses several rows with several new tokens on a full cache. So Optimum's default shapes
-        become one row of 16 tokens on a cache of 16; other shapes are kept, with an empty cache where it must be.
+        GroupQueryAttention refuses several rows with several new tokens over a filled cache (onnxruntime 1.32, CPU;
+        `test_claims.py`). Optimum's default shapes therefore become one row of 16 tokens over a cache of 16. Other
+        shapes stay, and have an empty cache where a filled one would be refused.
+
+        Args:
+            framework: Optimum's argument; the values are torch tensors.
+            shapes: `batch_size` and `sequence_length`, else Optimum's defaults. Others do not matter.
+
+        Returns:
+            `input_ids`, int64 (batch_size, sequence_length). `attention_mask`, int64 (batch_size, past length +
+            sequence_length). With past, `past_key_values`, a tuple of caches a layer. For text-generation,
+            `num_logits_to_keep`, an int64 scalar.
         """
         default = {name: DEFAULT_DUMMY_SHAPES[name] for name in ("batch_size", "sequence_length")}
         wanted = {name: shapes.get(name, value) for name, value in default.items()}
@@ -204,10 +238,13 @@ class Lfm2OnnxConfig(TextDecoderOnnxConfig):
         return self._dummy_inputs(batch, length, full=batch == 1 or length == 1)
 
     def validation_inputs(self, shapes: Mapping[str, int]) -> list[dict[str, Any]]:
-        """The calls that validation makes: padded rows on an empty cache; on a full one a token each, and a chunk.
+        """Return the inputs of each call that validation compares, in the form of `generate_dummy_inputs`.
+
+        There are padded rows over an empty cache. With past there are also one token a row, and a chunk of one row,
+        over a filled cache.
 
         Args:
-            shapes: what the user asked for in place of Optimum's default: then this alone.
+            shapes: `batch_size` and `sequence_length`. Where these are not Optimum's defaults, there is one call.
         """
         default = {name: DEFAULT_DUMMY_SHAPES[name] for name in ("batch_size", "sequence_length")}
         batch, length = (shapes.get(name, value) for name, value in default.items())
@@ -219,14 +256,14 @@ class Lfm2OnnxConfig(TextDecoderOnnxConfig):
         return [self._dummy_inputs(*call) for call in (calls if self.use_past_in_inputs else calls[:1])]
 
     def _dummy_inputs(self, batch: int, length: int, full: bool) -> dict[str, Any]:
-        # A row sees all but three of its columns, and transformers 4 needs as many as a convolution is wide.
+        # A row may have three masked columns, and transformers 4.57 needs `conv_L_cache` visible ones to go on.
         past = max(FULL, self._config.conv_L_cache + 3) if full and self.use_past_in_inputs else 0
         generator = torch.Generator().manual_seed(0)
         mask = torch.ones(batch, past + length, dtype=torch.int64)
         for row in range(batch):
-            mask[row, : min(row % 2 * 2 + (past > 0), past + length - 1)] = 0  # left padding, in the cache or before it
+            mask[row, : min(row % 2 * 2 + (past > 0), past + length - 1)] = 0  # padding on the left
             if length > 2 and row % 2 == 0:
-                mask[row, -2:] = 0  # right padding
+                mask[row, -2:] = 0  # padding on the right
         inputs: dict[str, Any] = {
             "input_ids": torch.randint(0, self._config.vocab_size, (batch, length), generator=generator),
             "attention_mask": mask,
@@ -245,6 +282,11 @@ class Lfm2OnnxConfig(TextDecoderOnnxConfig):
         return unflatten([values(tensor) for tensor in self.cache_tensors], self.cache_tensors)
 
     def flatten_output_collection_property(self, name: str, field: Iterable[Any]) -> dict[str, Any]:
+        """Map the name of each cache to its tensor in `field`, which has one tuple a layer.
+
+        Args:
+            name: `past_key_values` for the inputs' names, `present` for the outputs'. Optimum answers for any other.
+        """
         if name not in ("past_key_values", "present"):
             return super().flatten_output_collection_property(name, field)
         names = [tensor.past if name == "past_key_values" else tensor.present for tensor in self.cache_tensors]
@@ -253,15 +295,19 @@ class Lfm2OnnxConfig(TextDecoderOnnxConfig):
     def fix_dynamic_axes(
         self, model_path: Path, device: str = "cpu", dtype: str | None = None, input_shapes: dict | None = None
     ) -> None:
-        """Optimum calls this right after the trace: declare the shapes and stream the weights into the file."""
+        """Declare the shapes and stream the weights into the file. Optimum calls this right after the trace."""
         shapes = {**self.input_shapes(), **self.output_shapes()}
-        bind(model_path, self.weights, shapes, self.metadata(), self.scheme, self.logits_default, self.member.passes)
+        logits_default = self._options.num_logits_to_keep == "optional"
+        bind(model_path, self.weights, shapes, self.metadata(), self.scheme, logits_default, self.member.passes)
 
     def post_process_exported_models(self, path: Path, models_and_onnx_configs: dict, onnx_files_subpaths: list[str]):
-        """Tied weights are one tensor already; what Optimum has saved beside the model becomes readable for all."""
+        """Make the tokenizer's files readable for every runtime, and write `genai_config.json`.
+
+        Optimum would look for tied weights here. The file has one tensor for them already.
+        """
         compat.spell_tokenizer_for_both(Path(path))
         compat.repeat_chat_template(Path(path))
-        ((_, config),) = models_and_onnx_configs.values()  # the one that was exported, and knows --model-kwargs
+        ((_, config),) = models_and_onnx_configs.values()  # it has read --model-kwargs
         if config.task == "text-generation" and config.use_past:
             write_genai_config(Path(path), onnx_files_subpaths[0], config._config, config.cache_tensors)
         return models_and_onnx_configs, onnx_files_subpaths
@@ -279,7 +325,7 @@ def _unpickled(plain: Any, name: str) -> Lfm2OnnxConfig:
 
 
 def _axes(shapes: Shapes) -> dict[str, dict[int, str]]:
-    """Only the axes that vary, as Optimum and torch want them."""
+    """Return the axes that vary, in the form that Optimum and torch want."""
     return {
         name: {i: axis for i, axis in enumerate(shape or ()) if isinstance(axis, str)} for name, shape in shapes.items()
     }

@@ -1,4 +1,4 @@
-"""What `ORTModelForCausalLM` itself does with a folder of ours; every other goes to Optimum as it came."""
+"""`ORTModelForCausalLM` loads our models as our class. Optimum gets every other call unchanged."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from optimum_lfm2.modeling import ORTLfm2ForCausalLM
 
 
 def _genai_folder(cls: type, model_id: Any, subfolder: str = "", **_: Any) -> Path | None:
-    """Where a local folder has genai_config.json but no config.json, without which Optimum refuses it.
+    """Return the local folder that has a genai_config.json and no config.json; None where there is none.
 
-    `ORTModelForCausalLM` gets it only if it says that the model is ours.
+    Optimum refuses such a folder. `ORTModelForCausalLM` itself loads it only if the file names a model of ours.
     """
     folders = [Path(model_id, subfolder), Path(model_id)]
     if any((folder / CONFIG_NAME).is_file() for folder in folders):
@@ -42,11 +42,11 @@ def _refuse_adapter(model_id: Any) -> None:
 
 
 def _check_config(path: Path, model_types: tuple[str, ...]) -> None:
-    """Refuse a local model of ours whose config.json cannot be, before transformers makes an object of it."""
+    """Refuse a local model of ours with an impossible config.json, before transformers reads it."""
     try:
         written = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
-        return  # nothing tells that it is ours
+        return  # it may be anybody's, so Optimum says what is wrong
     if isinstance(written, dict) and written.get("model_type") in list(model_types):
         check_fields(written, str(path))
         loaded_config(path.parent)
@@ -55,7 +55,11 @@ def _check_config(path: Path, model_types: tuple[str, ...]) -> None:
 def dispatch(model_types: tuple[str, ...]) -> None:
     """Make `ORTModelForCausalLM` itself load and export these model types as `ORTLfm2ForCausalLM`.
 
-    Every other model, and every other class, goes to Optimum's methods with the arguments as they came.
+    Every other model, and every other class, goes to Optimum's methods with unchanged arguments. The wrapped methods
+    raise `Lfm2Error` for a local folder of ours that is wrong.
+
+    Args:
+        model_types: our types, as in config.json.
     """
     ORTModelForCausalLM.from_pretrained = classmethod(  # type: ignore[assignment]
         _checking_folders(ORTModelForCausalLM.from_pretrained.__func__, model_types)
@@ -72,7 +76,7 @@ def _checking_folders(original: Callable[..., Any], model_types: tuple[str, ...]
     def from_pretrained(cls: type, *args: Any, **kwargs: Any) -> Any:
         folder = None
         if cls in (ORTModelForCausalLM, ORTLfm2ForCausalLM):
-            with suppress(TypeError):  # of a wrong call, of which Optimum complains
+            with suppress(TypeError):  # the call lacks an argument or has one too many: Optimum says so
                 given = parameters.bind(cls, *args, **kwargs).arguments
                 _refuse_adapter(given["model_id"])
                 _check_config(Path(given["model_id"], given.get("subfolder") or "", CONFIG_NAME), model_types)

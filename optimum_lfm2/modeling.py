@@ -19,8 +19,9 @@ from optimum_lfm2 import compat
 from optimum_lfm2.errors import Lfm2Error
 from optimum_lfm2.runtime.arguments import check_ids, check_positions, is_empty
 from optimum_lfm2.runtime.cache import Lfm2Cache
-from optimum_lfm2.runtime.files import generation_config_of, only_file, refused_graphs
+from optimum_lfm2.runtime.files import FileIdentity, generation_config_of, only_file, refused_graphs
 from optimum_lfm2.runtime.layout import GraphLayout
+from optimum_lfm2.runtime.padding_warning import right_padding_allowed
 from optimum_lfm2.runtime.rows import RowRunner
 from optimum_lfm2.runtime.session import GraphSession
 from optimum_lfm2.runtime.threads import single_torch_thread
@@ -59,6 +60,7 @@ class ORTLfm2ForCausalLM(compat.GenerationWithoutExperts, ORTModelForCausalLM):
         )
         self.layout = GraphLayout.read(session, config)
         self.layout.check(config, self.path)
+        self._file = FileIdentity.of(self.path)
         self.can_use_cache = bool(self.layout.caches)
         self.generation_config = generation_config or GenerationConfig.from_model_config(config)
         if not self.can_use_cache:
@@ -66,7 +68,7 @@ class ORTLfm2ForCausalLM(compat.GenerationWithoutExperts, ORTModelForCausalLM):
         self._connect()
 
     def _connect(self) -> None:
-        self._graph = GraphSession(self.session, self.layout, self.device)
+        self._graph = GraphSession(self.session, self.layout, self.device, self._file)
         self._rows = RowRunner(self._graph, self.layout.any_padding)
 
     def to(self, *args: Any, **kwargs: Any) -> ORTLfm2ForCausalLM:
@@ -198,7 +200,7 @@ class ORTLfm2ForCausalLM(compat.GenerationWithoutExperts, ORTModelForCausalLM):
                 mask = kwargs.get("attention_mask")
                 positions = kwargs.pop("position_ids", None)
                 check_positions(positions, torch.ones_like(ids) if mask is None else mask, ids.shape[1])
-        with single_torch_thread():
+        with single_torch_thread(), right_padding_allowed():
             return super().generate(*args, **kwargs)
 
     def _prepare_cache_for_generation(

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from transformers import Lfm2Config, Lfm2ForCausalLM, PreTrainedModel
 
 
@@ -161,3 +164,12 @@ def gold_tokens(model: PreTrainedModel, prompt: torch.Tensor, new_tokens: int) -
     tokens = ids[0, len(prompt) :].tolist()
     assert len(set(tokens)) > new_tokens // 3, "a gold that repeats itself proves nothing"
     return tokens
+
+
+def changed_copy(source: Path, folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> Path:
+    """Copy a checkpoint of one file into `folder`, and let `change` edit the dictionary of its stored tensors."""
+    path = shutil.copytree(source, folder / "changed")
+    tensors = load_file(path / "model.safetensors")
+    change(tensors)
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    return path

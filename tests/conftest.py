@@ -79,7 +79,7 @@ def hub_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(_Materialize, "__call__", lambda self, *args: loads.append(1) or load(self, *args))
         assert run("--model", TRAINED, folder, "--base-model", "me/trained", "--license", "apache-2.0", *TEXT) == 0
-    assert len(loads) == 3, "the weights are loaded for each dtype, and for the text"
+    assert len(loads) <= 1, "an export never holds all weights in memory; the reference for the text may"
     return folder
 
 

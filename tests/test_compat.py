@@ -1,4 +1,4 @@
-"""Checkpoints that transformers 5 saved, and folders that it reads, work with transformers 4 and 5."""
+"""transformers 4 and 5 both read the checkpoints that transformers 5 saved, and the folders that we write."""
 
 from __future__ import annotations
 

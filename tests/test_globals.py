@@ -34,7 +34,7 @@ def onnx_config(model, variant: str):
 
 @pytest.mark.parametrize("variant", ["default", "q4", "q8"])
 def test_a_config_of_any_variant_is_pickled_and_copied(variant, gold_model):
-    """Also after Optimum has made it anew from its class, as it does for decoders."""
+    """Optimum makes a new configuration from the class of the first, as it does for decoders."""
     model = gold_model("hybrid")
     config = type(onnx_config(model, variant))(
         model.config, task="text-generation", use_past=True, use_past_in_inputs=True
@@ -95,7 +95,7 @@ def test_the_patcher_puts_an_instances_own_forward_back(gold_model):
 
 
 def test_quiet_leaves_the_severity_of_onnxruntime(monkeypatch):
-    """The severity of the process cannot be read, so nobody could put it back: sessions get their own."""
+    """The process-wide severity cannot be read, so it could not be put back. Each session has its own."""
     monkeypatch.setattr(onnxruntime, "set_default_logger_severity", None)
     with quiet():
         pass
@@ -125,7 +125,7 @@ def test_a_tokenizer_of_transformers_5_is_read_for_our_types(model_type, read, c
 
 
 def test_arguments_by_position_reach_optimum(exported):
-    """`revision` is the fifth."""
+    """`revision` is the fifth positional argument."""
     model = ORTModelForCausalLM.from_pretrained(exported("hybrid"), None, False, "", "main")
     assert model(torch.tensor([[3, 4]])).logits.shape[:2] == (1, 2)
 

@@ -1,4 +1,4 @@
-"""Bad input by the dozen: each mutation of a checkpoint is one line, or the right file."""
+"""Many mutations of a checkpoint and of an export. Each ends in an error of one line, or in a right result."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A child has none of the threads that this process started, and would wait for them."""
+    """A forked child lacks the threads of this process, and would wait for them."""
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
     before = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -50,7 +50,7 @@ def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def export(source: Path, out: Path) -> int:
-    """`optimum-cli export onnx` in this process: its exit code."""
+    """Run `optimum-cli export onnx` in this process and return its exit code."""
     parser = ArgumentParser()
     parse_args_onnx(parser)
     command = object.__new__(ONNXExportCommand)
@@ -63,7 +63,7 @@ def export(source: Path, out: Path) -> int:
 
 
 def run_export(source: Path, work: Path) -> str:
-    """What is wrong with how the export of `source` ended, "" if nothing is; its standard error is `work/stderr`."""
+    """Return what is wrong with the end of an export, or "". `work/stderr` holds its standard error."""
     code = export(source, work / "out")
     sys.stderr.flush()
     said = (work / "stderr").read_text()
@@ -86,7 +86,7 @@ def run_publish(source: Path, work: Path) -> str:
 
 
 def compare(source: Path, out: Path) -> str:
-    """What transformers loads of the mutated checkpoint is gold: a mutation may make another model that is as good."""
+    """The gold is what transformers loads of the mutated checkpoint: a mutation may give another valid model."""
     with torch.no_grad():
         gold = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)(IDS, use_cache=False).logits.numpy()
     ours = ORTModelForCausalLM.from_pretrained(out)(IDS).logits.numpy()
@@ -96,7 +96,7 @@ def compare(source: Path, out: Path) -> str:
 
 
 def run_load(source: Path, work: Path, loads: type = ORTModelForCausalLM) -> str:
-    """What is wrong with how the runtime met a mutated export; "" if nothing is."""
+    """Return what is wrong with the runtime's answer to a mutated export, or ""."""
     try:
         loads.from_pretrained(source)(IDS)
     except Lfm2Error as error:
@@ -105,7 +105,7 @@ def run_load(source: Path, work: Path, loads: type = ORTModelForCausalLM) -> str
 
 
 def fork(work: Path, job: Callable[[Path, Path], str]) -> int:
-    """A child of this process that leaves what `job` returns of `work/source` in `work/problem`."""
+    """Start a child of this process, which writes the result of `job` on `work/source` to `work/problem`."""
     if child := os.fork():
         return child
     try:
@@ -125,7 +125,7 @@ def fork(work: Path, job: Callable[[Path, Path], str]) -> int:
 def problems(
     good: Path, spoiled: Iterable[tuple[str, Spoil]], job: Callable[[Path, Path], str], place: Path
 ) -> dict[str, str]:
-    """The mutations that end otherwise than they must, each with what is wrong; as many at once as there are cores."""
+    """Return the mutations that end wrongly, each with what is wrong. As many run at once as there are cores."""
     found: dict[str, str] = {}
     running: dict[int, tuple[str, Path]] = {}
 

@@ -49,7 +49,7 @@ class HouseModel(PreTrainedModel):
 
 @pytest.fixture(scope="module")
 def models(checkpoint, tmp_path_factory) -> Path:
-    """A folder for each model, and for each `no-...` that is none."""
+    """Make a folder for each model, and for each `no-...` that holds none."""
     import torch
     from safetensors.torch import save_file
     from transformers import BertConfig, BertForMaskedLM, BertModel, LlamaConfig, LlamaForCausalLM
@@ -90,7 +90,7 @@ def models(checkpoint, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def found(models, tmp_path_factory) -> dict[str, dict]:
-    """What `others.py` finds with and without this package, both at once."""
+    """Run `others.py` with and without this package at the same time, and return both results."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
     environment["PYTHONHASHSEED"] = "0"  # some errors list a set
     running = {}
@@ -132,7 +132,7 @@ def test_files_tokens_and_errors_are_the_same(found):
     ],
 )
 def test_the_comparison_is_of_something(name, what, found):
-    """Two failures for a reason of the test's would be the same too."""
+    """The comparison would also succeed if both runs failed for one reason that lies in the test."""
     answer = found["without"][name]
     assert what in json.dumps(answer)
     assert ("error" in answer) == (what not in ("model.onnx", "ORTModelForCausalLM"))

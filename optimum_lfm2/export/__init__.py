@@ -1,1 +1,1 @@
-"""From a transformers model to an ONNX file: the graph, its trace, the weights that are streamed into it."""
+"""`export onnx`: load the model, trace the graph, stream the weights into the file, validate it."""

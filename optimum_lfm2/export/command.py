@@ -1,4 +1,4 @@
-"""`optimum-cli export onnx` for LFM2: check, export into a staging folder, validate, move into place."""
+"""`optimum-cli export onnx` for LFM2: check the request, export to a staging folder, validate, move into place."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from optimum_lfm2.export.staging import staged
 from optimum_lfm2.export.validation import errors_as_they_are
 
 
-# Loggers whose warnings of this export nobody can act on.
+# Loggers whose warnings a user of the export cannot act on.
 QUIET = (
     "huggingface_hub.repocard",
     "transformers.configuration_utils",
     "transformers.generation.configuration_utils",
-    "transformers.distributed",  # speaks up when modeling_utils is silent
-    "transformers.integrations",  # says that a package for GPUs is missing
+    "transformers.distributed",  # warns in place of modeling_utils where that is silenced
+    "transformers.integrations",  # warns that a package for GPUs is missing
     "transformers.modeling_utils",
 )
 
@@ -36,7 +36,7 @@ def run_export(command: Any, original: Callable[[Any], None], config: Mapping[st
         config: the checkpoint's `config.json`.
 
     Raises:
-        SystemExit: 1 after one line on stderr for bad input, 130 when interrupted.
+        SystemExit: 1 for bad input or a failing file system, 130 when interrupted. One line on stderr says why.
     """
     with reported():
         options.check(command.args, config)
@@ -51,10 +51,10 @@ def run_export(command: Any, original: Callable[[Any], None], config: Mapping[st
 
 @contextmanager
 def reported() -> Iterator[None]:
-    """Turn an error of the block into one line on stderr.
+    """Report an error in the `with` block as one line on stderr.
 
     Raises:
-        SystemExit: 1 for bad input, 130 when interrupted.
+        SystemExit: 1 for bad input or a failing file system, 130 when interrupted.
     """
     try:
         yield
@@ -80,7 +80,7 @@ def _arguments(command: Any, folder: Any) -> Iterator[None]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence, for as long as the block runs, the warnings of other libraries that a user can do nothing about."""
+    """Within the `with` block, silence warnings of other libraries that a user cannot act on."""
     with warnings.catch_warnings(), _at_level(logging.ERROR, *QUIET):
         warnings.filterwarnings("ignore", message=".*torch_dtype.*")
         warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"(torch|optimum)\.")

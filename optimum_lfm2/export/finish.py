@@ -1,4 +1,4 @@
-"""Weights from the checkpoint into the file, one tensor in memory at a time."""
+"""Finish the traced file: quantise, declare shapes, and stream the weights in, one tensor in memory at a time."""
 
 from __future__ import annotations
 
@@ -34,16 +34,19 @@ def bind(
     logits_default: bool = True,
     passes: Sequence[GraphPass] = (),
 ) -> None:
-    """Turn a traced file with placeholders into a complete model beside one `{name}_data` file.
+    """Turn a traced file with placeholders into a complete model with its weights in one `{name}_data` file.
 
     Args:
-        path: the traced file; it is replaced.
-        weights: each parameter by its name in the checkpoint; names that are tied share one tensor.
-        shapes: the shape of each input and output, symbols for the axes that vary; None declares no shape.
-        metadata: what the file says of itself to those who load it.
-        scheme: how to quantise the linear layers and the embedding; None keeps every weight as it is.
-        passes: what the member of the family needs besides (`Member.passes`).
-        logits_default: whether `num_logits_to_keep` gets a default, so that it may be left out.
+        path: the traced file. The complete model replaces it.
+        weights: each parameter by its name in the checkpoint. Tied names share one tensor.
+        shapes: the shape of each input and output, with symbols for the axes that vary. None declares no shape.
+        metadata: entries for the file's metadata.
+        scheme: how the linear layers and the embedding are quantised. None keeps every weight as it is.
+        logits_default: whether `num_logits_to_keep` gets the default 0, so that a caller may leave it out.
+        passes: passes of the family member (`Member.passes`).
+
+    Raises:
+        Lfm2Error: a weight cannot be read or quantised.
     """
     model = ir.load(path)
     views: dict[ir.Value, str] = {}
@@ -71,7 +74,7 @@ def _replace_placeholders(graph: ir.Graph, weights: Mapping[str, torch.Tensor]) 
             continue
         name, kernel = node.attributes.get_string("name"), bool(node.attributes.get_int("kernel"))
         placeholder = node.outputs[0]
-        if placeholder.uses():  # the quantiser leaves some without
+        if placeholder.uses():  # a quantised weight's placeholder has none
             read = partial(_read, weights, name, kernel)
             tensor = ir.LazyTensor(read, dtype=placeholder.dtype, shape=placeholder.shape, name=name)
             placeholder.replace_all_uses_with(add_initializer(graph, tensor))
@@ -84,14 +87,18 @@ def _read(weights: Mapping[str, torch.Tensor], name: str, kernel: bool) -> ir.Te
 
 
 def _declare_shapes(graph: ir.Graph, shapes: Mapping[str, Sequence[int | str] | None]) -> None:
-    """Numbers for the axes that do not vary: clients build empty caches from them."""
+    """Declare numbers for the axes that do not vary. Clients build empty caches from them."""
     for value in (*graph.inputs, *graph.outputs):
         shape = shapes[value.name]
         value.shape = None if shape is None else ir.Shape(shape)
 
 
 def _declare_linear_outputs(graph: ir.Graph) -> None:
-    """Onnxruntime's quantizer needs their type, and ONNX's inference stops at operators that are not its own."""
+    """Declare the types of linear layers' outputs, which `optimum-cli onnxruntime quantize` needs.
+
+    ONNX's shape inference cannot find them, since it stops at operators of other domains.
+    `test_optimum_quantizes_the_result` shows it.
+    """
     for node in graph:
         if node.op_type == "Gemm":
             weight, output = node.inputs[1], node.outputs[0]
@@ -99,7 +106,7 @@ def _declare_linear_outputs(graph: ir.Graph) -> None:
 
 
 def _add_default(graph: ir.Graph) -> None:
-    """Give `num_logits_to_keep` the default 0, all: a loop that does not know the input still runs."""
+    """Give `num_logits_to_keep` the default 0, which means all. A loop that does not feed it still runs."""
     for value in graph.inputs:
         if value.name == LOGITS_TO_KEEP:
             value.const_value = ir.tensor(np.array(0, dtype=np.int64), name=value.name)
@@ -121,7 +128,7 @@ def _save(model: ir.Model, path: Path, views: Mapping[ir.Value, str]) -> None:
             callback=advance,
         )
     for value in model.graph.initializers.values():
-        if isinstance(value.const_value, ir.LazyTensor):  # a small one; onnx-ir would hide our error in its own
+        if isinstance(value.const_value, ir.LazyTensor):  # read now, since onnx-ir would wrap our error in its own
             value.const_value = ir.tensor(value.const_value.numpy(), name=value.name)
     for value, stored in views.items():
         value.const_value = _view(model.graph.initializers[stored].const_value, value)
@@ -130,7 +137,10 @@ def _save(model: ir.Model, path: Path, views: Mapping[ir.Value, str]) -> None:
 
 
 def _view(tensor: ir.TensorProtocol, value: ir.Value) -> ir.TensorProtocol:
-    """The bytes of a stored tensor in the shape of `value`: onnxruntime maps the file, so they are not read twice."""
+    """Return a tensor with the shape of `value` over the bytes of a stored one.
+
+    Both point to one place in the data file. onnxruntime maps the file, so the bytes are in memory once.
+    """
     if isinstance(tensor, ir.ExternalTensor):
         return ir.ExternalTensor(
             tensor.location,

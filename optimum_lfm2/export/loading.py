@@ -1,4 +1,4 @@
-"""The model that Optimum exports: its structure at once, its weights when they are needed."""
+"""Load the model for an export. It has no weights in memory: a `checkpoint` reads them when they are needed."""
 
 from __future__ import annotations
 
@@ -30,28 +30,34 @@ AUTO_CLASSES = {"text-generation": AutoModelForCausalLM, "feature-extraction": A
 
 
 def is_ours(model_name_or_path: str | Path, **kwargs: Any) -> bool:
-    """Whether the `config.json` of a folder or an id of the Hub names a model type of ours. False where it has none.
+    """Return whether the `config.json` of a model names a type of ours. Return False if it cannot be read.
 
     Args:
-        kwargs: arguments of `from_pretrained`; those that say where the file is are heeded.
+        model_name_or_path: a folder, or an id of the Hub.
+        kwargs: arguments of `from_pretrained`. Those that say where the file is are used.
     """
     where = {name: value for name, value in _hub(kwargs).items() if name != "force_download"}
     try:
         config, _ = PretrainedConfig.get_config_dict(model_name_or_path, **where)
-    except Exception:  # whoever loads the model says what is wrong with it
+    except Exception:  # whatever loads the model says what is wrong with it
         return False
     return config.get("model_type") in MODEL_TYPES
 
 
 class Lfm2TasksManager(TasksManager):
-    """The `TasksManager` of `optimum.exporters.onnx.main_export`, and of nothing else.
+    """The `TasksManager` that `optimum.exporters.onnx.main_export` uses. Nothing else uses it.
 
-    For LFM2 it infers the task of a local folder, and returns a model on the meta device whose weights `bind` streams
-    from the checkpoint: Optimum would load them all. For every other model it is Optimum's, with the same arguments.
+    For our models it infers the task of a local folder, and loads a model on the meta device. Optimum would load all
+    weights; here `bind` streams them from the checkpoint. Every other call goes to Optimum with unchanged arguments.
     """
 
     @classmethod
     def infer_task_from_model(cls, model: Any, *args: Any, **kwargs: Any) -> str:
+        """Return `text-generation` for a checkpoint with a language model's head, else `feature-extraction`.
+
+        Raises:
+            Lfm2Error: a checkpoint of ours cannot be exported.
+        """
         if not _is_for_us(model, *args, **kwargs):
             return TasksManager.infer_task_from_model(model, *args, **kwargs)
         return "text-generation" if is_causal(_lfm2_config(model, **kwargs)) else "feature-extraction"
@@ -65,6 +71,11 @@ class Lfm2TasksManager(TasksManager):
 
     @staticmethod
     def get_model_from_task(task: str, model_name_or_path: Any, *args: Any, **kwargs: Any) -> PreTrainedModel:
+        """Return the model on the meta device. Its attribute `checkpoint` maps names to stored weights.
+
+        Raises:
+            Lfm2Error: a checkpoint of ours cannot be exported, or not in this dtype.
+        """
         if not _is_for_us(model_name_or_path, *args, **kwargs):
             return TasksManager.get_model_from_task(task, model_name_or_path, *args, **kwargs)
         config, hub, dtype = _lfm2_config(model_name_or_path, **kwargs), _hub(kwargs), kwargs.get("torch_dtype")
@@ -82,13 +93,16 @@ class Lfm2TasksManager(TasksManager):
 
 
 def _is_for_us(model: Any, *args: Any, library_name: str | None = None, **kwargs: Any) -> bool:
-    """Whether a call of the `TasksManager` is about a model of ours. Optimum names its arguments; others may not."""
+    """Return whether a call of the `TasksManager` is about a model of ours.
+
+    Optimum passes keyword arguments. A call with positional ones comes from elsewhere, and goes to Optimum.
+    """
     by_name = not args and library_name in (None, "transformers") and isinstance(model, (str, Path))
     return by_name and is_ours(model, **kwargs)
 
 
 class _Materialize:
-    """`model.to` of a weightless model: reads the weights first. Optimum calls it before it runs the model."""
+    """Replaces `model.to` of a weightless model, and reads all weights first. An export never calls it."""
 
     def __init__(self, model: Any) -> None:
         self._model = model
@@ -105,13 +119,19 @@ class _Materialize:
 
 
 def weightless(config: PretrainedConfig, task: str, dtype: torch.dtype) -> PreTrainedModel:
-    """The model of `config` on the meta device: names, shapes and dtype, and no memory."""
+    """Return the model of `config` on the meta device. It has names, shapes and the dtype, and takes no memory.
+
+    Args:
+        config: the model's configuration.
+        task: a key of `AUTO_CLASSES`.
+        dtype: the dtype of its parameters.
+    """
     with torch.device("meta"):
         return AUTO_CLASSES[task].from_config(config, dtype=dtype).eval()
 
 
 def is_causal(config: PretrainedConfig) -> bool:
-    """Whether a checkpoint has a language model's head: all but those saved from the bare decoder."""
+    """Return whether a checkpoint has a language model's head. One saved from the bare decoder has none."""
     return any(name.endswith("ForCausalLM") for name in config.architectures or ["Lfm2ForCausalLM"])
 
 
@@ -120,7 +140,10 @@ def _own_names(model: PreTrainedModel) -> list[str]:
 
 
 def materialize_buffers(model: PreTrainedModel) -> None:
-    """Some buffers are not in the checkpoint: the rotary modules compute theirs. Other modules stay as they are."""
+    """Compute the buffers on the meta device that no checkpoint stores: those of rotary modules.
+
+    A new module replaces each rotary module. All other modules stay.
+    """
     for module in list(model.modules()):
         for name, child in module.named_children():
             if any(child.get_buffer(own).is_meta for own in child._non_persistent_buffers_set):
@@ -128,7 +151,7 @@ def materialize_buffers(model: PreTrainedModel) -> None:
 
 
 def check_dtype(dtype: torch.dtype | None) -> None:
-    """Raise `Lfm2Error` for a type that the graph's operators have no kernels for."""
+    """Raise `Lfm2Error` for bfloat16, for which the graph's operators have no kernels (onnxruntime 1.32, CPU)."""
     if dtype == torch.bfloat16:
         raise Lfm2Error(
             "bf16: onnxruntime has no bfloat16 kernels for these operators on the CPU. "
@@ -137,10 +160,10 @@ def check_dtype(dtype: torch.dtype | None) -> None:
 
 
 def _check_assumed(config: PretrainedConfig, files: Mapping[str, Path]) -> None:
-    """A checkpoint that does not say what it is passes for a language model where it holds no other tensors."""
+    """Refuse a checkpoint without `architectures` that stores tensors which a language model does not have."""
     expected = weightless(config, "text-generation", torch.float32)
     own = stored_tensors(expected).keys()
-    # Experts may lie in parts, of which transformers makes its own tensors.
+    # A checkpoint may store each expert's matrices. transformers merges them to tensors with other names.
     strange = sorted(name for name in files if name not in own and not is_part(name))
     if strange:
         raise Lfm2Error(
@@ -156,7 +179,7 @@ def _generation_config(model_name_or_path: str, config: PretrainedConfig, hub: d
 
 def _checked_config(model_name_or_path: str | Path, **kwargs: Any) -> PretrainedConfig:
     hub = _hub(kwargs)
-    # As it is written: what transformers makes of it has defaults in place of what is wrong, or is an error of its own.
+    # This checks the file's own fields. transformers replaces some wrong ones by defaults, and fails on others.
     check_architecture(PretrainedConfig.get_config_dict(model_name_or_path, **hub)[0])
     return loaded_config(model_name_or_path, **hub)
 

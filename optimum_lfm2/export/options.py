@@ -1,4 +1,4 @@
-"""The options of `optimum-cli export onnx`: those that make no sense for LFM2 are refused before any work."""
+"""Check the options of `optimum-cli export onnx`. Those that make no sense for LFM2 are refused before any work."""
 
 from __future__ import annotations
 
@@ -13,23 +13,24 @@ from optimum.exporters.tasks import TasksManager
 from optimum.utils import DEFAULT_DUMMY_SHAPES
 
 from optimum_lfm2.errors import Lfm2Error
+from optimum_lfm2.export.model_kwargs import ExportOptions
 from optimum_lfm2.export.supported import check_architecture
 from optimum_lfm2.families import MODEL_TYPES
 
 
-OPSETS = range(18, 21)  # below, torch writes older forms of some operators; above, its exporter knows none
+OPSETS = range(18, 21)  # below 18 torch writes older forms of some operators; its TorchScript exporter ends at 20
 TEXT_SHAPES = ("batch_size", "sequence_length")
 
 
 def check(args: Namespace, config: Mapping[str, Any]) -> None:
-    """Refuse a request that would fail, be wrong or be silently ignored.
+    """Refuse options that would fail, give a wrong file, or have no effect.
 
     Args:
-        args: what `optimum-cli export onnx` parsed.
+        args: the parsed arguments of `optimum-cli export onnx`.
         config: the checkpoint's `config.json`.
 
     Raises:
-        Lfm2Error: one line that says why, and what to do instead.
+        Lfm2Error: an option is refused. One line says why, and what to do instead.
     """
     check_model(args.model, config)
     _check_library(args)
@@ -41,11 +42,14 @@ def check(args: Namespace, config: Mapping[str, Any]) -> None:
 
 
 def check_model(model: str, config: Mapping[str, Any]) -> None:
-    """Raise `Lfm2Error` for a checkpoint that no option would make exportable.
+    """Refuse a checkpoint that cannot be exported with any options.
 
     Args:
-        model: what the user called it.
-        config: its `config.json`.
+        model: the folder or id that the user gave, for the message.
+        config: the checkpoint's `config.json`.
+
+    Raises:
+        Lfm2Error: its model type or its architecture is not one of ours.
     """
     if (model_type := config.get("model_type")) not in MODEL_TYPES:
         raise Lfm2Error(
@@ -56,10 +60,15 @@ def check_model(model: str, config: Mapping[str, Any]) -> None:
 
 
 def heeding_variant(export: Callable[..., Any]) -> Callable[..., Any]:
-    """Optimum's `onnx_export_from_model`, which takes `_variant`, with `variant` as another name for it.
+    """Wrap Optimum's `onnx_export_from_model` so that `variant` means `_variant` for our models.
 
-    Optimum takes any other keyword for a shape, and forgets it without a word. For our models it is refused:
-    `Lfm2Error`.
+    optimum-onnx 0.1.0 takes an unknown keyword for a shape, and ignores it silently.
+
+    Args:
+        export: Optimum's function.
+
+    Raises:
+        Lfm2Error: from the wrapper, for a model of ours and a keyword that nothing takes.
     """
     known = {*signature(export).parameters, *DEFAULT_DUMMY_SHAPES}
 
@@ -77,7 +86,7 @@ def heeding_variant(export: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def check_atol(atol: float | None) -> None:
-    """Raise `Lfm2Error` for what is no tolerance."""
+    """Raise `Lfm2Error` for a tolerance that is negative or not finite. None is allowed."""
     if atol is not None and not (math.isfinite(atol) and atol >= 0):
         raise Lfm2Error(f"--atol {atol}: a tolerance is a number from 0 on, such as 1e-4.")
 
@@ -119,7 +128,7 @@ def _check_variant(args: Namespace, config: Mapping[str, Any]) -> None:
         "onnx", model_type=config["model_type"], task="text-generation", library_name="transformers"
     )
     constructor.func.check_variant(args.variant)
-    constructor.func.check_model_kwargs(args.model_kwargs or {})
+    ExportOptions.read(args.model_kwargs)
 
 
 def _check_rewrites(args: Namespace) -> None:

@@ -1,4 +1,4 @@
-"""What torch traces in place of the model's own forward: the graph."""
+"""The forward that torch traces in place of the model's own."""
 
 from __future__ import annotations
 
@@ -18,25 +18,29 @@ Caches = Sequence[tuple[torch.Tensor, ...]]
 
 
 class Lfm2ModelPatcher:
-    """Context manager that replaces `model.forward` by one with the graph's signature.
+    """Context manager that replaces `model.forward` by a forward with the graph's signature.
 
-    The new forward runs `graph.decoder` with a placeholder for each weight: it is there to be traced.
+    The new forward runs `graph.decoder` with a placeholder for each weight. It serves the trace alone.
+
+    Attributes:
+        weights: each parameter by its name in the checkpoint. They come from the model's `checkpoint` if it has one,
+            else from its own parameters.
     """
 
     def __init__(self, config: Any, model: PreTrainedModel, model_kwargs: dict[str, Any] | None = None) -> None:
         self._onnx_config = config
         self._model: Any = model
         self._parameters = stored_tensors(model)
-        # Read here: while torch traces, a shape is made of traced values.
+        # Read them now: while torch traces, a shape consists of traced values.
         self._shapes = {name: tuple(parameter.shape) for name, parameter in self._parameters.items()}
         self._tied = tied_names(model)
         prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
         member = config.member
+        self.weights = getattr(model, "checkpoint", self._parameters)
         self._decoder = Decoder(member, model.config, member.rotary(model), prefix)
 
     def __enter__(self) -> Lfm2ModelPatcher:
-        self._onnx_config.weights = getattr(self._model, "checkpoint", self._parameters)
-        self._own_forward = vars(self._model).get("forward")  # on the instance, which has none unless someone set it
+        self._own_forward = vars(self._model).get("forward")  # an instance has one only if someone set it
         self._model.forward = self.forward
         return self
 
@@ -52,6 +56,14 @@ class Lfm2ModelPatcher:
         past_key_values: Caches | None = None,
         num_logits_to_keep: torch.Tensor | None = None,
     ) -> Any:
+        """Return the graph's outputs in order: logits or hidden states, then with past the present caches.
+
+        Args:
+            input_ids: int64 (batch_size, sequence_length).
+            attention_mask: int64 (batch_size, past_sequence_length + sequence_length).
+            past_key_values: a tuple of caches a layer, or None for a graph without cache inputs.
+            num_logits_to_keep: an int64 scalar, or None for a graph without logits. 0 means all.
+        """
         output, present = language_model(
             self._decoder,
             input_ids,

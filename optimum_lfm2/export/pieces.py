@@ -1,7 +1,7 @@
-"""An exported graph cut at its norms, so that each piece is run and compared by itself.
+"""Cut an exported graph at its norms, so that each piece can run and be compared alone.
 
-One after the other the pieces are the whole graph. A norm is a good place to cut: transformers has a module for each,
-whose input and output can be recorded.
+The pieces in order make up the whole graph. Norms are good places to cut: transformers has a module for each norm,
+whose input and output a hook can record.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from optimum_lfm2.caches import CacheTensor
 from optimum_lfm2.errors import Lfm2Error, first_line
 
 
-# By name in the graph, float32. Not a number where a value belongs to a masked token: it is not compared.
+# Values by their names in the graph, float32. Those of masked tokens are NaN, and are not compared.
 Values = dict[str, torch.Tensor]
 
 WEIGHT = ".weight"
@@ -27,12 +27,12 @@ WEIGHT = ".weight"
 
 @dataclass(frozen=True)
 class Cut:
-    """A norm of the graph, between two pieces.
+    """A norm between two pieces.
 
     Attributes:
-        name: of the norm's module in transformers' model.
-        normed: what the norm gives.
-        hidden: the residual stream that it takes.
+        name: the name of the norm's module in transformers' model.
+        normed: the output of the norm, (tokens, hidden_size).
+        hidden: its input, the residual stream, (tokens, hidden_size).
     """
 
     name: str
@@ -41,17 +41,19 @@ class Cut:
 
     @property
     def values(self) -> list[ir.Value]:
+        """Both values, which the next piece takes as inputs."""
         return [self.normed, self.hidden]
 
 
 def find_cuts(graph: ir.Graph, norms: Sequence[str]) -> list[Cut]:
-    """The norms between the blocks, in order.
+    """Find the norms at which a graph is cut.
 
     Args:
-        norms: the names of their modules.
+        graph: the exported graph.
+        norms: the names of their modules, in order.
 
     Raises:
-        Lfm2Error: for a graph that lacks one of them.
+        Lfm2Error: the graph lacks one of them, or has them in another order.
     """
     cuts = []
     for node in graph:
@@ -66,9 +68,14 @@ def find_cuts(graph: ir.Graph, norms: Sequence[str]) -> list[Cut]:
 
 
 def split(graph: ir.Graph, cuts: Sequence[Cut], caches: Sequence[CacheTensor]) -> Iterator[ir.Graph]:
-    """The graph from its inputs to the first cut, from each cut to the next, and from the last to its first output.
+    """Yield the pieces in order: from the inputs to the first cut, between cuts, from the last cut to the first output.
 
-    A cache comes out of the piece that holds its layer's mixer.
+    The piece with a layer's mixer also has the layer's present caches as outputs.
+
+    Args:
+        graph: the exported graph. It stays as it is.
+        cuts: the cuts in order.
+        caches: the cache tensors of the graph.
     """
     for before, after in zip([None, *cuts], [*cuts, None], strict=True):
         inputs = [*graph.inputs, *(before.values if before else ())]
@@ -81,14 +88,18 @@ def split(graph: ir.Graph, cuts: Sequence[Cut], caches: Sequence[CacheTensor]) -
 
 
 class Piece:
-    """A piece of a file, ready to run.
+    """A piece of an exported graph in a session of its own.
 
     Args:
-        graph: one of `split`.
-        model: the file's model, for the versions that it declares.
-        folder: where the file of the weights lies.
-        fed: the values at the cut before it, which become its inputs.
-        exact: whether quantised operators compute with activations in float, and not rounded to 8 bits.
+        graph: a graph of `split`.
+        model: the whole model, whose IR version the piece gets.
+        folder: the folder of the data file.
+        fed: values by name. An input of the piece with one of these names gets its width and `dtype`.
+        dtype: the float dtype of the file.
+        exact: whether quantised operators keep activations in float. Else they round them to 8 bits.
+
+    Raises:
+        Lfm2Error: onnxruntime does not load the piece.
     """
 
     def __init__(
@@ -106,13 +117,14 @@ class Piece:
         self._session = open_session(ir.to_proto(part).SerializeToString(), folder)
 
     def run(self, feeds: Mapping[str, torch.Tensor], gold: Values) -> Values:
-        """Its outputs in float32, in the shapes of the gold, which also gives its inputs at a cut.
+        """Run the piece, and return its outputs in float32 and in the shapes of the gold.
 
         Args:
-            feeds: the whole graph's inputs.
+            feeds: the inputs of the whole graph.
+            gold: transformers' values. The piece gets its inputs at a cut from them.
 
         Raises:
-            Lfm2Error: for an output of another size.
+            Lfm2Error: the piece fails, or an output has another size than in the gold.
         """
         inputs = {}
         for value in self._session.get_inputs():
@@ -124,15 +136,15 @@ class Piece:
 
 
 def open_session(model: Path | bytes, folder: Path, prepack: bool = True) -> onnxruntime.InferenceSession:
-    """A session on the CPU.
+    """Open a session on the CPU.
 
     Args:
-        model: a file, or its bytes.
-        folder: where the file of its weights lies.
-        prepack: whether kernels may rearrange the weights, which keeps a copy of them.
+        model: the path of a model, or its bytes.
+        folder: the folder of the data file.
+        prepack: whether kernels may rearrange weights. They keep a second copy of what they rearrange.
 
     Raises:
-        Lfm2Error: for a model that onnxruntime does not load.
+        Lfm2Error: onnxruntime does not load the model.
     """
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
@@ -142,15 +154,15 @@ def open_session(model: Path | bytes, folder: Path, prepack: bool = True) -> onn
         options.add_session_config_entry("session.disable_prepacking", "1")
     try:
         return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # onnxruntime has a class for each status, and no common one
+    except Exception as error:  # onnxruntime's errors have no common class
         raise Lfm2Error(f"The file is wrong and was not kept: it does not load. {first_line(error)}") from error
 
 
 def outputs_of(session: onnxruntime.InferenceSession, inputs: Mapping[str, object], gold: Values) -> Values:
-    """What a session computes, in float32 and the shapes of the gold.
+    """Run a session, and return its outputs by name in float32 and in the shapes of the gold.
 
     Raises:
-        Lfm2Error: where it fails, or an output has another size.
+        Lfm2Error: the session fails, or an output has another size than in the gold.
     """
     names = [value.name for value in session.get_outputs()]
     try:

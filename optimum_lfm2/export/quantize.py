@@ -1,4 +1,7 @@
-"""A graph whose linear layers and embedding read weights in 4 or 8 bits (`weights/blocks.py` has the arithmetic)."""
+"""Make a graph read its linear layers' and its embedding's weights in 4 or 8 bits.
+
+`weights/blocks.py` has the arithmetic.
+"""
 
 from __future__ import annotations
 
@@ -17,11 +20,13 @@ from optimum_lfm2.weights.blocks import HEAD, INT8_ACTIVATIONS, Blocks, Scheme, 
 
 @dataclass
 class Quantizer:
-    """Replaces a graph's linear layers and its embedding by nodes that read quantised weights.
+    """A pass that replaces linear layers and the embedding by nodes that read quantised weights.
 
     Attributes:
-        weights: each parameter by its name; a tensor is read and quantised when the file is written.
-        views: after the pass, values that are to read the bytes of another initializer, with the name of that one.
+        graph: the traced graph.
+        weights: each parameter by its name. A tensor is read and quantised only when the file is written.
+        scheme: how the weights are quantised.
+        views: after the pass, the values that share the bytes of an initializer, with the initializer's name.
     """
 
     graph: ir.Graph
@@ -30,10 +35,11 @@ class Quantizer:
     views: dict[ir.Value, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        # Two initializers come of one weight, one after the other: it is quantised once.
+        # The codes and the scales of a weight are written one after the other. This quantises it once for both.
         self._quantized = lru_cache(maxsize=1)(self._quantize)
 
     def run(self) -> None:
+        """Change the graph. Writing the file raises `Lfm2Error` for a weight with values that are not finite."""
         nodes = list(self.graph)
         linears = [node for node in nodes if node.op_type == "Gemm" and is_parameter(node.inputs[1])]
         embeddings = [node for node in nodes if node.op_type == "Gather" and is_parameter(node.inputs[0])]
@@ -72,7 +78,7 @@ class Quantizer:
         substitute(node, self._added(node, "Slice", [rows, *bounds]))
 
     def _fused_rows(self, node: ir.Node) -> ir.Value:
-        """The embedding's rows in float, with the padding of the last block."""
+        """Read the embedding's rows in float by GatherBlockQuantized. They include the padding of the last block."""
         table, ids = node.inputs
         packed, scales = self._initializers(table)
         rows, count, size = packed.shape.numpy()
@@ -83,7 +89,7 @@ class Quantizer:
         return self._added(node, "GatherBlockQuantized", [flat, ids, scales], attributes, CONTRIB_DOMAIN)
 
     def _portable_rows(self, node: ir.Node) -> ir.Value:
-        """The same by operators of ONNX alone."""
+        """Read the same rows by standard operators of ONNX."""
         table, ids = node.inputs
         packed, scales = self._initializers(table)
         name, blocks, last_axis = packed.name, self.scheme.table, self._constant("last_axis", -1)
@@ -96,7 +102,7 @@ class Quantizer:
         return self._added(node, "Flatten", [self._added(node, "Mul", [centred, scale])], {"axis": 1})
 
     def _unpacked(self, node: ir.Node, packed: ir.Value, last_axis: ir.Value) -> ir.Value:
-        """Both codes of each byte, which is given in float: (tokens, blocks, blob_size) → (..., block_size)."""
+        """Unpack the two codes of each byte: float (tokens, blocks, blob_size) to (tokens, blocks, block_size)."""
         sixteen = self._constant("codes_of_4_bits", 16, node.inputs[0].dtype)
         high = self._added(node, "Floor", [self._added(node, "Div", [packed, sixteen])])
         low = self._added(node, "Sub", [packed, self._added(node, "Mul", [high, sixteen])])
@@ -105,7 +111,7 @@ class Quantizer:
         return self._added(node, "Reshape", [self._added(node, "Concat", pair, {"axis": -1}), shape])
 
     def _initializers(self, weight: ir.Value) -> tuple[ir.Value, ir.Value]:
-        """The packed codes and the scales of a weight; the same for every node that reads it."""
+        """Return the packed codes and the scales of a weight. All nodes that read the weight share them."""
         name = parameter_name(weight)
         blocks, (rows, width) = self._blocks(name), weight.shape.numpy()
         count = blocks.count(width)
@@ -125,7 +131,8 @@ class Quantizer:
         weight = self.weights[name].detach()
         if not weight.isfinite().all():
             raise Lfm2Error(
-                f"{name} holds values that are not finite numbers in {weight.dtype}; it cannot be quantised."
+                f"{name} holds values that are not finite numbers in {weight.dtype}, so it cannot be quantised. "
+                "Export in float, or repair the checkpoint."
             )
         blocks = self._blocks(name)
         codes, scales = quantize_tensor(weight, blocks)
@@ -142,7 +149,7 @@ class Quantizer:
         attributes: Mapping[str, int] | None = None,
         domain: str = "",
     ) -> ir.Value:
-        """The output of a new node."""
+        """Insert a new node before another, and return its output."""
         node = ir.node(operator, inputs, attributes, domain=domain)
         self.graph.insert_before(before, node)
         return node.outputs[0]

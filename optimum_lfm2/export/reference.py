@@ -1,4 +1,4 @@
-"""The gold that an export is compared with: transformers' own forward, one row at a time, without padding."""
+"""The gold for validation: transformers' own forward, on one row at a time, without padding."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from optimum_lfm2.export.streamed import StandIns, run_together
 
 
 def norm_names(model: Any) -> list[str]:
-    """The norms between a model's blocks, by the names of their modules, in the order in which they run."""
+    """Return the names of the norms between a model's blocks, in the order in which they run."""
     prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
     layers = range(model.config.num_hidden_layers)
     names = [f"layers.{layer}.{norm}" for layer in layers for norm in ("operator_norm", "ffn_norm")]
@@ -27,21 +27,24 @@ def norm_names(model: Any) -> list[str]:
 
 
 class Reference:
-    """What transformers computes of every value at a cut and of every output.
+    """transformers' values at every cut and of every output.
 
-    It computes in float32. What a norm gives is rounded to the file's dtype, so that a router sees what it sees in the
-    file.
+    It computes in float32. The output of a norm is rounded to the file's dtype, so that a router gets the same input as
+    in the file.
 
     Args:
-        config: the `OnnxConfig` of the export, which has its weights.
-        model: transformers' model; its own weights are not read.
-        cuts: the norms whose values are wanted.
-        calls: inputs as `config.generate_dummy_inputs` gives them, one dictionary a call.
+        config: the `OnnxConfig` of the export. It has the weights.
+        model: transformers' model. Its own weights are not read.
+        cuts: the norms whose inputs and outputs are recorded.
+        calls: one dictionary of inputs a call, as `config.generate_dummy_inputs` returns them.
+
+    Attributes:
+        values: for each call the values by name, float32. A value of a masked token is NaN.
     """
 
     def __init__(self, config: Any, model: Any, cuts: Sequence[Cut], calls: Sequence[Mapping[str, Any]]) -> None:
         self._config, self._model, self._cuts = config, model, cuts
-        self._place = threading.local()  # where the values of the calling thread's forward belong
+        self._place = threading.local()  # where a thread's forward records its values
         self._calls = calls
         self.values: list[Values] = [self._empty(inputs) for inputs in calls]
 
@@ -60,7 +63,11 @@ class Reference:
         return {name: torch.full(tuple(shape), torch.nan) for name, shape in shapes.items()}
 
     def compute(self) -> list[Values]:
-        """The values of each call. A value that belongs to a masked token is not a number."""
+        """Compute and return `values`.
+
+        Raises:
+            Lfm2Error: the calls hide every token, or a weight cannot be read.
+        """
         materialize_buffers(self._model)
         weights = StandIns(self._model, self._config.weights, self._config.scheme)
         rows = [
@@ -69,7 +76,7 @@ class Reference:
             for row in visible_rows(inputs["attention_mask"], inputs["input_ids"].shape[1])
         ]
         if not rows:
-            raise Lfm2Error("The inputs of validation hide every token, so nothing can be compared.")
+            raise Lfm2Error("The inputs of validation hide every token, so nothing can be compared. Change the shapes.")
         with ExitStack() as stack:
             for cut in self._cuts:
                 hook = self._model.get_submodule(cut.name).register_forward_hook(self._recorder(cut))
@@ -90,7 +97,7 @@ class Reference:
         return record
 
     def _run(self, inputs: Mapping[str, Any], values: Values, row: int, seen: torch.Tensor, new: torch.Tensor) -> None:
-        """One row's forward over its unmasked tokens, on the columns of the cache that it sees."""
+        """Run one row's unmasked tokens over the columns of the cache that it sees."""
         self._place.value = values, row, new
         kinds = self._config.member.kinds(self._model.config)
         cache = compat.hybrid_cache(self._model, None)
@@ -110,11 +117,11 @@ class Reference:
 
 
 def visible_rows(mask: torch.Tensor, sequence: int) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
-    """Each row that has a new token to see: its index, the cached columns that it sees, and which new tokens.
+    """Yield each row that has an unmasked new token: its index, its cached columns, and the indices of its new tokens.
 
     Args:
-        mask: (batch_size, past_sequence_length + sequence).
-        sequence: the number of new tokens.
+        mask: int64 (batch_size, past_sequence_length + sequence).
+        sequence: the number of new columns.
     """
     past = mask.shape[1] - sequence
     for row in range(len(mask)):

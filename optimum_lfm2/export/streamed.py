@@ -1,6 +1,6 @@
-"""transformers' own model with weights that come when a layer runs and go when it has: a reference of any size.
+"""Run transformers' model with the weights of one layer in memory at a time, so that it can be of any size.
 
-What a layer computes with is what the exported file stands for: weights rounded to its dtype, quantised and back.
+The weights have the values of the exported file: rounded to its dtype, and quantised and dequantised.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from optimum_lfm2.weights.experts import ExpertWeights, is_packed
 
 
 class StandIns(Mapping[str, Any]):
-    """Each stored tensor of `model` in float32, with the values that it has in the exported file.
+    """Maps the name of each stored tensor to its values in the exported file, float32.
 
     Args:
-        model: names, shapes and kinds of modules; its weights are not looked at.
-        weights: each parameter by its name; a parameter of experts gives a matrix for each index.
-        scheme: how the file is quantised; None: not at all.
+        model: a model of transformers. Its names, shapes and modules are read, its weights are not.
+        weights: each parameter by its name. A parameter of experts gives one matrix an index.
+        scheme: how the file is quantised. None means that it is not.
     """
 
     def __init__(self, model: PreTrainedModel, weights: Mapping[str, Any], scheme: Scheme | None) -> None:
@@ -41,7 +41,7 @@ class StandIns(Mapping[str, Any]):
     def __getitem__(self, name: str) -> Any:
         stored = self._tied[name]
         if stored in self._kept:
-            return self._kept.pop(stored)  # a tied tensor has two readers, and the second comes last
+            return self._kept.pop(stored)  # a tied tensor is read twice: by the embedding and by the head
         weight, shape = self._weights[stored], self._shapes[name]
         if is_packed(name):
             config = self._model.config
@@ -61,22 +61,22 @@ class StandIns(Mapping[str, Any]):
 
 
 def run_together(model: Any, weights: Mapping[str, Any], jobs: Sequence[Callable[[], None]]) -> None:
-    """Run jobs that each call `model` once, so that the weights are read once for all of them.
+    """Run jobs that each call `model` once, and read the weights once for all of them.
 
-    Each job has a thread. In front of every unit of the model (the embedding, a layer, the head) the threads wait for
-    each other; then the unit's weights are read, all pass it, and the weights go.
+    Each job has a thread. The threads wait for each other before every unit of the model (the embedding, a layer, the
+    final norm, the head). Then the unit's weights are read, all threads run the unit, and the weights are dropped.
 
     Args:
-        model: a model of transformers, on the meta device but for buffers that no checkpoint has.
-        weights: its stored tensors by name.
-        jobs: each makes one forward through all units.
+        model: a model of transformers on the meta device. Buffers that no checkpoint stores hold their values.
+        weights: the stored tensors by name, float32.
+        jobs: functions that each run one forward.
 
     Raises:
-        Exception: what the first failing job raises.
+        Exception: the error of the first job that failed.
     """
     with streamed(model, weights, len(jobs)) as gates, ThreadPoolExecutor(len(jobs)) as pool:
 
-        @torch.no_grad()  # which holds for a thread
+        @torch.no_grad()  # torch has this setting for each thread
         def run(job: Callable[[], None]) -> None:
             try:
                 job()
@@ -94,11 +94,14 @@ def run_together(model: Any, weights: Mapping[str, Any], jobs: Sequence[Callable
 
 @contextmanager
 def streamed(model: Any, weights: Mapping[str, Any], threads: int = 1) -> Iterator[list[threading.Barrier]]:
-    """Within the block, `model` computes with `weights`, of which it holds a layer's, and of experts one matrix.
+    """Within the `with` block, `model` computes with `weights`, and holds those of one unit at a time.
+
+    Of experts it holds one matrix at a time.
 
     Args:
-        weights: its stored tensors by name; `ExpertWeights` are read one by one, as transformers' experts index them.
-        threads: how many threads call the model in the block, each as often as the others.
+        model: as for `run_together`.
+        weights: as for `run_together`. transformers' experts index an `ExpertWeights`, which reads one matrix an index.
+        threads: how many threads call the model. Each must call it equally often.
 
     Yields:
         The barriers at which the threads wait for each other.
@@ -127,7 +130,7 @@ def _meet(gate: threading.Barrier, *_: Any) -> None:
 
 @contextmanager
 def _experts_one_by_one(model: Any) -> Iterator[None]:
-    """Transformers' other implementations of experts take the matrices of all at once."""
+    """Choose transformers' eager experts. Its other implementations take the matrices of all experts at once."""
     before = getattr(model.config, "_experts_implementation", None)
     if before is None:
         yield
@@ -140,7 +143,7 @@ def _experts_one_by_one(model: Any) -> Iterator[None]:
 
 
 class _Loan:
-    """The weights of one unit of a model, between its forward's start and its end."""
+    """Gives a unit of a model its weights for the time of its forward."""
 
     def __init__(self, unit: torch.nn.Module, name: str, weights: Mapping[str, Any]) -> None:
         self._unit, self._name, self._weights = unit, name, weights
@@ -150,7 +153,7 @@ class _Loan:
         for path, module in self._unit.named_modules(prefix=self._name):
             for own in (module._parameters, module._buffers):
                 for key in [key for key in own if f"{path}.{key}" in self._weights]:
-                    weight = self._weights[f"{path}.{key}"]  # may fail: then the module is as it was
+                    weight = self._weights[f"{path}.{key}"]  # if this fails, the module stays as it was
                     self._taken.append((own, module, key, own.pop(key)))
                     setattr(module, key, weight)
 

@@ -1,8 +1,8 @@
-"""Whether an exported file computes what transformers computes. Whatever cannot be compared counts as wrong.
+"""Check that an exported file computes the same as transformers. A value that cannot be compared counts as wrong.
 
-The file is compared piece by piece: each piece is fed what transformers computes before it. So a difference shows where
-it arises, rounding does not add up, and the peak of memory does not grow with the model. Then the file is run once as a
-whole, as clients run it, where memory allows.
+The file is compared piece by piece, and the inputs of each piece are transformers' values. So a difference shows where
+it arises, rounding does not add up, and peak memory does not grow with the model. Then the whole file runs once, as
+clients run it, if memory allows.
 """
 
 from __future__ import annotations
@@ -27,16 +27,19 @@ from optimum_lfm2.export.pieces import Cut, Piece, Values, find_cuts, open_sessi
 from optimum_lfm2.export.reference import Reference, norm_names
 
 
-# Of a token's values, a share of their length that the file run as a whole may differ: 8-bit activations add up over
-# the layers, and a router near a tie may choose another expert, so that of each output only the median token counts.
+# The relative error of the median token that the whole file may have. Errors of 8-bit activations add up over the
+# layers, and near a tie a router may choose another expert, so the worst token says nothing.
 WHOLE_TOLERANCE = 0.25
-MEMORY_OF_A_SESSION = 2.5  # bytes for each byte of the file: the mapped file, and copies that kernels rearrange
+MEMORY_OF_A_SESSION = 2.5  # bytes a byte of the file: the mapped file, and kernels' rearranged copies
 
 logger = logging.get_logger(__name__)
 
 
 def validated(original: Callable[..., None], config_class: type) -> Callable[..., None]:
-    """Optimum's `validate_model_outputs`, which validates ours for an `OnnxConfig` of `config_class`."""
+    """Wrap Optimum's `validate_model_outputs` so that a configuration of `config_class` is validated by `validate`.
+
+    Every other configuration goes to Optimum's function with unchanged arguments.
+    """
 
     @functools.wraps(original)
     def validate_model_outputs(config: Any, reference_model: Any, onnx_model: Path, *args: Any, **options: Any) -> None:
@@ -50,7 +53,7 @@ def validated(original: Callable[..., None], config_class: type) -> Callable[...
 
 @contextmanager
 def errors_as_they_are() -> Iterator[None]:
-    """Raise what validation raised, which Optimum wraps in a `RuntimeError`."""
+    """Within the `with` block, raise the original error of validation. Optimum wraps it in a `RuntimeError`."""
     try:
         yield
     except RuntimeError as error:
@@ -62,20 +65,20 @@ def errors_as_they_are() -> Iterator[None]:
 def validate(
     config: Any, model: PreTrainedModel, path: Path, atol: float | None = None, shapes: Mapping[str, int] | None = None
 ) -> dict[str, float]:
-    """Compare a file with transformers, on every visible token of some dummy inputs.
+    """Compare an exported file with transformers, on every unmasked token of the configuration's validation inputs.
 
     Args:
-        config: the `OnnxConfig` of the export, which has its weights.
-        model: transformers' model; its own weights are not read.
+        config: the `OnnxConfig` of the export. It has the weights.
+        model: transformers' model. Its own weights are not read.
         path: the exported file.
-        atol: the largest `relative_error` allowed in a piece; None: the configuration's.
-        shapes: as `config.generate_dummy_inputs` takes them.
+        atol: the largest `relative_error` that a piece may have. None takes the configuration's.
+        shapes: `batch_size` and `sequence_length` of the inputs, in place of the defaults.
 
     Returns:
-        The difference of each value, by the name of its layer or output.
+        The relative error of each compared value, by the name of its module or output.
 
     Raises:
-        Lfm2Error: for a file that differs, or that cannot be compared.
+        Lfm2Error: the file differs, or cannot be compared.
     """
     atol = config.ATOL_FOR_VALIDATION if atol is None else atol
     file = ir.load(path)
@@ -103,7 +106,7 @@ def validate(
 def _compare(
     config: Any, model: Any, cuts: Sequence[Cut], piece: Piece, inputs: Mapping[str, Any], gold: Values
 ) -> dict[str, float]:
-    """The `relative_error` of each output of a piece, by the name of its layer or output."""
+    """Return the `relative_error` of each output of a piece, by the name of its module or output."""
     scales = gold | {
         after.hidden.name: gold[after.hidden.name] - gold[before.hidden.name] for before, after in pairwise(cuts)
     }
@@ -120,17 +123,17 @@ def _compare(
 
 
 def relative_error(difference: torch.Tensor, scale: torch.Tensor, rounding: torch.Tensor, axis: int) -> float:
-    """By how much of the scale the difference exceeds the rounding: lengths of a token's vectors; the largest of all.
+    """Return the relative error of the worst token: (|difference| - |rounding|) / |scale|, at least 0.
 
-    For a residual stream the scale is what a block adds for the token. So an expert that is wrong shows beside a large
-    residual.
+    |x| is the length of a token's vector. The scale of a residual stream is what a block adds to it for the token. So a
+    wrong expert shows even if the residual is large.
 
     Args:
-        difference, scale, rounding: (batch_size, ...). Where the scale is not a number, nothing is compared.
-        axis: the one that counts tokens, or columns of a state.
+        difference, scale, rounding: float32 (batch_size, ...), of one shape. A token whose scale is NaN is skipped.
+        axis: the axis of tokens, or of a state's columns.
 
     Returns:
-        Not a number where nothing at all can be compared.
+        The relative error, or NaN if all tokens are skipped.
     """
     lengths = [values.movedim(axis, 1).flatten(2).norm(dim=2) for values in (difference, scale, rounding)]
     known = ~lengths[1].isnan()
@@ -141,7 +144,7 @@ def relative_error(difference: torch.Tensor, scale: torch.Tensor, rounding: torc
 
 
 def _judge(differences: Mapping[str, float], atol: float) -> None:
-    wrong = {name: value for name, value in differences.items() if not value <= atol}  # not a number is wrong too
+    wrong = {name: value for name, value in differences.items() if not value <= atol}  # NaN is wrong too
     if not differences or wrong:
         worst = max(wrong, key=lambda name: math.inf if math.isnan(wrong[name]) else wrong[name], default="nothing")
         raise Lfm2Error(
@@ -152,12 +155,12 @@ def _judge(differences: Mapping[str, float], atol: float) -> None:
 
 
 def _check_whole(config: Any, path: Path, calls: Sequence[Mapping[str, Any]], gold: Sequence[Values]) -> None:
-    """Run the file as clients do, and compare the median token of each output."""
+    """Run the whole file as clients do, and compare the median token of each output."""
     size = sum(file.stat().st_size for file in (path, path.with_name(f"{path.name}_data")) if file.is_file())
     if MEMORY_OF_A_SESSION * size > available_memory():
         logger.info(f"{path} was compared layer by layer; there is no memory to run it as a whole.")
         return
-    # A float kernel's copy of the weights would double the peak, and computes the same.
+    # Kernels of float weights would keep a rearranged copy, which doubles the peak and computes the same.
     session = open_session(path, path.parent, prepack=config.scheme is not None)
     for inputs, values in zip(calls, gold, strict=True):
         feeds = {name: tensor.numpy() for name, tensor in _feeds(config, inputs).items()}
@@ -174,7 +177,7 @@ def _check_whole(config: Any, path: Path, calls: Sequence[Mapping[str, Any]], go
 
 
 def available_memory() -> float:
-    """Bytes that can be used without swapping; infinite where the system does not say."""
+    """Return the bytes that can be used without swapping, or infinity if the system does not say."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:
@@ -183,7 +186,7 @@ def available_memory() -> float:
 
 
 def _feeds(config: Any, inputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """The whole graph's inputs of a call, by name."""
+    """Return the inputs of the whole graph for a call, by name."""
     feeds = {name: inputs[name] for name in ("input_ids", "attention_mask", LOGITS_TO_KEEP) if name in inputs}
     if config.use_past_in_inputs:
         feeds |= config.flatten_output_collection_property("past_key_values", inputs["past_key_values"])

@@ -1,4 +1,4 @@
-"""The members of the family, one file each, each with one record. Add a member here and nowhere else."""
+"""The members of the family. Each has one file with one record. A new member is added to `MEMBERS` here."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""LFM2, dense: short convolutions and attention, each followed by a SwiGLU. The reference is `modeling_lfm2.py`."""
+"""The dense LFM2. Its layers mix tokens by a short convolution or by attention, and each ends in a SwiGLU.
+
+The reference is transformers' `modeling_lfm2.py`.
+"""
 
 from __future__ import annotations
 
@@ -17,12 +20,12 @@ FULL_ATTENTION = "full_attention"
 
 
 def conv_state(config: PretrainedConfig) -> tuple[Kept, ...]:
-    """The last columns of `B * x`."""
+    """Return what a convolution keeps: the last `conv_L_cache` columns of `B * x`, (hidden_size, conv_L_cache)."""
     return (Kept(CONV, (config.hidden_size, config.conv_L_cache)),)
 
 
 def keys_and_values(config: PretrainedConfig) -> tuple[Kept, ...]:
-    """Keys and values of all columns."""
+    """Return what attention keeps: keys and values of all columns, each (kv_heads, length, head_dim)."""
     axes = (config.num_key_value_heads, GROWS, head_dim(config))
     return Kept("key", axes), Kept("value", axes)
 
@@ -45,10 +48,12 @@ def fill_columns(own: torch.Tensor, target: torch.Tensor, row: int, columns: tor
 
 
 def prepare_conv(call: Call, config: PretrainedConfig, rotary: Rotary | None) -> ConvCall:
+    """Compute what all convolutions of a call share."""
     return conv_call(call, config.conv_L_cache)
 
 
 def prepare_attention(call: Call, config: PretrainedConfig, rotary: Rotary | None) -> AttentionCall:
+    """Compute what all attention layers of a call share."""
     return attention_call(call, rotary)
 
 
@@ -59,15 +64,15 @@ LAYER_KINDS = {
 
 
 def dense(config: PretrainedConfig) -> Sequence[FeedForward]:
-    """The same feed-forward in every layer."""
+    """Return the feed-forward of each layer: the same SwiGLU."""
     return [feed_forward] * config.num_hidden_layers
 
 
 def rotary_of(module: str) -> Callable[[PreTrainedModel], Mapping[str, Rotary]]:
-    """Reads the one rotary table of a model from the decoder's module of this name."""
+    """Make a reader of a model's rotary table, which the decoder's module of this name computes."""
 
     def read(model: PreTrainedModel) -> Mapping[str, Rotary]:
-        # Made anew, for the model may be on the meta device.
+        # The model may be on the meta device, so its module may hold no values.
         rotary = type(getattr(model.base_model, module))(model.config)
         return {FULL_ATTENTION: (rotary.inv_freq.float(), rotary.attention_scaling)}
 

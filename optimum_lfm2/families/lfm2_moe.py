@@ -1,4 +1,7 @@
-"""LFM2 whose later layers have experts. The reference is `modeling_lfm2_moe.py`; what it adds to LFM2 is here."""
+"""LFM2 with experts in its later layers. This file has only the differences from the dense LFM2.
+
+The reference is transformers' `modeling_lfm2_moe.py`.
+"""
 
 from __future__ import annotations
 
@@ -17,19 +20,22 @@ from optimum_lfm2.weights.experts import MoeCheckpoint
 
 
 def dense_then_sparse(config: PretrainedConfig) -> Sequence[FeedForward]:
-    """`num_dense_layers` of LFM2's, then experts."""
+    """Return the feed-forward of each layer: a SwiGLU in the first `num_dense_layers`, then experts."""
     dense = min(config.num_dense_layers, config.num_hidden_layers)
     sparse = partial(sparse_feed_forward, config=config)
     return [*[feed_forward] * dense, *[sparse] * (config.num_hidden_layers - dense)]
 
 
 def check_scheme(scheme: Scheme, config: PretrainedConfig) -> None:
-    """Raise `Lfm2Error` for matrices of experts that QMoE cannot take."""
+    """Raise `Lfm2Error` if QMoE cannot take the experts' matrices in the scheme's blocks."""
     expert_blocks(scheme, (config.hidden_size, config.moe_intermediate_size))
 
 
 def tolerance(scheme: Scheme) -> float:
-    """In 8 bits QMoE differs by 3 % from its weights in float (onnxruntime 1.32, CPU); in 4 bits it does not."""
+    """Return the relative error that validation accepts, or 0 where the common tolerance serves.
+
+    In 8 bits QMoE differs by 3 % from its dequantised weights; in 4 bits it does not (onnxruntime 1.32, CPU).
+    """
     return 0.1 if scheme.linear.bits == 8 else 0.0
 
 

@@ -1,1 +1,1 @@
-"""What the members of the family are written in: the decoder, its blocks, and the operators that they emit."""
+"""The decoder as graph code: its blocks, their operators, and the type of a family member's record."""

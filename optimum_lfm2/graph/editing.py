@@ -1,4 +1,4 @@
-"""What every pass over the traced graph does: read a placeholder's name, add a weight, put one value for another."""
+"""Steps that passes over the traced graph share: find weights, add initializers, replace values."""
 
 from __future__ import annotations
 
@@ -14,21 +14,22 @@ CONTRIB_DOMAIN = "com.microsoft"
 
 
 def is_parameter(value: ir.Value | None) -> bool:
-    """Whether a value stands for a weight of the checkpoint."""
+    """Return whether a value is the placeholder of a weight."""
     node = value.producer() if value is not None else None
     return node is not None and node.domain == PLACEHOLDER_DOMAIN
 
 
 def parameter_name(value: ir.Value) -> str:
-    """The checkpoint's name for what a placeholder stands for."""
+    """Return the checkpoint's name of the weight that a placeholder stands for."""
     return value.producer().attributes.get_string("name")
 
 
 def add_initializer(graph: ir.Graph, tensor: Any) -> ir.Value:
-    """The initializer of the tensor's name: the graph's, else a new one.
+    """Return the graph's initializer with the tensor's name. Add one with this tensor if the graph has none.
 
     Args:
-        tensor: one of onnx-ir's; a lazy one reads its values only while the file is written.
+        graph: the traced graph.
+        tensor: a tensor of onnx-ir. A lazy one reads its values only when the file is written.
     """
     if tensor.name not in graph.initializers:
         kind = ir.TensorType(tensor.dtype)
@@ -37,7 +38,7 @@ def add_initializer(graph: ir.Graph, tensor: Any) -> ir.Value:
 
 
 def substitute(node: ir.Node, result: ir.Value) -> None:
-    """Let `result`, which new nodes compute, take the place of a node's only output."""
+    """Replace the only output of a node by `result`, and remove the node."""
     output = node.outputs[0]
     result.name, result.type, result.shape = output.name, output.type, output.shape
     output.replace_all_uses_with(result)
@@ -45,6 +46,10 @@ def substitute(node: ir.Node, result: ir.Value) -> None:
 
 
 def graph_cache_tensors(graph: ir.Graph) -> list[CacheTensor]:
-    """The cache tensors that a graph declares, as `optimum_lfm2.caches.read_cache_tensors` reads them."""
+    """Return the cache tensors that a graph declares.
+
+    Raises:
+        Lfm2Error: a cache input has no matching output, or a cache output has no matching input.
+    """
     inputs = {value.name: tuple(value.shape or ()) for value in graph.inputs}
     return read_cache_tensors(inputs, [value.name for value in graph.outputs])

@@ -1,7 +1,6 @@
-"""The record that describes a member of the family: one instance a member, in `optimum_lfm2/families/`.
+"""The type of the record that describes a family member. `optimum_lfm2/families/` has one record a member.
 
-Whatever the exporter, the runtime and the tools have to know of a member they ask here. Nobody else compares a model
-type.
+The exporter, the runtime and the tools ask the record about a member. Nothing else compares model types.
 """
 
 from __future__ import annotations
@@ -21,18 +20,20 @@ from optimum_lfm2.weights.blocks import Scheme
 from optimum_lfm2.weights.checkpoint import Checkpoint
 
 
-# A parameter by its name in the checkpoint; `kernel=True` gives a depthwise kernel (width, 1, taps) as (taps, width).
+# Gives a parameter by its name in the checkpoint. With `kernel=True`, a depthwise kernel stored as (width, 1, taps)
+# comes as (taps, width).
 Weight = Callable[..., torch.Tensor]
 
-# Hidden states (tokens, hidden_size), the weights, the name of the layer's feed-forward → (tokens, hidden_size).
+# Takes hidden states (tokens, hidden_size), the weights and the name of the layer's feed-forward in the checkpoint.
+# Returns hidden states (tokens, hidden_size).
 FeedForward = Callable[[torch.Tensor, Weight, str], torch.Tensor]
 
-# A pass over the traced graph, which may read the weights and the scheme by which they are quantised.
+# Changes the traced graph. It gets the graph, the weights by name, and how they are quantised (None: not at all).
 GraphPass = Callable[[ir.Graph, Mapping[str, Any], Scheme | None], None]
 
 
 class Mixer(Protocol):
-    """What mixes the tokens of a layer."""
+    """The block of a layer that mixes tokens: a short convolution or attention."""
 
     def __call__(
         self,
@@ -43,12 +44,12 @@ class Mixer(Protocol):
         name: str,
         config: PretrainedConfig,
     ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
-        """Return the block's output and the layer's present caches.
+        """Return the block's output, (tokens, hidden_size), and the layer's present caches.
 
         Args:
-            hidden: normed hidden states, (tokens, hidden_size).
+            hidden: hidden states after the norm, float (tokens, hidden_size).
             past: the layer's caches in the order of `LayerKind.caches`, or None for a graph without cache inputs.
-            shared: what `LayerKind.prepare` gave.
+            shared: the result of `LayerKind.prepare`.
             weight: gives a parameter by its name.
             name: the name of the layer's mixer in the checkpoint, such as `model.layers.0.conv`.
         """
@@ -56,19 +57,19 @@ class Mixer(Protocol):
 
 @dataclass(frozen=True)
 class LayerKind:
-    """A kind of layer, which `layer_types` in config.json names.
+    """A kind of layer. `layer_types` in config.json names the kind of each layer.
 
     Attributes:
-        mixer: the block as graph code.
-        module: the block's module in transformers' layer.
-        caches: the tensors that a layer of this kind keeps, for a configuration.
-        prepare: computes once a call what all layers of the kind share. It gets the call, the configuration and the
-            rotary table of the kind (None for a kind that rotates nothing).
-        take: a row's cache as transformers has it, (1, ...), of a cache tensor of the graph. It gets the tensor, the
-            row, and the past columns that the row sees.
-        fill: writes what transformers has of a row over a cache tensor of the graph. It gets transformers' tensor, the
-            graph's, the row, and the columns of its new tokens. What belongs to no unmasked token it leaves.
-        instead: the kind that takes its place under a configuration; None for none.
+        mixer: the block that mixes tokens, as graph code.
+        module: the name of this block in transformers' layer.
+        caches: takes a configuration and returns the tensors that a layer of this kind keeps.
+        prepare: computes what all layers of the kind share in a call. It gets the call, the configuration and the
+            kind's rotary table (None for a kind that rotates nothing).
+        take: takes one row's cache, in the form of transformers' cache (1, ...), out of a cache tensor of the graph. It
+            gets the tensor, the row's index and the past columns that the row sees.
+        fill: writes one row's cache over a cache tensor of the graph. It gets transformers' tensor, the graph's, the
+            row's index and the columns of the row's new tokens. It leaves what belongs to no unmasked token.
+        instead: takes a configuration and returns the kind that replaces this one under it; None for none.
     """
 
     mixer: Mixer
@@ -82,26 +83,25 @@ class LayerKind:
 
 @dataclass(frozen=True)
 class Member:
-    """A member of the family.
+    """The record of a member of the family.
 
     Attributes:
         model_type: as in config.json.
-        architectures: the classes of transformers whose checkpoints are exported, each with the task that it is for:
+        architectures: the classes of transformers whose checkpoints are exported. Each has its task:
             `text-generation` with a head, `feature-extraction` without.
         min_transformers: the first release of transformers that has the model.
-        layer_kinds: by their names in `layer_types`.
-        feed_forwards: the feed-forward of each layer.
-        rotary: the rotary table of each kind of layer that has one, read from transformers' model.
+        layer_kinds: the kinds of layers, by their names in `layer_types`.
+        feed_forwards: takes a configuration and returns the feed-forward of each layer.
+        rotary: reads the rotary tables from transformers' model, by the kind of layer that uses them.
         fields: the fields of config.json that other members lack or fill otherwise, each with what it may hold.
-        check: raises `Lfm2Error` for a config.json, as a mapping, that the member's graph is not right for.
-        post_norms: the norms of a layer that follow its mixer and its feed-forward, before the residual is added;
-            None where a layer has none.
-        checkpoint: reads the stored weights.
-        check_scheme: raises `Lfm2Error` for a quantisation that the member's operators cannot do.
-        passes: what finishes the traced graph, besides what all members need.
-        tolerance: the difference from transformers that validation accepts for a scheme, where it is larger than that
-            of other members; 0 for theirs.
-        genai_type: what `genai_config.json` calls the model; None where onnxruntime-genai (0.18) has nothing to run it.
+        check: raises `Lfm2Error` for a config.json, as a mapping, for which the member's graph is wrong.
+        post_norms: takes a configuration and returns the names of two norms of a layer, or None where it has none. The
+            first follows the mixer and the second the feed-forward, before the residual is added.
+        checkpoint: the class that reads the stored weights.
+        check_scheme: raises `Lfm2Error` for a quantisation that the member's operators cannot compute.
+        passes: passes over the traced graph that this member needs, besides those for all members.
+        tolerance: takes a scheme and returns the relative error that validation accepts. 0 leaves the common tolerance.
+        genai_type: the model type in `genai_config.json`. None if onnxruntime-genai cannot run the member.
         transformers_js: whether Transformers.js (4.3.1) has the model.
     """
 
@@ -131,9 +131,10 @@ class Member:
         return [self.kind(config, layer_type) for layer_type in config.layer_types[: config.num_hidden_layers]]
 
     def cache_tensors(self, config: PretrainedConfig, names: str = "hub") -> list[CacheTensor]:
-        """The cache tensors of a model, in the order of the graph's inputs.
+        """Return the cache tensors of a model, in the order of the graph's inputs.
 
         Args:
-            names: the convention of their names, a key of `optimum_lfm2.caches.CACHE_NAMES`.
+            config: the model's configuration.
+            names: the naming convention, a key of `optimum_lfm2.caches.CACHE_NAMES`.
         """
         return cache_tensors([kind.caches(config) for kind in self.kinds(config)], names)

@@ -1,7 +1,7 @@
-"""How a torch function becomes an ONNX node: a `torch.autograd.Function` that torch's TorchScript exporter asks.
+"""How a `torch.autograd.Function` becomes an ONNX node in torch's TorchScript exporter.
 
-`forward` runs while torch traces, and in eager torch; `symbolic` emits the node. The vocabulary itself is in `ops.py`,
-what computes, and `shapes.py`, what only moves values.
+`forward` computes the value, in eager torch and while torch traces. `symbolic` emits the node. The operators that
+compute are in `ops.py`, and those that only move values in `shapes.py`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch.autograd import Function
 
 
 class Node(Function):
-    """A Function whose `forward` the tracer does not look into: it would keep every intermediate value."""
+    """A Function whose `forward` is not traced. The tracer would keep every intermediate value in memory."""
 
     def __init_subclass__(cls) -> None:
         cls.forward = staticmethod(_untraced(cls.forward))  # type: ignore[method-assign]
@@ -33,20 +33,26 @@ def _untraced(forward):
 
 
 def constant(g, values):
+    """Emit an int64 constant: a scalar, or a vector for a list."""
     return g.op("Constant", value_t=torch.tensor(values, dtype=torch.int64))
 
 
 def none(g):
-    """An absent optional input."""
+    """Emit an absent optional input."""
     value = g.op("prim::Constant")
     value.setType(torch._C.OptionalType.ofTensor())
     return value
 
 
 def typed(*ranks: int, like: int = 0, dtype: torch.dtype | None = None):
-    """Declare what a symbolic emits: the rank of each output, and its dtype or the argument that has it too.
+    """Decorate a `symbolic` so that it declares the types of its outputs.
 
-    torch knows the types of no operators but its own, and says so once a node.
+    torch knows the types of its own operators alone, and warns once for every other node (torch 2.13).
+
+    Args:
+        ranks: the rank of each output.
+        like: the index of the argument whose dtype the outputs have.
+        dtype: the dtype of the outputs, in place of an argument's.
     """
 
     def decorator(symbolic):

@@ -12,6 +12,7 @@ from transformers.cache_utils import Cache
 
 from optimum_lfm2.caches import GROWS
 from optimum_lfm2.errors import Lfm2Error
+from optimum_lfm2.runtime.files import FileIdentity
 from optimum_lfm2.runtime.layout import GraphLayout
 
 
@@ -24,14 +25,16 @@ class Lfm2Cache(Cache):
     Keys and values lie in buffers (batch_size, kv_heads, capacity, head_dim) of which the first `get_seq_length()`
     columns count; capacity doubles when it is used up. States have a fixed shape: those of convolutions, and the
     windows of sliding attention. There are two of each, past and present in turn. `forward` changes the cache it is
-    given: to continue twice from one point, copy it (`copy.deepcopy`). A cache holds no session: it can be pickled, and
-    any session of the same graph continues it.
+    given: to continue twice from one point, copy it (`copy.deepcopy`). Any session of the model's file continues it,
+    and no other model does. It can be pickled; a cache that was loaded belongs to the first model of its layers that
+    takes it.
     """
 
     is_compileable = False  # type: ignore[assignment]  # properties of transformers' class, which ask its layers
     is_initialized = True  # type: ignore[assignment]
-    batch_size = 0
     is_linear = (False,)  # not all layers: so `generate` asks how many columns were seen
+    is_croppable = False  # type: ignore[assignment]
+    batch_size = 0  # type: ignore[assignment]
 
     def __init__(self, layout: GraphLayout, batch_size: int, device: torch.device, capacity: int = 0) -> None:
         super().__init__(layers=[])  # the graph updates the tensors below; transformers' layers would hold them twice
@@ -56,6 +59,8 @@ class Lfm2Cache(Cache):
         # What a session prepared for these very buffers: dropped when they are replaced, or another session comes.
         self.bindings: dict[object, object] = {}
         self.bound_to: object = None
+        # The model whose cache it is; None before a model takes it.
+        self.made_by: FileIdentity | None = None
 
     def get_seq_length(self, layer_idx: int | None = 0) -> int:
         """Number of columns seen, padding included, the same for every layer."""
@@ -73,6 +78,10 @@ class Lfm2Cache(Cache):
     @property
     def max_cache_len(self) -> int:
         """-1: it grows as it must."""
+        return -1
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        """-1: transformers 5's name for `get_max_cache_shape`."""
         return -1
 
     def has_previous_state(self, *_: Any) -> bool:
@@ -241,7 +250,11 @@ class Lfm2Cache(Cache):
         return twin
 
     def __getstate__(self) -> dict[str, Any]:
-        """What counts: the columns in use, and nothing of a session."""
+        """For pickle: what counts, without the model's file, which may lie elsewhere when the cache is loaded."""
+        return {**self._used(), "made_by": None}
+
+    def _used(self) -> dict[str, Any]:
+        """The columns in use, and nothing of a session."""
         tensors = {
             name: (tensor if name in self.spare else tensor[:, :, : self.length]).clone(
                 memory_format=torch.contiguous_format
@@ -255,7 +268,7 @@ class Lfm2Cache(Cache):
 
     def __deepcopy__(self, memo: dict) -> Lfm2Cache:
         twin = object.__new__(Lfm2Cache)
-        twin.__dict__ = {**self.__getstate__(), "layers": [], "alone": copy.deepcopy(self.alone, memo)}
+        twin.__dict__ = {**self._used(), "layers": [], "alone": copy.deepcopy(self.alone, memo)}
         return twin
 
     def __len__(self) -> int:

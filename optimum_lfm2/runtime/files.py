@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,22 @@ GRAPH_ERRORS = tuple(
     getattr(ort_errors, name)
     for name in ("Fail", "InvalidArgument", "InvalidGraph", "InvalidProtobuf", "NotImplemented", "RuntimeException")
 )
+
+
+@dataclass(frozen=True)
+class FileIdentity:
+    """Tells one model from another: where its graph lies, and what a newer export there would change."""
+
+    path: Path
+    size: int
+    written: int
+
+    @classmethod
+    def of(cls, path: str | Path) -> FileIdentity:
+        """Links lead to one identity, as between a snapshot and the blobs of the Hub's cache."""
+        path = Path(path).resolve()
+        found = path.stat()
+        return cls(path, found.st_size, found.st_mtime_ns)
 
 
 def only_file(folder: Path) -> str | None:

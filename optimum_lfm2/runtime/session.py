@@ -10,16 +10,20 @@ from optimum.onnxruntime.utils import TypeHelper
 from optimum_lfm2.caches import LOGITS_TO_KEEP
 from optimum_lfm2.errors import Lfm2Error
 from optimum_lfm2.runtime.cache import Lfm2Cache
+from optimum_lfm2.runtime.files import FileIdentity
 from optimum_lfm2.runtime.layout import GraphLayout
 
 
 class GraphSession:
     """Runs what the graph takes in one call; `rows.py` brings everything else into that form."""
 
-    def __init__(self, session: InferenceSession, layout: GraphLayout, device: torch.device) -> None:
+    def __init__(
+        self, session: InferenceSession, layout: GraphLayout, device: torch.device, file: FileIdentity
+    ) -> None:
         self._session = session
         self._layout = layout
         self._device = device
+        self._file = file
         declared = {value.name: value for value in (*session.get_inputs(), *session.get_overridable_initializers())}
         self._keep_shape = declared[LOGITS_TO_KEEP].shape if layout.keeps_logits else None
         logits = next(value for value in session.get_outputs() if value.name == "logits")
@@ -29,7 +33,9 @@ class GraphSession:
 
     def new_cache(self, batch_size: int, capacity: int = 0) -> Lfm2Cache:
         """An empty cache with room for `capacity` columns."""
-        return Lfm2Cache(self._layout, batch_size, self._device, capacity if self._layout.in_place else 0)
+        cache = Lfm2Cache(self._layout, batch_size, self._device, capacity if self._layout.in_place else 0)
+        cache.made_by = self._file
+        return cache
 
     def make_room(self, cache: Lfm2Cache, length: int) -> None:
         """Give a cache the room for `length` columns at once, where keys and values lie in place."""
@@ -37,7 +43,10 @@ class GraphSession:
             cache.reserve(length, exact=True)
 
     def check_cache(self, cache: Lfm2Cache) -> None:
-        """Raise `Lfm2Error` for a cache that this graph cannot continue."""
+        """Raise `Lfm2Error` for a cache that this graph cannot continue.
+
+        Layers of equal shape prove nothing: fine-tunes share them. Sessions of one file go on with each other's caches.
+        """
         theirs, ours = cache.layout, self._layout
         if (theirs.caches, theirs.shapes, theirs.dtypes) != (ours.caches, ours.shapes, ours.dtypes):
             raise Lfm2Error("The cache belongs to another model, whose layers differ. Start without it.")
@@ -46,6 +55,13 @@ class GraphSession:
         if cache.broken:
             raise Lfm2Error(
                 "The cache was interrupted while its rows changed places. Start without it, or from a copy made before."
+            )
+        if cache.made_by is None:  # it was loaded from a file, or reset
+            cache.made_by = self._file
+        elif cache.made_by != self._file:
+            raise Lfm2Error(
+                f"The cache belongs to another model, which was loaded from {cache.made_by.path}; this one is "
+                f"{self._file.path} as it is now. Start without it."
             )
 
     def run(

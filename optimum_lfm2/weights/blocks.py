@@ -5,8 +5,6 @@ Each row of a weight is cut into blocks. A block has one scale and no zero point
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -165,24 +163,3 @@ def module_blocks(model: torch.nn.Module, scheme: Scheme) -> dict[Any, Blocks]:
         elif isinstance(module, torch.nn.Linear):
             blocks[module] = scheme.linear
     return blocks
-
-
-@contextmanager
-def dequantized(model: torch.nn.Module, scheme: Scheme | None) -> Iterator[None]:
-    """Within the `with` block, `model` computes with the dequantised values of its weights.
-
-    So it can be compared with the quantised graph. None as the scheme changes nothing.
-    """
-    blocks = {} if scheme is None else module_blocks(model, scheme)
-    originals = {module: module.weight for module in blocks}
-    replaced: dict[int, torch.nn.Parameter] = {}
-    try:
-        for module, original in originals.items():
-            if id(original) not in replaced:
-                values = rounded(original.detach(), blocks[module])
-                replaced[id(original)] = torch.nn.Parameter(values, requires_grad=False)
-            module.weight = replaced[id(original)]
-        yield
-    finally:
-        for module, original in originals.items():
-            module.weight = original

@@ -1,4 +1,4 @@
-"""What every client may rely on: names, order, shapes, files, and the values, by plain onnxruntime alone."""
+"""The interface of an exported file: names, order, shapes, files and values, seen by plain onnxruntime."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ def open_session(path: Path) -> onnxruntime.InferenceSession:
 
 
 def generate(session: onnxruntime.InferenceSession, ids: np.ndarray, mask: np.ndarray, count: int) -> list[list[int]]:
-    """Greedy tokens of rows, by a loop that knows nothing but the session's inputs and zips present to past.
+    """Return greedy tokens of rows, by a loop that reads only the session's inputs and zips present to past.
 
-    It reads the first token off each row's last unmasked one, as rows may be padded on either side.
+    The first new token comes from the logits of each row's last unmasked token, since either side may be padded.
     """
     batch = len(ids)
     names = [value.name for value in session.get_inputs() if value.name.startswith("past")]
@@ -100,7 +100,7 @@ def test_signature(exported):
         ("present.4.key", key),
         ("present.4.value", key),
     ]
-    assert not model.graph.input[-1].type.tensor_type.HasField("shape")  # a scalar or a vector of one element
+    assert not model.graph.input[-1].type.tensor_type.HasField("shape")  # it takes a scalar or a vector of one element
 
 
 @pytest.mark.parametrize(("keep", "count"), [(None, 9), (0, 9), (1, 1), (3, 3), (99, 9), ([0], 9), ([1], 1)], ids=repr)

@@ -1,4 +1,4 @@
-"""The exact shape of LFM2-350M: memory, files, one line of text."""
+"""Exports at the exact shape of LFM2-350M: peak memory, size of the files, and some generated tokens."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def source(tmp_path_factory) -> Path:
 
 
 def peak_memory(command: list[str]) -> int:
-    """Bytes that a command and all its children hold in memory at most, shared pages once. Prints the wall time."""
+    """Run a command, print its wall time, and return the peak of its and its children's resident memory, in bytes."""
     started = time.monotonic()
     process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
     peak = 0

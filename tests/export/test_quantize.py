@@ -1,7 +1,9 @@
-"""4 and 8 bits: the arithmetic, the graph, and what it does to the text."""
+"""Graphs with weights in 4 and 8 bits: what they compute, their nodes, and what they do to a text."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import onnx_ir as ir
@@ -10,53 +12,38 @@ import pytest
 import torch
 from optimum.exporters.onnx import main_export
 from optimum.onnxruntime import ORTModelForCausalLM
+from rounding import to_nearest
 from transformers import AutoTokenizer
 
 from optimum_lfm2.errors import Lfm2Error
 from optimum_lfm2.export import quantize
 from optimum_lfm2.export.validation import errors_as_they_are
 from optimum_lfm2.quality.evaluate import evaluate
-from optimum_lfm2.weights.blocks import SCHEMES, Blocks, dequantize_tensor, dequantized, pack, quantize_tensor
+from optimum_lfm2.weights.blocks import SCHEMES, Scheme, module_blocks, pack, rounded
 
 
 DEMO = Path(__file__).parents[2] / "demo"
 
 
-def plain(weight: torch.Tensor, bits: int, block_size: int) -> torch.Tensor:
-    """Round to nearest, the largest value of a block at the end of the range: the bound for any other way."""
-    blocks = weight.unflatten(1, (-1, block_size))
-    low, high = blocks.amin(-1), blocks.amax(-1)
-    scales = torch.where(-low > high, low, high) / -(1 << (bits - 1))
-    codes = (blocks / scales[..., None]).round().clamp(-(1 << (bits - 1)), (1 << (bits - 1)) - 1)
-    return (codes * scales[..., None]).flatten(1)
+@contextmanager
+def dequantized(model: torch.nn.Module, scheme: Scheme | None) -> Iterator[None]:
+    """Within the `with` block, `model` computes with the dequantised values of its weights.
 
-
-@pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("block_size", [32, 128])
-def test_better_than_rounding_to_nearest(bits, block_size):
-    weight = torch.randn(64, 256, generator=torch.Generator().manual_seed(0))
-    blocks = Blocks(bits, block_size)
-    back = dequantize_tensor(*quantize_tensor(weight, blocks), 256, blocks)
-    error, bound = ((x - weight).pow(2).mean() for x in (back, plain(weight, bits, block_size)))
-    assert error < bound
-    assert error < weight.pow(2).mean() / (50 if bits == 4 else 10_000)
-
-
-def test_a_width_that_is_no_multiple_and_a_row_of_zeros():
-    weight = torch.randn(7, 80, generator=torch.Generator().manual_seed(0))
-    weight[3] = 0
-    blocks = Blocks(8, 32)
-    codes, scales = quantize_tensor(weight, blocks)
-    assert codes.shape == (7, 3, 32)
-    back = dequantize_tensor(codes, scales, 80, blocks)
-    assert not back[3].any()
-    torch.testing.assert_close(back, weight, atol=0.03, rtol=0)
-
-
-def test_two_codes_a_byte():
-    codes = torch.tensor([[[1, 2, 15, 0]]], dtype=torch.uint8)
-    assert pack(codes, Blocks(4, 4)).tolist() == [[[0x21, 0x0F]]]
-    assert pack(codes, Blocks(8, 4)) is codes
+    So it can be compared with the quantised graph. None as the scheme changes nothing.
+    """
+    blocks = {} if scheme is None else module_blocks(model, scheme)
+    originals = {module: module.weight for module in blocks}
+    replaced: dict[int, torch.nn.Parameter] = {}
+    try:
+        for module, original in originals.items():
+            if id(original) not in replaced:
+                values = rounded(original.detach(), blocks[module])
+                replaced[id(original)] = torch.nn.Parameter(values, requires_grad=False)
+            module.weight = replaced[id(original)]
+        yield
+    finally:
+        for module, original in originals.items():
+            module.weight = original
 
 
 @pytest.mark.parametrize(
@@ -64,7 +51,7 @@ def test_two_codes_a_byte():
 )
 @pytest.mark.parametrize("name", ["hybrid", "odd_head_dim", "conv_bias", "untied"])
 def test_the_graph_computes_with_the_dequantised_weights(name, options, exported, gold_model):
-    """Widths that are no multiple of a block, too: what is left is the noise of int8 activations and half precision."""
+    """The remaining error is the noise of int8 activations and half precision, also for widths with a padded block."""
     model = ORTModelForCausalLM.from_pretrained(exported(name, **options))
     scheme = SCHEMES[options["_variant"]]
     ids = torch.randint(8, 256, (1, 24), generator=torch.Generator().manual_seed(2))
@@ -114,7 +101,7 @@ def test_the_embedding_in_float(tmp_path, checkpoint):
 @pytest.mark.parametrize("variant", ["q4", "q4s"])
 @pytest.mark.parametrize("name", ["hybrid", "untied", "odd_head_dim", "trained"])
 def test_the_portable_embedding_is_the_fused_one(name, variant, options, exported, checkpoint, tmp_path):
-    """The same numbers, by operators of ONNX alone, at no cost in bytes."""
+    """Standard operators of ONNX give the same values, and the file is no larger."""
     options = {"_variant": variant, **options}
     main_export(str(checkpoint(name)), tmp_path, do_validation=False, model_kwargs={"embedding": "portable"}, **options)
     assert "GatherBlockQuantized" not in [node.op_type for node in ir.load(tmp_path / "model.onnx").graph]
@@ -160,15 +147,15 @@ def test_quality_on_held_out_text(variant, agreement, divergence, exported):
 
 
 def test_q4_is_no_worse_than_rounding_to_nearest_in_blocks_of_32(exported, tmp_path):
-    rounded = _model()
+    model = _model()
     with torch.no_grad():
-        for module in rounded.modules():
-            if isinstance(module, (torch.nn.Linear, torch.nn.Embedding)) and module is not rounded.lm_head:
-                module.weight.copy_(plain(module.weight, 4, 32))  # the head is tied
-    rounded.save_pretrained(tmp_path)
+        for module in model.modules():
+            if isinstance(module, (torch.nn.Linear, torch.nn.Embedding)) and module is not model.lm_head:
+                module.weight.copy_(to_nearest(module.weight, 4, 32))  # the head is tied
+    model.save_pretrained(tmp_path)
     own, bound = (
-        evaluate(model, DEMO / "checkpoint", DEMO / "heldout.txt")
-        for model in (exported("trained", _variant="q4"), tmp_path)
+        evaluate(path, DEMO / "checkpoint", DEMO / "heldout.txt")
+        for path in (exported("trained", _variant="q4"), tmp_path)
     )
     assert own.kl_divergence <= bound.kl_divergence
     assert own.perplexity <= bound.perplexity

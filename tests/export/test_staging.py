@@ -1,4 +1,4 @@
-"""A folder as a whole or not at all."""
+"""A staged folder is written as a whole or not at all."""
 
 from __future__ import annotations
 

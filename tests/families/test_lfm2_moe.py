@@ -1,4 +1,4 @@
-"""Generation with experts: whatever the batch, chunk, turn or beam, the tokens of transformers alone."""
+"""Generation with experts gives transformers' tokens of a row alone, in batches, chunks, chats and beams."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def model(request, exported) -> ORTLfm2ForCausalLM:
 
 @pytest.mark.parametrize("name", MOE_CHECKPOINTS)
 def test_the_golds_of_the_table_route_to_most_experts(name, gold_model):
-    """Else they would say little of the router; that generation equals them is checked for the whole table."""
+    """Golds that used few experts would test little of the router."""
     model, used = gold_model(name), set()
     hooks = [
         module.register_forward_hook(lambda module, taken, given: used.update(given[2].flatten().tolist()))
@@ -53,7 +53,7 @@ def test_the_golds_of_the_table_route_to_most_experts(name, gold_model):
 
 
 def test_rows_alone_and_padded_and_chunked(model):
-    """4 bits too: what a row gets alone is its gold, whatever the weights."""
+    """The gold of a row is what the same export generates for it alone, so 4-bit weights have one too."""
     rows = prompts(list(LENGTHS))
     alone = [model.generate(row[None], **GREEDY)[0, len(row) :].tolist() for row in rows]
     batch = pad(rows, "left")
@@ -94,7 +94,7 @@ def test_evaluate(checkpoint, tmp_path):
 
 @pytest.mark.skipif(not compat.TRANSFORMERS_5, reason="transformers 4 has no lfm2_moe")
 def test_a_reference_is_read_by_layers_and_experts(checkpoint, gold_model, monkeypatch):
-    """Of any size: three passes through the weights here, and no weight in memory after one. Asked again, none."""
+    """Three passes through the weights serve all chunks, and leave none in memory. A second request reads nothing."""
     monkeypatch.setattr("optimum_lfm2.quality.scoring.TOKENS_A_PASS", 70)
     reads, read = [], MoeCheckpoint._expert
     monkeypatch.setattr(MoeCheckpoint, "_expert", lambda self, *args: reads.append(args) or read(self, *args))

@@ -52,10 +52,12 @@ def test_keys_and_values_stay_where_they_are(model):
 def test_rows_split_and_join(model):
     cache = model(torch.stack(prompts([9, 9, 9]))).past_key_values
     expected = copy.deepcopy(cache)
+    cache.bindings = {"prepared": "for the buffers before"}
     rows = cache.split()
     for i, row in enumerate(rows):
         step(model, row, 20 + i)
     cache.join(rows)
+    assert not cache.bindings, "they point to conv states that the rows' have replaced"
     assert cache.get_seq_length() == 10
     model(torch.tensor([[20], [21], [22]]), past_key_values=expected)
     for name, tensor in expected.tensors.items():

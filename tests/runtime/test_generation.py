@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 import io
+import logging
+import os
 import pickle
+import shutil
 
 import pytest
 import torch
@@ -12,6 +15,7 @@ from checkpoints import gold_tokens, prompts
 from optimum.onnxruntime import ORTModelForCausalLM
 from transformers import DynamicCache
 from transformers.cache_utils import Cache
+from transformers.generation.streamers import BaseStreamer
 
 from optimum_lfm2.errors import Lfm2Error
 from optimum_lfm2.runtime import rows as rows_module
@@ -76,6 +80,66 @@ class TestRightPadding:
         whole = {name: torch.cat([one[name], two[name]], dim=1) for name in one}
         out = model.generate(**whole, past_key_values=model(**one).past_key_values, **GREEDY)
         assert out[:, 21:].tolist() == golds
+
+    def test_sampling_with_a_seed(self, model, gold_model):
+        """One row draws as alone. Several share the generator: they draw as the same rows padded on the left."""
+        settings = {**GREEDY, "do_sample": True, "temperature": 1.3, "top_k": 40}
+        rows = prompts(LENGTHS)
+        torch.manual_seed(3)
+        alone = gold_model("hybrid").generate(rows[0][None], **settings)[0, 9:].tolist()
+        one = {name: tensor[:1] for name, tensor in pad_right(rows).items()}
+        torch.manual_seed(3)
+        assert model.generate(**one, **settings)[0, 12:].tolist() == alone
+
+        right = pad_right(rows)
+        left = {
+            name: torch.stack([r.roll(12 - len(p)) for r, p in zip(t, rows, strict=True)]) for name, t in right.items()
+        }
+        drawn = []
+        for batch in (left, right):
+            torch.manual_seed(3)
+            drawn.append(model.generate(**batch, **settings)[:, 12:].tolist())
+        assert drawn[0] == drawn[1]
+
+    def test_a_streamer(self, model, golds):
+        class Collector(BaseStreamer):
+            values: list[torch.Tensor]
+            ended = False
+
+            def put(self, value):
+                self.values.append(value)
+
+            def end(self):
+                self.ended = True
+
+        collector = Collector()
+        collector.values = []
+        one = {name: tensor[:1] for name, tensor in pad_right(prompts(LENGTHS)).items()}
+        model.generate(**one, **GREEDY, streamer=collector)
+        assert collector.values[0].tolist() == one["input_ids"].tolist()
+        assert torch.cat(collector.values[1:]).tolist() == golds[0]
+        assert collector.ended
+
+    def test_scores_and_logits(self, model, gold_model):
+        settings = {**GREEDY, "return_dict_in_generate": True, "output_logits": True, "output_scores": True}
+        out = model.generate(**pad_right(prompts(LENGTHS)), **settings)
+        for i, row in enumerate(prompts(LENGTHS)):
+            alone = gold_model("hybrid").generate(row[None], use_cache=False, **settings)
+            for name in ("logits", "scores"):
+                mine, expected = (torch.stack(source[name]) for source in (out, alone))
+                torch.testing.assert_close(mine[:, i], expected[:, 0], atol=1e-4, rtol=0)
+
+    def test_nobody_is_warned_who_uses_our_model(self, model, gold_model, caplog, monkeypatch):
+        logger = logging.getLogger("transformers.generation.utils")
+        monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+        batch = pad_right(prompts(LENGTHS))
+        settings = {**GREEDY, "max_new_tokens": 1, "pad_token_id": 9}
+        filters = list(logger.filters)
+        model.generate(**batch, **settings)
+        assert "right-padding" not in caplog.text
+        assert logger.filters == filters
+        gold_model("hybrid").generate(**batch, **settings, use_cache=False)
+        assert "right-padding" in caplog.text
 
     def test_a_row_that_has_no_token(self, model):
         with pytest.raises(Lfm2Error, match="every new token of row 1"):
@@ -197,6 +261,27 @@ class TestCaches:
             model(torch.tensor([[9]]), past_key_values=cache)
         with pytest.raises(Lfm2Error, match="another model"):
             model.generate(prompts([5])[0][None], past_key_values=cache, **GREEDY)
+
+    @pytest.mark.parametrize("change", ["a copy", "written again"])
+    def test_a_cache_of_another_model_of_the_same_shape(self, change, model, exported, tmp_path):
+        """Two fine-tunes: nothing but the files tells them apart."""
+        folder = shutil.copytree(exported("hybrid"), tmp_path / "model")
+        first = model if change == "a copy" else ORTModelForCausalLM.from_pretrained(folder)
+        cache = first(prompts([4])[0][None]).past_key_values
+        if change == "written again":
+            status = (folder / "model.onnx").stat()
+            os.utime(folder / "model.onnx", ns=(status.st_atime_ns, status.st_mtime_ns + 1))
+        other = ORTModelForCausalLM.from_pretrained(folder)
+        for theirs in (cache, copy.deepcopy(cache)):
+            for call in (other.forward, lambda ids, **kwargs: other.generate(ids, **kwargs, **GREEDY)):
+                with pytest.raises(Lfm2Error, match="another model, which was loaded from"):
+                    call(
+                        torch.tensor([[1, 2, 3, 4, 9]])[:, -1 if call == other.forward else 0 :], past_key_values=theirs
+                    )
+        loaded = pickle.loads(pickle.dumps(cache))
+        other(torch.tensor([[9]]), past_key_values=loaded)
+        with pytest.raises(Lfm2Error, match="another model, which was loaded from"):
+            first(torch.tensor([[9]]), past_key_values=loaded)
 
     def test_copies_share_nothing_and_hold_what_is_used(self, model):
         cache = model._graph.new_cache(1, 1000)

@@ -1,4 +1,4 @@
-"""A PEFT adapter is no checkpoint: it is told of before anybody looks for a config.json."""
+"""Refuse a PEFT adapter, which is no checkpoint, before anything looks for its config.json."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ ADAPTER_CONFIG = "adapter_config.json"
 
 
 def check_adapter(folder: Path) -> None:
-    """Raise `ValueError` for a folder that holds a PEFT adapter of a model of ours, and no model."""
+    """Raise `ValueError` for a folder that holds a PEFT adapter of our model and no model. Ignore all other folders."""
     if not (folder / ADAPTER_CONFIG).is_file() or (folder / "config.json").is_file():
         return
     try:
         base = str(_object(folder / ADAPTER_CONFIG).get("base_model_name_or_path"))
         model_type = _object(Path(base, "config.json")).get("model_type") if Path(base).is_dir() else None
     except (OSError, ValueError, RecursionError):
-        return  # whose it is cannot be told
+        return  # the adapter may be of anybody's model
     if model_type in MODEL_TYPES or "lfm2" in base.lower():
         raise ValueError(
             f"{folder} is a PEFT adapter of {base}, not a model. Load it with peft, save what its merge_and_unload() "

@@ -1,4 +1,4 @@
-"""`optimum-cli lfm2 evaluate`. Imported at every start of `optimum-cli`: nothing heavy at the top."""
+"""`optimum-cli lfm2 evaluate`. Every start of `optimum-cli` imports this, so the top imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
 
 class EvaluateCommand(BaseOptimumCLICommand):
-    """How far an export is from its checkpoint."""
+    """Measures how far an export is from its checkpoint."""
 
     COMMAND = CommandInfo(name="evaluate", help="Compare an export with its checkpoint on a text.")
 

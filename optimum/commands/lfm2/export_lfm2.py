@@ -1,6 +1,6 @@
-"""`optimum-cli export lfm2`: one folder for every runtime.
+"""`optimum-cli export lfm2` writes one folder for every runtime.
 
-Imported at every start of `optimum-cli`: nothing heavy at the top, and `optimum_lfm2` is heavy.
+Every start of `optimum-cli` imports this. So the top imports nothing heavy, and `optimum_lfm2` is heavy.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from optimum.commands.export.base import ExportCommand
 
 
 DESCRIPTION = """\
-Write the folder that one uploads to the Hub: Optimum, ONNX Runtime GenAI and Transformers.js run it as it is.
+Write a folder for the Hub. Optimum, ONNX Runtime GenAI and Transformers.js run it as it is.
 
   OUT/config.json, tokenizer.json, chat_template.jinja, ...
   OUT/genai_config.json              for ONNX Runtime GenAI: og.Model("OUT")
   OUT/README.md                      a model card: how to run it, and what each precision costs
-  OUT/onnx/model.onnx                fp32   what transformers computes, and the largest
+  OUT/onnx/model.onnx                fp32   computes the same as transformers; the largest
   OUT/onnx/model_fp16.onnx           fp16   for GPUs
   OUT/onnx/model_quantized.onnx      q8     8-bit weights, next to indistinguishable from fp32
   OUT/onnx/model_q4.onnx             q4     4-bit weights: the fastest on a CPU
@@ -36,7 +36,7 @@ then: hf upload YOU/YOUR-MODEL OUT"""
 
 
 class ExportLfm2Command(BaseOptimumCLICommand):
-    """Every precision of a checkpoint, with the configuration of every runtime."""
+    """Writes a checkpoint in several precisions, with the configuration files of every runtime."""
 
     COMMAND = CommandInfo(
         name="lfm2", help="Export an LFM2 checkpoint in several precisions to a folder that every runtime reads."
@@ -91,4 +91,5 @@ class ExportLfm2Command(BaseOptimumCLICommand):
 
 
 def register() -> list[tuple[type, type | None]]:
+    """Return the command, with `optimum-cli export` as its parent."""
     return [(ExportLfm2Command, ExportCommand)]

@@ -1,6 +1,6 @@
 """`optimum-cli export onnx`, for LFM2 checkpoints. Every other model goes to Optimum as if this plugin were not there.
 
-Imported at every start of `optimum-cli`: nothing heavy at the top, and `optimum_lfm2` is heavy.
+Every start of `optimum-cli` imports this. So the top imports nothing heavy, and `optimum_lfm2` is heavy.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ WRAPPED = "_wrapped_for_lfm2"
 
 
 def register() -> list[tuple[type, type | None]]:
-    """Wrap the command's `run`, once: a second command named `onnx` would break the parser."""
+    """Wrap the command's `run` once, and add no command. A second command named `onnx` would break the parser."""
     if not hasattr(ONNXExportCommand.run, WRAPPED):
         ONNXExportCommand.run = _wrap(ONNXExportCommand.run)
     return []
@@ -50,19 +50,19 @@ def _wrap(original: Callable[[Any], None]) -> Callable[[Any], None]:
 
 
 def _our_config(args: Namespace) -> dict[str, Any] | None:
-    """The `config.json` of `--model` if the model is ours; None if it is not, or if that cannot be told."""
+    """Return the `config.json` of `--model` if it names a type of ours. Return None otherwise."""
     try:
         config = read_config(args)
-    except Exception:  # Optimum explains what is wrong with a model of which nobody knows the type
+    except Exception:  # the model may be anybody's, so Optimum says what is wrong
         return None
     return config if config.get("model_type") in MODEL_TYPES else None
 
 
 def read_config(args: Namespace) -> dict[str, Any]:
-    """The `config.json` of `--model`, a folder or an id of the Hub.
+    """Read the `config.json` of `--model`, which is a folder or an id of the Hub.
 
     Raises:
-        ValueError: for what has none, or one that cannot be read.
+        ValueError: there is no such file, or it cannot be read.
     """
     folder = Path(args.model)
     if folder.is_dir():
@@ -112,6 +112,6 @@ def _download(args: Namespace) -> Path:
 
 
 def fail(error: BaseException) -> None:
-    """One line on stderr, exit code 1."""
+    """Print the error as one line on stderr and exit with 1."""
     print(f"optimum-cli: error: {' '.join(str(error).split())}", file=sys.stderr)
     raise SystemExit(1)

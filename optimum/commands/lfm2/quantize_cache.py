@@ -1,4 +1,7 @@
-"""`optimum-cli lfm2 quantize-cache`. Imported at every start of `optimum-cli`: nothing heavy at the top."""
+"""`optimum-cli lfm2 quantize-cache`.
+
+Every start of `optimum-cli` imports this, so the top imports nothing heavy.
+"""
 
 from __future__ import annotations
 
@@ -8,16 +11,16 @@ from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
 
 DESCRIPTION = """\
-Write a second graph beside an exported one, NAME_kv8.onnx beside NAME.onnx, over the same weights. Its cache of keys
-and values holds 8 bits a value where the other holds 16 or 32: less memory, and faster decoding after thousands of
-tokens; long prompts are read slower. The scales are measured on a text, of which a half tells what they cost.
-Load it from that folder with file_name="NAME_kv8.onnx". It takes onnxruntime 1.27 or later; Transformers.js, whose
-caches are floats alone, cannot run it.
+Write a second graph, NAME_kv8.onnx, beside the exported NAME.onnx. Both share the same weights. The KV cache of the
+second graph holds 8 bits a value, that of the first 16 or 32. It takes less memory, decodes faster after thousands of
+tokens, and prefills long prompts more slowly. The scales are set on one half of the text and tested on the other.
+Load the graph from its folder with file_name="NAME_kv8.onnx". It needs onnxruntime 1.27 or later.
+Transformers.js cannot run it, since its caches hold floats alone.
 """
 
 
 class QuantizeCacheCommand(BaseOptimumCLICommand):
-    """Keys and values in 8 bits."""
+    """Writes a second graph whose KV cache holds 8 bits a value."""
 
     COMMAND = CommandInfo(name="quantize-cache", help="Keep the keys and values of an export in 8 bits.")
 

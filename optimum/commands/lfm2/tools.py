@@ -1,4 +1,4 @@
-"""`optimum-cli lfm2`: the commands of this package that are not about exporting."""
+"""`optimum-cli lfm2`: the commands for models that are exported already."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from optimum.commands.lfm2.quantize_cache import QuantizeCacheCommand
 
 
 class Lfm2Command(BaseOptimumCLICommand):
-    """What one does with an export."""
+    """The commands `evaluate` and `quantize-cache`."""
 
     COMMAND = CommandInfo(name="lfm2", help="Tools for exported LFM2 models.")
     SUBCOMMANDS = tuple(
@@ -19,4 +19,5 @@ class Lfm2Command(BaseOptimumCLICommand):
 
 
 def register() -> list[tuple[type, type | None]]:
+    """Return the command. It belongs to `optimum-cli` itself, so its parent is None."""
     return [(Lfm2Command, None)]

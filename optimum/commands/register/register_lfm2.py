@@ -1,4 +1,4 @@
-"""What `optimum-cli` imports at every start: it must stay cheap, and nothing in it may stop another command."""
+"""Registers our commands. Every start of `optimum-cli` imports this, so it stays cheap and must never raise."""
 
 import importlib
 import logging
@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 
-# Light modules of `optimum.commands.lfm2`. Each has a function `register()`, which returns the commands that it adds as
-# (class, parent class) pairs, the parent None for a command of `optimum-cli` itself.
+# Light modules of `optimum.commands.lfm2`. Each has a function `register()`. It returns the commands that it adds as
+# (class, parent class) pairs. The parent of a command of `optimum-cli` itself is None.
 MODULES = ("export_onnx", "export_lfm2", "tools")
 
 _commands = []
@@ -15,16 +15,17 @@ _commands = []
 for _name in MODULES:
     try:
         _commands += importlib.import_module(f"optimum.commands.lfm2.{_name}").register()
-    except Exception as _error:  # noqa: PERF203  one that fails must not stop the next
+    except Exception as _error:  # noqa: PERF203  a module that fails must not stop the next
         _logger = logging.getLogger("optimum_lfm2")
         _logger.error("LFM2's %s is not available: %s: %s", _name, type(_error).__name__, _error)
 
 
 class _OncePerStart:
-    """The commands, given once each time that `optimum-cli` starts.
+    """Yields the commands once for each start of `optimum-cli`.
 
-    A start reads `REGISTER_COMMANDS` once for each folder of the namespace that holds this file: two where the package
-    is installed and its source is on the path too. The parser refuses a command that it gets twice.
+    `optimum-cli` reads `REGISTER_COMMANDS` once for each folder of the namespace that holds this file. There are two
+    such folders if the package is installed and its source is on the path too. The parser refuses a command that it
+    gets twice.
     """
 
     def __init__(self, commands: list) -> None:
