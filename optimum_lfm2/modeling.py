@@ -271,6 +271,15 @@ class ORTLfm2ForCausalLM(compat.GenerationWithoutExperts, ORTModelForCausalLM):
         return past_key_values
 
     @classmethod
+    def _export(cls, *args: Any, **kwargs: Any) -> ORTLfm2ForCausalLM:
+        if kwargs.get("variant") is not None:  # Optimum exports in float, and would forget it
+            raise Lfm2Error(
+                f'variant="{kwargs["variant"]}" cannot be used with export=True. Export with main_export(..., '
+                f'variant="{kwargs["variant"]}") or `optimum-cli export onnx --variant`, and load the folder.'
+            )
+        return super()._export(*args, **kwargs)
+
+    @classmethod
     def _from_pretrained(
         cls,
         model_id: str | Path,

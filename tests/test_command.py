@@ -298,11 +298,6 @@ def _broken_generation_settings(source: Path) -> str:
     return "generation_config.json"
 
 
-def _generation_settings_that_would_be_lost(source: Path) -> str:
-    (source / "generation_config.json").write_text('{"do_sample": false, "temperature": 0.3}')
-    return "temperature"
-
-
 def _not_a_number(source: Path) -> str:
     name = "model.layers.1.feed_forward.w1.weight"
     _change(source, lambda tensors: tensors[name].fill_(float("nan")))
@@ -327,7 +322,6 @@ DEFECTS = [
     _shard_elsewhere,
     _unnamed_with_a_strange_tensor,
     _broken_generation_settings,
-    _generation_settings_that_would_be_lost,
 ]
 
 
@@ -554,3 +548,37 @@ def test_bf16_checkpoint(cli, tmp_path):
     source = make_checkpoint("hybrid", tmp_path, dtype=torch.bfloat16)
     assert cli("export", "onnx", "--model", source, tmp_path / "out") == (0, "")
     assert run_file(tmp_path / "out").dtype == np.float32
+
+
+def test_generation_settings_that_transformers_does_not_save_are_carried_over(checkpoint, tmp_path):
+    """Release 4 and 5 load them with a warning, and fine-tunes have them."""
+    source = shutil.copytree(checkpoint("hybrid"), tmp_path / "source")
+    written = '{"do_sample": false, "temperature": 0.3, "eos_token_id": [7, 8]}'
+    (source / "generation_config.json").write_text(written)
+    main_export(str(source), tmp_path / "out", do_validation=False)
+    assert (tmp_path / "out" / "generation_config.json").read_text() == written
+    loaded = ORTModelForCausalLM.from_pretrained(tmp_path / "out").generation_config
+    assert (loaded.temperature, loaded.eos_token_id) == (0.3, [7, 8])
+    assert "written" not in loaded.to_dict()
+
+
+@pytest.mark.parametrize("arguments", [{}, {"task": "text-generation-with-past"}], ids=["no task", "task"])
+def test_python_names_a_wrong_field(arguments, checkpoint, tmp_path):
+    source = shutil.copytree(checkpoint("hybrid"), tmp_path / "source")
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"layer_types": 7}))
+    with pytest.raises(Lfm2Error, match="layer_types in"):
+        main_export(str(source), tmp_path / "out", **arguments)
+    assert not (tmp_path / "out").exists()
+
+
+def test_python_refuses_an_unknown_argument(checkpoint, tmp_path):
+    with pytest.raises(Lfm2Error, match="knows no varient"):
+        main_export(str(checkpoint("hybrid")), tmp_path / "out", varient="q4")
+    assert not (tmp_path / "out").exists()
+    main_export(str(checkpoint("hybrid")), tmp_path / "out", sequence_length=5, do_validation=False)
+
+
+def test_an_export_while_loading_refuses_a_variant(checkpoint):
+    with pytest.raises(Lfm2Error, match="variant"):
+        ORTModelForCausalLM.from_pretrained(checkpoint("hybrid"), export=True, variant="q4")

@@ -3,72 +3,20 @@
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig
 
 from optimum_lfm2.errors import Lfm2Error
+from optimum_lfm2.families import MEMBERS
+from optimum_lfm2.fields import FLAG, NUMBER_TYPES, POSITIVE, SIZE, TOKEN, Field
 
 
-@dataclass(frozen=True)
-class Field:
-    """What a field may hold.
-
-    Attributes:
-        kind: `int`, `float` (which takes whole numbers too), `bool`, `str` or `dict`.
-        least: the smallest number.
-        most: the largest.
-        optional: whether null stands for transformers' default.
-        listed: whether a list of such values may stand for one.
-        many: whether only a list will do.
-        values: the only values, where they are few.
-    """
-
-    kind: type
-    least: float = -math.inf
-    most: float = math.inf
-    optional: bool = False
-    listed: bool = False
-    many: bool = False
-    values: tuple[str, ...] = ()
-
-    def takes(self, value: Any) -> bool:
-        """Whether a value, as JSON gives it, may stand in the field."""
-        if value is None:
-            return self.optional
-        if self.many or (self.listed and isinstance(value, list)):
-            return isinstance(value, list) and all(self._takes_one(one) for one in value)
-        return self._takes_one(value)
-
-    def _takes_one(self, value: Any) -> bool:
-        if isinstance(value, bool):
-            return self.kind is bool
-        if self.kind in (int, float):
-            return isinstance(value, (int, self.kind)) and self.least <= value <= self.most
-        return isinstance(value, self.kind) and (not self.values or value in self.values)
-
-    def __str__(self) -> str:
-        names = {int: "a whole number", float: "a number", bool: "true or false", str: "a string", dict: "an object"}
-        text = " or ".join(self.values) or names[self.kind]
-        if self.least > -math.inf:
-            text += f" from {self.least:g}" + (f" to {self.most:.10g}" if self.most < math.inf else "")
-        if self.many:
-            return f"a list, each {text}"
-        return text + " or a list of them" * self.listed + ", or null" * self.optional
-
-
-SIZE = Field(int, 1, 2**20)
-FLAG = Field(bool)
-POSITIVE = Field(float, 1e-30, 1e30)
-TOKEN = Field(int, -1, 2**31 - 1, optional=True)
-NUMBER_TYPES = ("float32", "float16", "bfloat16", "float64")
-
-# The limits keep a wrong number from taking all memory or time before the weights' shapes can contradict it: a module
-# is made for each layer, a rotary table has a row for each position, and each expert is looked up by name.
+# What all members have; a record adds its own. The limits keep a wrong number from taking all memory or time before
+# the weights' shapes can contradict it: a module is made for each layer, a rotary table has a row for each position,
+# and each expert is looked up by name.
 FIELDS = {
     "vocab_size": SIZE,
     "hidden_size": SIZE,
@@ -82,15 +30,10 @@ FIELDS = {
     "conv_L_cache": Field(int, 1, 1024),
     "block_multiple_of": SIZE,
     "block_ffn_dim_multiplier": Field(float, 1e-3, 1e3, optional=True),
-    "moe_intermediate_size": SIZE,
-    "num_experts": Field(int, 1, 4096),
-    "num_experts_per_tok": Field(int, 1, 4096),
-    "num_dense_layers": Field(int, 0, 1024),
     "full_attn_idxs": Field(int, 0, 1023, optional=True, many=True),
     "layer_types": Field(str, optional=True, many=True),
     "norm_eps": Field(float, 0, 1),
     "initializer_range": Field(float, 0, 1e3),
-    "routed_scaling_factor": POSITIVE,
     "rope_theta": POSITIVE,
     "theta": POSITIVE,
     "partial_rotary_factor": Field(float, 1, 1),  # the graph turns the whole head
@@ -101,9 +44,6 @@ FIELDS = {
     "tie_word_embeddings": FLAG,
     "tie_embedding": FLAG,
     "use_cache": FLAG,
-    "use_expert_bias": FLAG,
-    "norm_topk_prob": FLAG,
-    "output_router_logits": FLAG,
     "bos_token_id": TOKEN,
     "pad_token_id": TOKEN,
     "eos_token_id": Field(int, -1, 2**31 - 1, optional=True, listed=True),
@@ -145,16 +85,19 @@ def check_fields(config: Mapping[str, Any], name: str = "config.json") -> None:
     """Refuse a configuration that no model has, before any work.
 
     Args:
-        config: the contents of a `config.json`; fields that are not there have transformers' defaults.
+        config: the contents of a `config.json`; fields that are not there have transformers' defaults. By its
+            `model_type` a member's record adds fields of its own.
         name: what to call it in the error.
 
     Raises:
         Lfm2Error: for a field of another type or outside its range, and for fields that contradict each other.
     """
-    _check_table(config, FIELDS, name)
-    for field in ("rope_scaling", "rope_parameters"):
-        rope = config.get(field) or {}
-        _check_table(rope, ROPE_FIELDS, f"{field} in {name}")
+    member = MEMBERS.get(config.get("model_type"))
+    own = member.fields if member else {}
+    _check_table(config, {**FIELDS, **own}, name)
+    rope_fields = {field: own.get(field, rule) for field, rule in ROPE_FIELDS.items()}
+    for field, rope in ropes(config):
+        _check_table(rope, rope_fields, f"{field} in {name}")
         rope_type = rope.get("rope_type", rope.get("type"))
         if missing := [needed for needed in ROPE_NEEDS.get(rope_type, ()) if needed not in rope]:
             raise Lfm2Error(f"{field} in {name} has no {missing[0]}, which {rope_type} needs. Copy it again.")
@@ -189,6 +132,14 @@ def loaded_config(model_name_or_path: str | Path, **where: Any) -> PretrainedCon
         raise Lfm2Error(
             f"transformers cannot use the config.json of {model_name_or_path}: {said} Correct it, or copy it again."
         ) from error
+
+
+def ropes(config: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """The parameters of each rope, and the field that has them: one for all layers, or one for each kind."""
+    for field in ("rope_scaling", "rope_parameters"):
+        rope = config.get(field) or {}
+        by_kind = [value for value in rope.values() if isinstance(value, Mapping)]
+        yield from ((field, value) for value in by_kind or [rope])
 
 
 def _check_table(config: Mapping[str, Any], fields: Mapping[str, Field], name: str) -> None:

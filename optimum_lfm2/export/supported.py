@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from optimum_lfm2 import compat
 from optimum_lfm2.errors import Lfm2Error
-from optimum_lfm2.export.config_check import check_fields
+from optimum_lfm2.export.config_check import check_fields, ropes
 from optimum_lfm2.families import MEMBERS
 
 
@@ -37,7 +37,7 @@ def check_architecture(config: Mapping[str, Any]) -> None:
             f"layer_types in config.json names {', '.join(map(str, unknown))}; it has {' and '.join(known)}. "
             "Is it a model of another family?"
         )
-    for field, rope in _ropes(config):
+    for field, rope in ropes(config):
         rope_type = rope.get("rope_type", rope.get("type", "default"))
         if rope_type not in ROPE_TYPES:
             raise Lfm2Error(
@@ -73,11 +73,3 @@ def _check_quantized(config: Mapping[str, Any]) -> None:
         f"The checkpoint is quantised already: quantization_config in config.json says {method}. "
         "Export the original checkpoint, with --variant q4, q4s or q8."
     )
-
-
-def _ropes(config: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """The parameters of each rope, and the field that has them: one for all layers, or one for each kind."""
-    for field in ("rope_scaling", "rope_parameters"):
-        rope = config.get(field) or {}
-        by_kind = [value for value in rope.values() if isinstance(value, Mapping)]
-        yield from ((field, value) for value in by_kind or [rope])

@@ -11,6 +11,7 @@ from functools import partial
 from transformers import PretrainedConfig
 
 from optimum_lfm2.families import lfm2
+from optimum_lfm2.fields import FLAG, POSITIVE, SIZE, Field
 from optimum_lfm2.graph.blocks import feed_forward
 from optimum_lfm2.graph.experts import expert_blocks, place_experts, sparse_feed_forward
 from optimum_lfm2.graph.member import FeedForward, Member
@@ -38,6 +39,18 @@ def tolerance(scheme: Scheme) -> float:
     return 0.1 if scheme.linear.bits == 8 else 0.0
 
 
+FIELDS = {
+    "moe_intermediate_size": SIZE,
+    "num_experts": Field(int, 1, 4096),
+    "num_experts_per_tok": Field(int, 1, 4096),
+    "num_dense_layers": Field(int, 0, 1024),
+    "routed_scaling_factor": POSITIVE,
+    "use_expert_bias": FLAG,
+    "norm_topk_prob": FLAG,
+    "output_router_logits": FLAG,
+}
+
+
 MEMBER = Member(
     model_type="lfm2_moe",
     architectures={"Lfm2MoeForCausalLM": "text-generation", "Lfm2MoeModel": "feature-extraction"},
@@ -47,6 +60,7 @@ MEMBER = Member(
     rotary=lfm2.rotary_of("pos_emb"),
     checkpoint=MoeCheckpoint,
     check_scheme=check_scheme,
+    fields=FIELDS,
     passes=(place_experts,),
     tolerance=tolerance,
     genai_type="lfm2_moe",

@@ -16,6 +16,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from optimum_lfm2.caches import CONV, Kept, head_dim
 from optimum_lfm2.errors import Lfm2Error
 from optimum_lfm2.families import lfm2
+from optimum_lfm2.fields import FLAG, Field
 from optimum_lfm2.graph.blocks import AttentionParts, attention
 from optimum_lfm2.graph.call import Call, Rotary
 from optimum_lfm2.graph.member import LayerKind, Member, Weight
@@ -102,6 +103,15 @@ SLIDING = LayerKind(
 )
 LAYER_KINDS = {CONV: lfm2.LAYER_KINDS[CONV], lfm2.FULL_ATTENTION: FULL, SLIDING_ATTENTION: SLIDING}
 
+FIELDS = {
+    "sliding_window": Field(int, 1, 2**22, optional=True),
+    "use_sandwich_norm": FLAG,
+    "use_attention_gate": FLAG,
+    "attention_bias": FLAG,
+    "attention_dropout": Field(float, 0, 1),
+    "partial_rotary_factor": Field(float, 1e-3, 1),
+}
+
 
 MEMBER = Member(
     model_type="lfm3",
@@ -111,6 +121,7 @@ MEMBER = Member(
     feed_forwards=lfm2.dense,
     rotary=rotary_by_kind,
     checkpoint=Lfm3Checkpoint,
+    fields=FIELDS,
     check=check_window,
     post_norms=sandwich_norms,
     transformers_js=False,

@@ -6,7 +6,7 @@ The exporter, the runtime and the tools ask the record about a member. Nothing e
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import onnx_ir as ir
@@ -14,6 +14,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from optimum_lfm2.caches import CacheTensor, Kept, cache_tensors
+from optimum_lfm2.fields import Field
 from optimum_lfm2.graph.call import Call, Rotary
 from optimum_lfm2.weights.blocks import Scheme
 from optimum_lfm2.weights.checkpoint import Checkpoint
@@ -92,6 +93,7 @@ class Member:
         layer_kinds: the kinds of layers, by their names in `layer_types`.
         feed_forwards: takes a configuration and returns the feed-forward of each layer.
         rotary: reads the rotary tables from transformers' model, by the kind of layer that uses them.
+        fields: the fields of config.json that other members lack or fill otherwise, each with what it may hold.
         check: raises `Lfm2Error` for a config.json, as a mapping, for which the member's graph is wrong.
         post_norms: takes a configuration and returns the names of two norms of a layer, or None where it has none. The
             first follows the mixer and the second the feed-forward, before the residual is added.
@@ -109,6 +111,7 @@ class Member:
     layer_kinds: Mapping[str, LayerKind]
     feed_forwards: Callable[[PretrainedConfig], Sequence[FeedForward]]
     rotary: Callable[[PreTrainedModel], Mapping[str, Rotary]]
+    fields: Mapping[str, Field] = field(default_factory=dict)
     check: Callable[[Mapping[str, Any]], None] = lambda config: None
     post_norms: Callable[[PretrainedConfig], tuple[str, str] | None] = lambda config: None
     checkpoint: type[Checkpoint] = Checkpoint

@@ -1,0 +1,61 @@
+"""What a field of a `config.json` may hold."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Field:
+    """What a field may hold.
+
+    Attributes:
+        kind: `int`, `float` (which takes whole numbers too), `bool`, `str` or `dict`.
+        least: the smallest number.
+        most: the largest.
+        optional: whether null stands for transformers' default.
+        listed: whether a list of such values may stand for one.
+        many: whether only a list will do.
+        values: the only values, where they are few.
+    """
+
+    kind: type
+    least: float = -math.inf
+    most: float = math.inf
+    optional: bool = False
+    listed: bool = False
+    many: bool = False
+    values: tuple[str, ...] = ()
+
+    def takes(self, value: Any) -> bool:
+        """Whether a value, as JSON gives it, may stand in the field."""
+        if value is None:
+            return self.optional
+        if self.many or (self.listed and isinstance(value, list)):
+            return isinstance(value, list) and all(self._takes_one(one) for one in value)
+        return self._takes_one(value)
+
+    def _takes_one(self, value: Any) -> bool:
+        if isinstance(value, bool):
+            return self.kind is bool
+        if self.kind in (int, float):
+            return isinstance(value, (int, self.kind)) and self.least <= value <= self.most
+        return isinstance(value, self.kind) and (not self.values or value in self.values)
+
+    def __str__(self) -> str:
+        names = {int: "a whole number", float: "a number", bool: "true or false", str: "a string", dict: "an object"}
+        text = " or ".join(self.values) or names[self.kind]
+        if self.least > -math.inf:
+            text += f" from {self.least:g}" + (f" to {self.most:.10g}" if self.most < math.inf else "")
+        if self.many:
+            return f"a list, each {text}"
+        return text + " or a list of them" * self.listed + ", or null" * self.optional
+
+
+SIZE = Field(int, 1, 2**20)
+FLAG = Field(bool)
+POSITIVE = Field(float, 1e-30, 1e30)
+TOKEN = Field(int, -1, 2**31 - 1, optional=True)
+NUMBER_TYPES = ("float32", "float16", "bfloat16", "float64")
