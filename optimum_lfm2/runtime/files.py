@@ -60,7 +60,9 @@ def generation_config_of(model_id: str | Path, subfolder: str, kwargs: dict[str,
     options = {name: kwargs[name] for name in hub if name in kwargs}
     folders = dict.fromkeys((subfolder, ""))
     found = (generation_settings(str(model_id), subfolder=folder, **options) for folder in folders)
-    return next((settings for settings in found if settings is not None), None)
+    settings = next((settings for settings in found if settings is not None), None)
+    # The file's bytes are for an export, which carries them over. Here the settings may be changed and saved.
+    return None if settings is None else GenerationConfig.from_dict(settings.to_dict())
 
 
 @contextmanager

@@ -13,7 +13,7 @@ import pytest
 import torch
 from checkpoints import gold_tokens, prompts
 from optimum.onnxruntime import ORTModelForCausalLM
-from transformers import DynamicCache
+from transformers import DynamicCache, GenerationConfig
 from transformers.cache_utils import Cache
 from transformers.generation.streamers import BaseStreamer
 
@@ -315,3 +315,11 @@ class TestCaches:
         for name, tensor in cache.tensors.items():
             columns = (slice(None), slice(None), slice(0, 9)) if name not in cache.spare else (slice(None),)
             assert torch.equal(tensor[columns], before[name][[1, 1, 0]][columns])
+
+
+def test_changed_settings_are_saved_as_changed(exported, tmp_path):
+    model = ORTModelForCausalLM.from_pretrained(exported("trained"))
+    model.generation_config.max_new_tokens = 17
+    model.generation_config.save_pretrained(tmp_path)
+    assert GenerationConfig.from_pretrained(tmp_path).max_new_tokens == 17
+    assert "17" in (tmp_path / "generation_config.json").read_text()
