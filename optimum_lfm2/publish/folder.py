@@ -44,8 +44,8 @@ from optimum_lfm2.weights.checkpoint import find_tensors, fingerprint
 TASK = "text-generation"
 COMPARISON = (
     "run layer by layer on random tokens when it was written, and each layer compared with that of transformers on the "
-    "same input, with the values that the file's weights stand for: the largest difference for a token, as a share of "
-    "what the layer adds for it"
+    "same input, with the values that the file's weights stand for, activations in float: the largest difference for a "
+    "token, as a share of what the layer adds for it"
 )
 # The traced graph is the same for any shape. A small one is chosen since a CPU is slow in half precision.
 TRACED = {"batch_size": 1, "sequence_length": 2}

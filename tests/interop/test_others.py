@@ -56,7 +56,7 @@ def test_a_configuration_is_read_from_genai_config_and_the_graph(name, exported,
     [
         ({"model": {"type": "llama"}}, "of type llama, not lfm2"),
         ({"model": {"type": "lfm2"}}, "KeyError('decoder')"),
-        ("{", "JSONDecodeError"),
+        ("{", "cannot be read as JSON"),
     ],
 )
 def test_a_genai_config_that_says_something_else_is_refused(content, says, exported, tmp_path):
@@ -65,7 +65,7 @@ def test_a_genai_config_that_says_something_else_is_refused(content, says, expor
     with pytest.raises(Lfm2Error) as error:
         ORTLfm2ForCausalLM.from_pretrained(folder)
     assert says in str(error.value)
-    assert "Copy the checkpoint's config.json" in str(error.value)
+    assert "copy" in str(error.value).lower()
     assert "\n" not in str(error.value)
 
 

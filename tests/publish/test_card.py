@@ -33,7 +33,8 @@ def test_the_table_says_what_was_measured(hub_folder):
         f"{quality.top1_agreement:.2%}",
     ]
     differences = {name: float(row[4]) for name, row in cells.items()}
-    assert 0 < differences["fp32"] < 1e-3 < differences["fp16"] < differences["q8"] < 1
+    assert 0 < differences["fp32"] < 1e-4 < differences["fp16"] < 0.02
+    assert 0 < differences["q8"] < 1e-3
     source = f"128 tokens of `heldout.txt`, where the checkpoint has a perplexity of {quality.reference_perplexity:.4f}"
     assert source in (hub_folder / "README.md").read_text()
 

@@ -83,7 +83,7 @@ def test_a_model_with_experts(experts_folder, gold_model):
     assert "It cannot run q8 or q4: " in card
     found = {precision: float(cells[4]) for precision, cells in rows(experts_folder).items()}
     assert 0 < found["fp32"] < 1e-5 < found["fp16"] < 0.02
-    assert all(found["fp32"] < found[precision] < 0.2 for precision in ("q8", "q4", "q4f16"))
+    assert all(0 < found[precision] < 0.1 for precision in ("q8", "q4", "q4f16"))
     assert rows(experts_folder)["fp32"][-2:] == ["0.000000 ± 0.000000", "100.00%"]
 
 
