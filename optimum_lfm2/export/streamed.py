@@ -64,7 +64,8 @@ def run_together(model: Any, weights: Mapping[str, Any], jobs: Sequence[Callable
     """Run jobs that each call `model` once, and read the weights once for all of them.
 
     Each job has a thread. The threads wait for each other before every unit of the model (the embedding, a layer, the
-    final norm, the head). Then the unit's weights are read, all threads run the unit, and the weights are dropped.
+    final norm, the head). Then the unit's weights are read, the threads run the unit, and the weights are dropped. One
+    thread runs at a time: transformers 5 installs parts of its modules on their first call, which is not thread-safe.
 
     Args:
         model: a model of transformers on the meta device. Buffers that no checkpoint stores hold their values.
@@ -74,16 +75,18 @@ def run_together(model: Any, weights: Mapping[str, Any], jobs: Sequence[Callable
     Raises:
         Exception: the error of the first job that failed.
     """
-    with streamed(model, weights, len(jobs)) as gates, ThreadPoolExecutor(len(jobs)) as pool:
+    turn = threading.Lock()
+    with streamed(model, weights, len(jobs), turn) as gates, ThreadPoolExecutor(len(jobs)) as pool:
 
         @torch.no_grad()  # torch has this setting for each thread
         def run(job: Callable[[], None]) -> None:
-            try:
-                job()
-            except BaseException:
-                for gate in gates:
-                    gate.abort()
-                raise
+            with turn:
+                try:
+                    job()
+                except BaseException:
+                    for gate in gates:
+                        gate.abort()
+                    raise
 
         done = [pool.submit(run, job) for job in jobs]
         errors = [error for future in done if (error := future.exception()) is not None]
@@ -93,7 +96,9 @@ def run_together(model: Any, weights: Mapping[str, Any], jobs: Sequence[Callable
 
 
 @contextmanager
-def streamed(model: Any, weights: Mapping[str, Any], threads: int = 1) -> Iterator[list[threading.Barrier]]:
+def streamed(
+    model: Any, weights: Mapping[str, Any], threads: int = 1, turn: threading.Lock | None = None
+) -> Iterator[list[threading.Barrier]]:
     """Within the `with` block, `model` computes with `weights`, and holds those of one unit at a time.
 
     Of experts it holds one matrix at a time.
@@ -102,6 +107,7 @@ def streamed(model: Any, weights: Mapping[str, Any], threads: int = 1) -> Iterat
         model: as for `run_together`.
         weights: as for `run_together`. transformers' experts index an `ExpertWeights`, which reads one matrix an index.
         threads: how many threads call the model. Each must call it equally often.
+        turn: what a thread holds while it runs. It lets go while it waits for the others.
 
     Yields:
         The barriers at which the threads wait for each other.
@@ -118,14 +124,21 @@ def streamed(model: Any, weights: Mapping[str, Any], threads: int = 1) -> Iterat
             before, after = (threading.Barrier(threads, action) for action in (loan.take, loan.give_back))
             gates += [before, after]
 
-            stack.callback(unit.register_forward_pre_hook(partial(_meet, before)).remove)
-            stack.callback(unit.register_forward_hook(partial(_meet, after)).remove)
+            stack.callback(unit.register_forward_pre_hook(partial(_meet, before, turn)).remove)
+            stack.callback(unit.register_forward_hook(partial(_meet, after, turn)).remove)
             stack.callback(loan.give_back)  # after a failure
         yield gates
 
 
-def _meet(gate: threading.Barrier, *_: Any) -> None:
-    gate.wait()
+def _meet(gate: threading.Barrier, turn: threading.Lock | None, *_: Any) -> None:
+    if turn is None:
+        gate.wait()
+        return
+    turn.release()
+    try:
+        gate.wait()
+    finally:
+        turn.acquire()
 
 
 @contextmanager
