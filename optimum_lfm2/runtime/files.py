@@ -60,9 +60,12 @@ def generation_config_of(model_id: str | Path, subfolder: str, kwargs: dict[str,
     options = {name: kwargs[name] for name in hub if name in kwargs}
     folders = dict.fromkeys((subfolder, ""))
     found = (generation_settings(str(model_id), subfolder=folder, **options) for folder in folders)
-    settings = next((settings for settings in found if settings is not None), None)
+    settings: Any = next((settings for settings in found if settings is not None), None)
     # The file's bytes are for an export, which carries them over. Here the settings may be changed and saved.
-    return None if settings is None else GenerationConfig.from_dict(settings.to_dict())
+    if settings is not None:
+        settings.__class__ = GenerationConfig
+        del settings.written
+    return settings
 
 
 @contextmanager
