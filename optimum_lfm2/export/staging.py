@@ -70,15 +70,32 @@ def _alone(place: Path, output: Path) -> Iterator[None]:
     real = output.resolve()
     lock = FileLock((output if place == output else real.parent) / f".{real.name}.lock", timeout=0)
     try:
-        lock.acquire()
-    except Timeout:
-        raise Lfm2Error(f"Another export writes to {output} now. Wait for it, or give another folder.") from None
+        with _uninterrupted():
+            try:
+                lock.acquire()
+            except Timeout:
+                raise Lfm2Error(
+                    f"Another export writes to {output} now. Wait for it, or give another folder."
+                ) from None
+        yield
+    finally:
+        if lock.is_locked:
+            with suppress(OSError):
+                Path(lock.lock_file).unlink()  # before it is free: nobody's else can be in the way
+            lock.release()
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Hold signals back, so that one does not come between a file that is made and the note that it is."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
     try:
         yield
     finally:
-        with suppress(OSError):
-            Path(lock.lock_file).unlink()  # before it is free: nobody's else can be in the way
-        lock.release()
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _move(new: Path, old: Path, output: Path) -> None:
