@@ -46,7 +46,7 @@ class Graph:
             **caches,
         }
         binding = self.session.io_binding()
-        for value in self.session.get_inputs():
+        for value in (*self.session.get_inputs(), *self.session.get_overridable_initializers()):
             self._bind(binding.bind_input, value.name, values[value.name])
         presents = [value for value in self.session.get_outputs() if value.name.startswith("present")]
         for value, before in zip(presents, caches.values(), strict=True):

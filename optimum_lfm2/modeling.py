@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from inspect import signature
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -89,25 +90,25 @@ class ORTLfm2ForCausalLM(compat.GenerationWithoutExperts, ORTModelForCausalLM):
         last_token_only: bool = False,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast | tuple:
-        """Logits of new tokens, and the cache that knows them.
+        """Compute the logits of new tokens, and update the cache.
 
         Args:
             input_ids: integers (batch_size, sequence_length): the new tokens alone if there is a cache.
-            attention_mask: int64 (batch_size, cached + sequence_length), 0 hides a token wherever it is. It alone
-                decides positions; `position_ids` that say otherwise are refused.
-            past_key_values: the cache of an earlier call; it is changed, and returned.
+            attention_mask: int64 (batch_size, cached + sequence_length). A 0 hides a token wherever it is. The mask
+                alone decides positions, and `position_ids` that contradict it are refused.
+            past_key_values: the cache of an earlier call. The call changes it and returns it.
             use_cache: whether to return a cache; by default what the config says.
             logits_to_keep: the logits of the last so many tokens only (0: all), or of the tokens at these indices.
             cache: another name for `past_key_values`, which transformers has from 5.24 on.
-            last_token_only: the logits of each row's last unmasked token alone, (batch_size, 1, vocab_size), in place
-                of what `logits_to_keep` says: what `generate` goes on from where rows are padded on the right.
+            last_token_only: return only the logits of each row's last unmasked token, (batch_size, 1, vocab_size), and
+                ignore `logits_to_keep`. `generate` needs them for rows that are padded on the right.
 
         Returns:
             `logits`, (batch_size, kept, vocab_size) in the graph's dtype, and the cache by transformers' name for it.
 
         Raises:
-            Lfm2Error: for ids outside the vocabulary, a mask of another length, a prompt that is too long, arguments
-                that an exported graph cannot honour.
+            Lfm2Error: ids outside the vocabulary, a mask of another length, a prompt that is too long, another model's
+                cache, or an argument that an exported graph cannot honour.
         """
         self._refuse(kwargs)
         cache = past_key_values if cache is None else cache
@@ -141,7 +142,7 @@ class ORTLfm2ForCausalLM(compat.GenerationWithoutExperts, ORTModelForCausalLM):
         return CausalLMOutputWithPast(logits=logits, **{compat.CACHE: cache})  # type: ignore[arg-type]
 
     def _checked(self, ids: torch.Tensor, mask: torch.Tensor | None, cache: Lfm2Cache | None) -> torch.Tensor:
-        """The attention mask, after the checks that `forward` promises."""
+        """Check the arguments as `forward` promises, and return the attention mask as int64."""
         check_ids(ids)
         past = 0 if cache is None else cache.length
         batch, length = ids.shape[0], past + ids.shape[1]
@@ -176,23 +177,20 @@ class ORTLfm2ForCausalLM(compat.GenerationWithoutExperts, ORTModelForCausalLM):
                 raise Lfm2Error(f"{name}=True cannot be honoured: the exported graph gives logits and caches alone.")
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Transformers' `generate`, with torch held to one thread until it returns.
+        """Run transformers' `generate`, and hold torch to one thread until it returns.
 
-        A cache to go on from is `past_key_values` or `cache`, whatever this transformers calls it; an empty one of
-        transformers' own counts as none. Rows may be padded on either side. As with padding on the left, logits
-        processors that read the prompt, such as a repetition penalty, see its padding tokens too.
+        The cache of an earlier turn may be given as `past_key_values` or as `cache`, on every release of transformers.
+        An empty cache of transformers counts as none. Rows may be padded on either side. Logits processors that read
+        the prompt, such as a repetition penalty, see the padding tokens too.
 
         Raises:
             Lfm2Error: for what `forward` refuses, and for settings that an exported graph cannot honour.
         """
+        kwargs |= dict(zip(signature(super().generate).parameters, args, strict=False))
         past, cache = (kwargs.pop(name, None) for name in ("past_key_values", "cache"))
         cache = past if cache is None else cache
         if cache is not None and not is_empty(cache):
             kwargs[compat.CACHE] = cache
-        if args and isinstance(args[0], torch.Tensor):
-            kwargs["inputs"], args = args[0], args[1:]
-            if args:  # by transformers' order, which has the generation config next
-                kwargs["generation_config"], args = args[0], args[1:]
         for name in ("inputs", "input_ids"):
             if isinstance(ids := kwargs.get(name), torch.Tensor):
                 check_ids(ids)
@@ -201,7 +199,7 @@ class ORTLfm2ForCausalLM(compat.GenerationWithoutExperts, ORTModelForCausalLM):
                 positions = kwargs.pop("position_ids", None)
                 check_positions(positions, torch.ones_like(ids) if mask is None else mask, ids.shape[1])
         with single_torch_thread(), right_padding_allowed():
-            return super().generate(*args, **kwargs)
+            return super().generate(**kwargs)
 
     def _prepare_cache_for_generation(
         self,
@@ -248,7 +246,7 @@ class ORTLfm2ForCausalLM(compat.GenerationWithoutExperts, ORTModelForCausalLM):
         last_token_only: bool = False,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """The tokens that the cache has not seen, and the mask as it is."""
+        """Cut the ids to the tokens that the cache has not seen. The mask stays whole."""
         cache = past_key_values if cache is None else cache
         if cache is not None:
             # The mask counts all tokens; the ids may be all of them or the new ones alone.
@@ -260,7 +258,7 @@ class ORTLfm2ForCausalLM(compat.GenerationWithoutExperts, ORTModelForCausalLM):
             "attention_mask": attention_mask,
             "use_cache": use_cache,
             "logits_to_keep": logits_to_keep,
-            # Of a prompt whose rows are padded on the right; the tokens that follow it are masked in no row.
+            # For a prompt with padding on the right. No row masks a token that follows the prompt.
             "last_token_only": last_token_only and not bool(attention_mask[:, -1].all()),  # type: ignore[index]
             **{name: value for name, value in kwargs.items() if name in ("output_attentions", "output_hidden_states")},
         }

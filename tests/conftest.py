@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -73,13 +74,11 @@ def hub_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What `optimum-cli export lfm2` wrote for the trained checkpoint, in every precision. Never write to it."""
     from publishing import TEXT, run
 
-    from optimum_lfm2.export.loading import _Materialize
-
-    folder, loads, load = tmp_path_factory.mktemp("publish") / "lfm2", [], _Materialize.__call__
+    folder = tmp_path_factory.mktemp("publish") / "lfm2"
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(_Materialize, "__call__", lambda self, *args: loads.append(1) or load(self, *args))
+        for owner, name in ((PreTrainedModel, "from_pretrained"), (torch.nn.Module, "load_state_dict")):
+            patched.setattr(owner, name, lambda *_, **__: pytest.fail("a model is loaded as a whole"))
         assert run("--model", TRAINED, folder, "--base-model", "me/trained", "--license", "apache-2.0", *TEXT) == 0
-    assert len(loads) <= 1, "an export never holds all weights in memory; the reference for the text may"
     return folder
 
 
@@ -95,4 +94,31 @@ def experts_folder(checkpoint: Callable[[str], Path], tmp_path_factory: pytest.T
     folder, text = source.with_name("lfm2-moe"), source.with_name("text")
     text.write_text("qjxzvkqzxj" * 20)  # these letters never merge into a longer token, and the model has only 256 ids
     assert run("--model", source, folder, "--text", text, "--chunks", 2, "--length", 32) == 0
+    return folder
+
+
+@pytest.fixture
+def cli(monkeypatch, capfd):
+    """`cli(*arguments)` runs `optimum-cli` in this process and returns the exit code and standard error."""
+    from optimum.commands.optimum_cli import main
+
+    def run(*args: object) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["optimum-cli", *map(str, args)])
+        code = 0
+        try:
+            main()
+        except SystemExit as exit_:
+            code = exit_.code or 0
+        return code, capfd.readouterr().err
+
+    return run
+
+
+@pytest.fixture
+def out(tmp_path) -> Path:
+    """An output folder with older files. A failure must leave them as they are."""
+    folder = tmp_path / "work" / "out"
+    folder.mkdir(parents=True)
+    (folder / "model.onnx").write_text("old")
+    (folder / "notes.txt").write_text("mine")
     return folder

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import chunks, experts, kv_cache_bits, quantization, report, run, turns, worker
+from benchmarks import chunks, experts, graph_turns, kv_cache_bits, quantization, report, run, turns, worker
 from benchmarks.bench import Bench
 from benchmarks.checkpoint import add_tokenizer
 from benchmarks.systems import SYSTEMS
@@ -92,6 +92,19 @@ def test_ratios_are_taken_within_a_round():
     assert report.ratios(fast, slow, "16:4", report.DECODE) == (2.0, 2.0, 3.0)
     assert report.ratios(fast, slow, "16:4", report.PREFILL) == (2.0, 2.0, 3.0)
     assert report.ratios(slow, slow, "16:4", report.DECODE) == (1.0, 1.0, 1.0)
+
+
+def test_graphs_in_turns(exported, monkeypatch, capsys):
+    files = [str(exported("hybrid", **options) / "model.onnx") for options in ({}, {"_variant": "q4"})]
+    options = ["--rounds", "2", "--steps", "1", "--prefill-rounds", "1", "--prompt", "8", "--threads", "1"]
+    monkeypatch.setattr(sys, "argv", ["graph_turns", *files, *options])
+    graph_turns.main()
+    decode, *rows = capsys.readouterr().out.splitlines()
+    assert decode.startswith("decode, 2 rounds")
+    first, second, prefill, *_ = rows
+    assert first.split()[3:] == ["1.000", "(1.000", "to", "1.000)"], "the first is what the others are measured by"
+    assert min(float(second.split()[1]), float(second.split()[3])) > 0
+    assert prefill.startswith("prefill, 1 rounds")
 
 
 def test_a_system_that_dies_is_left_out(checkpoint, tmp_path, capsys):

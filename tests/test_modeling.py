@@ -11,7 +11,7 @@ import torch
 from checkpoints import CHECKPOINTS, gold_tokens, prompts
 from optimum.onnxruntime import ORTModelForCausalLM
 from optimum.pipelines import pipeline
-from transformers import AutoTokenizer, StoppingCriteria, StoppingCriteriaList
+from transformers import AutoTokenizer, GenerationConfig, MaxLengthCriteria, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from optimum_lfm2 import ORTLfm2ForCausalLM, compat
@@ -179,6 +179,15 @@ def test_end_of_text_stops_a_row_and_not_its_neighbour(model, gold):
     end = tokens.index(eos) + 1
     assert out[0] == tokens[:end] + [0] * (NEW - end)
     assert out[1] == other_tokens
+
+
+def test_arguments_of_generate_by_position(model, gold):
+    """As transformers' `generate` takes them: the ids, the settings, processors, stopping criteria."""
+    prompt, tokens = gold(9)
+    settings = GenerationConfig(**{**GREEDY, "eos_token_id": 300})  # no token; None would mean the model's own
+    assert model.generate(prompt[None], settings)[0, 9:].tolist() == tokens
+    short = StoppingCriteriaList([MaxLengthCriteria(max_length=12)])
+    assert model.generate(prompt[None], settings, None, short)[0, 9:].tolist() == tokens[:3]
 
 
 def test_stopping_criteria_and_streamers(model, gold):

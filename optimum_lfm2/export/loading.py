@@ -21,9 +21,9 @@ from optimum_lfm2.errors import Lfm2Error
 from optimum_lfm2.export.config_check import loaded_config
 from optimum_lfm2.export.supported import check_architecture
 from optimum_lfm2.families import MEMBERS, MODEL_TYPES
-from optimum_lfm2.weights.checkpoint import find_tensors, stored_tensors, tied_names
+from optimum_lfm2.weights.checkpoint import find_tensors, stored_tensors
 from optimum_lfm2.weights.companions import check_tokenizer, generation_settings
-from optimum_lfm2.weights.experts import is_part, whole
+from optimum_lfm2.weights.experts import is_part
 
 
 AUTO_CLASSES = {"text-generation": AutoModelForCausalLM, "feature-extraction": AutoModel}
@@ -88,7 +88,6 @@ class Lfm2TasksManager(TasksManager):
         if model.can_generate():
             model.generation_config = _generation_config(model_name_or_path, config, hub)
         model.checkpoint = MEMBERS[config.model_type].checkpoint(files, model)
-        model.to = _Materialize(model)
         return model
 
 
@@ -99,23 +98,6 @@ def _is_for_us(model: Any, *args: Any, library_name: str | None = None, **kwargs
     """
     by_name = not args and library_name in (None, "transformers") and isinstance(model, (str, Path))
     return by_name and is_ours(model, **kwargs)
-
-
-class _Materialize:
-    """Replaces `model.to` of a weightless model, and reads all weights first. An export never calls it."""
-
-    def __init__(self, model: Any) -> None:
-        self._model = model
-
-    def __call__(self, *args: Any, **kwargs: Any) -> PreTrainedModel:
-        model = self._model
-        del model.to
-        model.load_state_dict(
-            {name: whole(model.checkpoint[name]) for name in _own_names(model)}, assign=True, strict=False
-        )
-        model.tie_weights()
-        materialize_buffers(model)
-        return model.to(*args, **kwargs)
 
 
 def weightless(config: PretrainedConfig, task: str, dtype: torch.dtype) -> PreTrainedModel:
@@ -132,11 +114,8 @@ def weightless(config: PretrainedConfig, task: str, dtype: torch.dtype) -> PreTr
 
 def is_causal(config: PretrainedConfig) -> bool:
     """Return whether a checkpoint has a language model's head. One saved from the bare decoder has none."""
-    return any(name.endswith("ForCausalLM") for name in config.architectures or ["Lfm2ForCausalLM"])
-
-
-def _own_names(model: PreTrainedModel) -> list[str]:
-    return [name for name, first in tied_names(model).items() if name == first]
+    tasks = MEMBERS[config.model_type].architectures
+    return any(tasks[name] == "text-generation" for name in config.architectures or tasks)
 
 
 def materialize_buffers(model: PreTrainedModel) -> None:

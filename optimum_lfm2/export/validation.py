@@ -98,6 +98,9 @@ def validate(
                     differences[name] = max(difference, differences.get(name, 0.0))
             del piece
             bar.update()
+    expected = [*(cut.name for cut in cuts), *config.outputs]
+    if missing := [name for name in expected if name not in differences]:
+        raise Lfm2Error(f"The file is wrong and was not kept: {missing[0]} could not be compared with transformers.")
     _judge(differences, atol)
     _check_whole(config, path, calls, gold)
     return differences
@@ -112,12 +115,11 @@ def _compare(
     }
     labels = {cut.hidden.name: f"{cut.name}.input" for cut in cuts} | {cut.normed.name: cut.name for cut in cuts}
     residuals = {cut.hidden.name for cut in cuts}
-    columns = {tensor.present: 2 for tensor in config.cache_tensors}
     precision = torch.finfo(model.dtype).eps
     differences = {}
     for name, values in piece.run(_feeds(config, inputs), gold).items():
         rounding = gold[name] * (precision if name in residuals else 0)
-        error = relative_error(values - gold[name], scales[name], rounding, columns.get(name, 1))
+        error = relative_error(values - gold[name], scales[name], rounding, _token_axis(config, name))
         differences[labels.get(name, name)] = error
     return differences
 
@@ -135,7 +137,7 @@ def relative_error(difference: torch.Tensor, scale: torch.Tensor, rounding: torc
     Returns:
         The relative error, or NaN if all tokens are skipped.
     """
-    lengths = [values.movedim(axis, 1).flatten(2).norm(dim=2) for values in (difference, scale, rounding)]
+    lengths = [_lengths(values, axis) for values in (difference, scale, rounding)]
     known = ~lengths[1].isnan()
     if not known.any():
         return math.nan
@@ -145,12 +147,11 @@ def relative_error(difference: torch.Tensor, scale: torch.Tensor, rounding: torc
 
 def _judge(differences: Mapping[str, float], atol: float) -> None:
     wrong = {name: value for name, value in differences.items() if not value <= atol}  # NaN is wrong too
-    if not differences or wrong:
-        worst = max(wrong, key=lambda name: math.inf if math.isnan(wrong[name]) else wrong[name], default="nothing")
+    if wrong:
+        worst = max(wrong, key=lambda name: math.inf if math.isnan(wrong[name]) else wrong[name])
         raise Lfm2Error(
-            f"The file is wrong and was not kept: {worst} differs from transformers by "
-            f"{wrong.get(worst, math.nan):.2g} of its length, where {atol:.2g} is allowed ({len(wrong)} values "
-            "differ). To accept that, use --atol."
+            f"The file is wrong and was not kept: {worst} differs from transformers by {wrong[worst]:.2g} of its "
+            f"length, where {atol:.2g} is allowed ({len(wrong)} values differ). To accept that, use --atol."
         )
 
 
@@ -165,8 +166,8 @@ def _check_whole(config: Any, path: Path, calls: Sequence[Mapping[str, Any]], go
     for inputs, values in zip(calls, gold, strict=True):
         feeds = {name: tensor.numpy() for name, tensor in _feeds(config, inputs).items()}
         for name, own in outputs_of(session, feeds, values).items():
-            axis = 2 if name.endswith((".key", ".value")) else 1
-            error, length = (x.movedim(axis, 1).flatten(2).norm(dim=2) for x in (own - values[name], values[name]))
+            axis = _token_axis(config, name)
+            error, length = (_lengths(x, axis) for x in (own - values[name], values[name]))
             known = ~length.isnan()
             median = float((error[known] / length[known].clamp(min=torch.finfo(torch.float32).tiny)).median())
             if not median <= WHOLE_TOLERANCE:
@@ -174,6 +175,16 @@ def _check_whole(config: Any, path: Path, calls: Sequence[Mapping[str, Any]], go
                     f"The file is wrong and was not kept: each of its layers computes what transformers computes, but "
                     f"as a whole its {name} differs by {median:.2g} of its length."
                 )
+
+
+def _token_axis(config: Any, name: str) -> int:
+    """The axis of a value that counts tokens: 2 for caches, whose columns are tokens, else 1."""
+    return 2 if any(name == tensor.present for tensor in config.cache_tensors) else 1
+
+
+def _lengths(values: torch.Tensor, axis: int) -> torch.Tensor:
+    """The length of each token's vector, (batch_size, tokens)."""
+    return values.movedim(axis, 1).flatten(2).norm(dim=2)
 
 
 def available_memory() -> float:

@@ -1,4 +1,4 @@
-"""What callers hand to `forward` and `generate`, and what of it cannot be."""
+"""Checks of the arguments of `forward` and `generate`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from optimum_lfm2.runtime.cache import Lfm2Cache
 
 
 def check_ids(ids: torch.Tensor) -> None:
+    """Raise `Lfm2Error` for ids that are not integers (batch_size, sequence_length), or of which there are none."""
     if ids.dim() != 2 or ids.numel() == 0 or ids.is_floating_point():
         raise Lfm2Error(
             f"input_ids has the shape {tuple(ids.shape)} and the type {ids.dtype}; it needs integers "
@@ -20,7 +21,13 @@ def check_ids(ids: torch.Tensor) -> None:
 
 
 def check_positions(positions: torch.Tensor | None, mask: torch.Tensor, new: int) -> None:
-    """Raise `Lfm2Error` where positions of the new tokens are not those that the mask gives them."""
+    """Raise `Lfm2Error` for positions that contradict the mask. Those of masked tokens may be anything.
+
+    Args:
+        positions: int64 (batch_size or 1, new), or None.
+        mask: (batch_size, cached + new).
+        new: the number of new tokens.
+    """
     if positions is None:
         return
     shown = mask[:, -new:] != 0
@@ -34,7 +41,7 @@ def check_positions(positions: torch.Tensor | None, mask: torch.Tensor, new: int
 
 
 def is_empty(cache: Any) -> bool:
-    """Whether it is a cache of transformers' own that has seen nothing."""
+    """Return whether this is a cache of transformers itself, and holds no token."""
     if isinstance(cache, Lfm2Cache) or not isinstance(cache, Cache):
         return False
     return not any(getattr(layer, "is_initialized", False) for layer in cache.layers)

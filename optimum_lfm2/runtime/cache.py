@@ -1,4 +1,4 @@
-"""The cache of a generation: keys and values that grow, states that do not."""
+"""The cache of a generation: keys and values, which grow, and states of fixed size."""
 
 from __future__ import annotations
 
@@ -20,14 +20,15 @@ MIN_CAPACITY = 64
 
 
 class Lfm2Cache(Cache):
-    """One object for both kinds of cache, which `forward` and `generate` take and give.
+    """The cache that `forward` and `generate` take and return. It holds both kinds of caches of all layers.
 
-    Keys and values lie in buffers (batch_size, kv_heads, capacity, head_dim) of which the first `get_seq_length()`
-    columns count; capacity doubles when it is used up. States have a fixed shape: those of convolutions, and the
-    windows of sliding attention. There are two of each, past and present in turn. `forward` changes the cache it is
-    given: to continue twice from one point, copy it (`copy.deepcopy`). Any session of the model's file continues it,
-    and no other model does. It can be pickled; a cache that was loaded belongs to the first model of its layers that
-    takes it.
+    Keys and values lie in buffers (batch_size, kv_heads, capacity, head_dim). Their first `get_seq_length()` columns
+    are in use, and the capacity doubles when it is used up. States have a fixed shape: those of convolutions, and the
+    windows of sliding attention. Each state has two buffers, which take turns as past and present.
+
+    `forward` changes the cache that it is given. Copy it with `copy.deepcopy` to continue twice from one point. Any
+    session of the model's file can continue it, and no other model can. It can be pickled. A loaded cache belongs to
+    the first model that takes it and has the same layers.
     """
 
     is_compileable = False  # type: ignore[assignment]  # properties of transformers' class, which ask its layers
@@ -52,7 +53,7 @@ class Lfm2Cache(Cache):
             self.tensors[cache.past] = make(shape, dtype=layout.dtypes[cache.past], device=device)
             if not cache.grows:
                 self.spare[cache.past] = torch.empty_like(self.tensors[cache.past])
-        # One cache a row instead, without the row's masked tokens, for graphs that are wrong on them.
+        # For graphs that are wrong on masked tokens: a cache for each row, without its masked tokens.
         self.alone: list[Lfm2Cache] | None = None
         # Set while rows change places within the buffers: an interrupt then leaves nothing to go on from.
         self.broken = False
@@ -97,7 +98,7 @@ class Lfm2Cache(Cache):
         self.__init__(self.layout, self.batch_size, self.device, self.capacity)  # type: ignore[misc]
 
     def reserve(self, length: int, exact: bool = False) -> None:
-        """Make room for `length` columns; for no more if that is all there will be (`exact`)."""
+        """Make room for `length` columns. With `exact`, make room for no more; else the capacity at least doubles."""
         if length <= self.capacity:
             return
         capacity = length if exact else max(length, 2 * self.capacity, MIN_CAPACITY)
@@ -117,7 +118,7 @@ class Lfm2Cache(Cache):
         self.bindings.clear()
 
     def skip(self, columns: int) -> None:
-        """Count masked columns that no call of the graph has to see; a masked column must still be finite."""
+        """Append masked columns without a call of the graph. They are zeros, since a masked column must be finite."""
         if columns:
             self.reserve(self.length + columns, exact=True)
             for name in self._growing():
@@ -126,10 +127,11 @@ class Lfm2Cache(Cache):
 
     @contextmanager
     def unchanged_on_failure(self, several_tokens: bool) -> Iterator[None]:
-        """Whatever ends the block by an exception, the cache is then as it was before.
+        """Restore the cache if the `with` block ends with an exception.
 
-        A call writes behind the columns that count, and conv states beside themselves: what the tensors held is still
-        there. Only several calls of the graph, which `several_tokens` may take, come back to the first conv states.
+        A call of the graph writes new columns after those in use, and a new state to the state's other buffer. So the
+        old values are still there. Several calls overwrite the first buffer again: with `several_tokens`, which may
+        take several calls, the states are copied first.
         """
         before = self._snapshot(several_tokens)
         try:
@@ -158,11 +160,11 @@ class Lfm2Cache(Cache):
         self.bindings.clear()
 
     def swap(self) -> None:
-        """What was written beside the states becomes the states."""
+        """Exchange the two buffers of each state after a call has written the present one."""
         self.tensors, self.spare = {**self.tensors, **self.spare}, {name: self.tensors[name] for name in self.spare}
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        """Row i becomes what row `beam_idx[i]` was; also used to repeat and to select rows."""
+        """Copy row `beam_idx[i]` to row i. It also repeats and selects rows."""
         chosen = beam_idx.tolist()
         if chosen == list(range(self.batch_size)):
             return
@@ -197,10 +199,10 @@ class Lfm2Cache(Cache):
             columns.copy_(columns.gather(2, index))
 
     def crop(self, max_length: int) -> None:
-        """Only to a length that it has not passed: a conv state holds the last columns alone and cannot be undone.
+        """Accept a length that the cache has not passed. A conv state holds only its last columns, and cannot go back.
 
         Raises:
-            Lfm2Error: if tokens would have to be taken back.
+            Lfm2Error: tokens would have to be taken back.
         """
         if max_length < 0:
             max_length += self.length
@@ -211,14 +213,14 @@ class Lfm2Cache(Cache):
             )
 
     def separate(self) -> list[Lfm2Cache]:
-        """From now on one cache a row, each of its own length."""
+        """Replace the cache by one for each row, each of its own length, and return them."""
         if self.alone is None:
             self.alone = [copy.deepcopy(row) for row in self.split()]
             self.tensors, self.spare = {}, {}
         return self.alone
 
     def split(self) -> list[Lfm2Cache]:
-        """One cache a row, whose buffers are views of this one's; `join` takes them back."""
+        """Return a cache for each row. Its buffers are views of this cache's; `join` puts the rows together again."""
         return [
             self._twin(
                 batch_size=1,
@@ -229,11 +231,11 @@ class Lfm2Cache(Cache):
         ]
 
     def join(self, rows: Sequence[Lfm2Cache]) -> None:
-        """Become the rows, which were split from here and have all seen the same number of columns since."""
+        """Take the contents of rows that `split` returned. All have seen the same number of columns since."""
         tensors = {}
         for name, mine in self.tensors.items():
             parts = [row.tensors[name] for row in rows]
-            # A row's conv state lies in either of its two buffers, by the number of its calls; columns in one's views.
+            # A row's state is in one or the other of its buffers, which depends on the number of its calls.
             is_view = name not in self.spare and parts[0].data_ptr() == mine.data_ptr()
             tensors[name] = mine if is_view else torch.cat(parts)
         self.tensors = tensors

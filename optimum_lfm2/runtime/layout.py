@@ -1,4 +1,4 @@
-"""What a session declares: the only thing that the runtime knows about a graph."""
+"""The signature that a session declares. The runtime knows nothing else about a graph."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class GraphLayout:
 
     @classmethod
     def read(cls, session: InferenceSession, config: PretrainedConfig) -> GraphLayout:
-        """Raises `Lfm2Error` where the graph's caches are not LFM2's."""
+        """Read a session. Raise `Lfm2Error` for a graph whose caches are not LFM2's."""
         inputs = {value.name: value for value in session.get_inputs()}
         inputs |= {value.name: value for value in session.get_overridable_initializers()}
         outputs = {value.name: value for value in session.get_outputs()}
@@ -104,7 +104,7 @@ class GraphLayout:
 
 
 def _fixed(cache: CacheTensor, config: PretrainedConfig) -> tuple[int | None, ...]:
-    """The sizes after the batch; from the config where the graph has a symbol, as genai's builder."""
+    """Return the sizes after the batch. The config gives those that the graph leaves open, as genai's builder does."""
     if cache.kind != CONV and not cache.grows:
         return cache.axes
     known: tuple[int | None, ...]

@@ -1,4 +1,4 @@
-"""Any rows, brought into the form that one call takes: new tokens contiguous, in chunks, a row at a time if need be."""
+"""Bring any rows into the form that a call of the graph takes: contiguous new tokens, in chunks, or row by row."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ logger = logging.get_logger(__name__)
 
 
 class RowRunner:
-    """`GraphSession.run` without its limits: each row gets what it gets alone."""
+    """Runs rows with any mask. Each row gets the logits that it gets alone."""
 
     def __init__(self, graph: GraphSession, any_padding: bool) -> None:
         self._graph = graph
@@ -26,7 +26,7 @@ class RowRunner:
     def run(
         self, ids: torch.Tensor, mask: torch.Tensor, cache: Lfm2Cache | None, keep: int, io_binding: bool
     ) -> torch.Tensor:
-        """Arguments and result as of `GraphSession.run`. A call that fails leaves the cache as it was."""
+        """Take what `GraphSession.run` takes, and return what it returns. A failed call leaves the cache as it was."""
         if cache is None:
             return self._run(ids, mask, None, keep, io_binding)
         self._graph.check_cache(cache)
@@ -36,10 +36,10 @@ class RowRunner:
     def run_to_last(
         self, ids: torch.Tensor, mask: torch.Tensor, cache: Lfm2Cache | None, io_binding: bool
     ) -> torch.Tensor:
-        """Like `run`, but gives the logits of each row's last unmasked token, (batch_size, 1, vocab_size).
+        """Run as `run` does, and return the logits of each row's last unmasked token, (batch_size, 1, vocab_size).
 
         Raises:
-            Lfm2Error: for a row without an unmasked token among the new ones.
+            Lfm2Error: a row has no unmasked token among the new ones.
         """
         past = 0 if cache is None else cache.length
         visible = (mask[:, past:] != 0).to(torch.int64)
@@ -139,7 +139,7 @@ class RowRunner:
     def _run_alone(
         self, ids: torch.Tensor, mask: torch.Tensor, cache: Lfm2Cache | None, keep: int, io_binding: bool
     ) -> torch.Tensor:
-        """For a graph of others, which padding would mislead: every row by itself, without its masked tokens."""
+        """Run each row by itself, without its masked tokens, for another exporter's graph that is wrong on padding."""
         if not self._told:
             logger.info("This graph is wrong on padded rows: they run one by one, without their padding.")
             self._told = True
@@ -177,9 +177,9 @@ class RowRunner:
 
 
 def contiguous_order(mask: torch.Tensor, past: int) -> torch.Tensor | None:
-    """The order of new tokens in which each row's unmasked ones are contiguous, (batch_size, new); None where they are.
+    """Return an order of the new tokens, (batch_size, new), that makes each row's unmasked ones contiguous.
 
-    Before them there may be padding on an empty cache; on a full one they must come first.
+    Return None if they are contiguous already. Padding may precede them on an empty cache, but not on a filled one.
     """
     if mask.shape[1] == past + 1:
         return None

@@ -15,7 +15,7 @@ from optimum_lfm2.runtime.layout import GraphLayout
 
 
 class GraphSession:
-    """Runs what the graph takes in one call; `rows.py` brings everything else into that form."""
+    """Runs one call, within the limits of the graph. `rows.py` brings every other call into that form."""
 
     def __init__(
         self, session: InferenceSession, layout: GraphLayout, device: torch.device, file: FileIdentity
@@ -32,13 +32,13 @@ class GraphSession:
         self._kept_tensors: dict[int, torch.Tensor] = {}
 
     def new_cache(self, batch_size: int, capacity: int = 0) -> Lfm2Cache:
-        """An empty cache with room for `capacity` columns."""
+        """Return an empty cache with room for `capacity` columns."""
         cache = Lfm2Cache(self._layout, batch_size, self._device, capacity if self._layout.in_place else 0)
         cache.made_by = self._file
         return cache
 
     def make_room(self, cache: Lfm2Cache, length: int) -> None:
-        """Give a cache the room for `length` columns at once, where keys and values lie in place."""
+        """Make room for `length` columns at once, if the graph writes keys and values in place."""
         if self._layout.in_place and cache.alone is None:
             cache.reserve(length, exact=True)
 
@@ -67,7 +67,7 @@ class GraphSession:
     def run(
         self, ids: torch.Tensor, mask: torch.Tensor, cache: Lfm2Cache | None, keep: int, io_binding: bool
     ) -> torch.Tensor:
-        """The logits of the last `keep` tokens (0: all), and the cache brought up to date.
+        """Return the logits of the last `keep` tokens (0: all), and update the cache.
 
         Args:
             ids: int64 (batch_size, sequence_length).
@@ -91,7 +91,7 @@ class GraphSession:
         return logits[:, -keep:] if logits.shape[1] > keep > 0 else logits
 
     def _run_in_place(self, inputs: dict[str, torch.Tensor], cache: Lfm2Cache, keep: int) -> torch.Tensor:
-        """Past and present keys and values are one buffer; conv states are written beside themselves."""
+        """Run with one buffer for past and present keys and values. A new state goes to the state's other buffer."""
         batch, sequence = inputs["input_ids"].shape
         cache.reserve(cache.length + sequence)
         binding = self._prepared(cache, keep)
@@ -108,7 +108,7 @@ class GraphSession:
         return logits
 
     def _prepared(self, cache: Lfm2Cache, keep: int) -> IOBinding:
-        """A binding with all that stays: made once for each of the two states that the buffers alternate between."""
+        """Return a binding of all that does not change between calls. Each turn of the state buffers has one."""
         if cache.bound_to is not self._session:  # a cache of another session of the same graph, or loaded from a file
             cache.bindings.clear()
             cache.bound_to = self._session
@@ -125,7 +125,7 @@ class GraphSession:
         return cache.bindings[key]
 
     def _kept(self, keep: int) -> torch.Tensor:
-        """`num_logits_to_keep`; a tensor of its own for each value, since bindings only point to it."""
+        """Return `num_logits_to_keep` as a tensor. Each value has its own, since a binding only points to it."""
         if keep not in self._kept_tensors:
             shape = (1,) if self._keep_shape == [1] else ()
             self._kept_tensors[keep] = torch.full(shape, keep, device=self._device)
@@ -135,7 +135,7 @@ class GraphSession:
         bind(name, self._device.type, self._device.index or 0, _NUMPY[tensor.dtype], tensor.shape, tensor.data_ptr())
 
     def _run_copying(self, inputs: dict[str, torch.Tensor], cache: Lfm2Cache | None, keep: int) -> torch.Tensor:
-        """Through numpy: for graphs whose caches cannot lie in place, and where io-binding is off."""
+        """Run through numpy: the graph cannot write caches in place, or io-binding is off."""
         feeds = {name: tensor.numpy(force=True) for name, tensor in inputs.items()}
         if self._layout.keeps_logits:
             feeds[LOGITS_TO_KEEP] = self._kept(keep).numpy(force=True)

@@ -56,11 +56,6 @@ class ExpertWeights(Sequence[torch.Tensor]):
         return self._read(int(index))
 
 
-def whole(weight: torch.Tensor | ExpertWeights) -> torch.Tensor:
-    """Return a parameter as one tensor, with all its experts in memory: (experts, out, in)."""
-    return torch.stack(list(weight)) if isinstance(weight, ExpertWeights) else weight
-
-
 class MoeCheckpoint(Checkpoint):
     """A checkpoint with experts. Reading a packed parameter gives `ExpertWeights`, in either stored form."""
 

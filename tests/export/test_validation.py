@@ -14,7 +14,7 @@ from optimum.exporters.onnx import main_export
 
 from optimum_lfm2 import configs
 from optimum_lfm2.errors import Lfm2Error
-from optimum_lfm2.export import finish, reference, validation
+from optimum_lfm2.export import finish, pieces, reference, validation
 from optimum_lfm2.export.validation import errors_as_they_are
 from optimum_lfm2.graph import blocks, ops
 
@@ -167,6 +167,17 @@ def test_it_refuses_a_graph_without_one_of_its_norms(checkpoint, tmp_path, monke
 
     _edited(monkeypatch, edit)
     finds("lacks model.layers.1.ffn_norm", checkpoint("hybrid"), tmp_path)
+
+
+@pytest.mark.parametrize(("lost", "says"), [(3, "layers.1.ffn_norm"), (4, "layers.2.operator_norm"), (-1, "logits")])
+def test_it_refuses_a_value_that_no_piece_gives(lost, says, checkpoint, tmp_path, monkeypatch):
+    def some(graph, cuts, caches):
+        found = list(pieces.split(graph, cuts, caches))
+        del found[lost]
+        return found
+
+    monkeypatch.setattr(validation, "split", some)
+    finds(f"{says} could not be compared", checkpoint("hybrid"), tmp_path)
 
 
 def test_the_file_as_a_whole_is_run_too(checkpoint, tmp_path, monkeypatch):

@@ -20,7 +20,7 @@ from optimum_lfm2.errors import Lfm2Error
 from optimum_lfm2.export.streamed import StandIns
 from optimum_lfm2.graph import experts as graph_experts
 from optimum_lfm2.weights.blocks import SCHEMES
-from optimum_lfm2.weights.experts import whole
+from optimum_lfm2.weights.experts import ExpertWeights
 
 
 if compat.TRANSFORMERS_5:
@@ -170,10 +170,14 @@ def test_the_graph_computes_with_the_dequantised_weights(name, options, exported
     assert float(error.median()) < (0.12 if "_variant" in options else 0.01)
 
 
+def _whole(weight: torch.Tensor | ExpertWeights) -> torch.Tensor:
+    return torch.stack(list(weight)) if isinstance(weight, ExpertWeights) else weight
+
+
 def dequantized(model: PreTrainedModel, variant: str | None) -> PreTrainedModel:
     values = StandIns(model, model.state_dict(), SCHEMES.get(variant))
     copy = type(model)(model.config).eval()
-    copy.load_state_dict({name: whole(values[name]) for name in values})
+    copy.load_state_dict({name: _whole(values[name]) for name in values})
     return copy
 
 
