@@ -61,6 +61,7 @@ cp -r "$1/out/." "$4"
 """
 
 
+@pytest.mark.once
 def test_a_mounted_volume(checkpoint, gold_model, tmp_path):
     """OUT is a mount point, so that no file beside it can be renamed into it."""
     place, copied = tmp_path / "place", tmp_path / "copied"
