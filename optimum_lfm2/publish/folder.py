@@ -14,12 +14,13 @@ import torch
 from optimum.exporters.onnx import convert
 from optimum.exporters.tasks import TasksManager
 from optimum.utils.save_utils import maybe_save_preprocessors
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
+from transformers import AutoTokenizer, PretrainedConfig
 
 from optimum_lfm2 import compat
 from optimum_lfm2.caches import CACHE_NAMES
 from optimum_lfm2.configs import DTYPES
 from optimum_lfm2.errors import Lfm2Error, read_object
+from optimum_lfm2.export.config_check import loaded_config
 from optimum_lfm2.export.loading import Lfm2TasksManager, is_causal
 from optimum_lfm2.export.options import check_atol, check_model
 from optimum_lfm2.export.staging import staged
@@ -142,7 +143,7 @@ def publish(job: Job) -> list[str]:
 
 def _save_configuration(job: Job, folder: Path) -> PretrainedConfig:
     """Write config.json, generation_config.json and the tokenizer's files, in a form that every runtime reads."""
-    config = AutoConfig.from_pretrained(job.model, cache_dir=job.cache_dir)
+    config = loaded_config(job.model, cache_dir=job.cache_dir)
     compat.spell_rope_for_both(config)
     if not is_causal(config):
         raise Lfm2Error(
@@ -264,6 +265,7 @@ def _declare_external_data(job: Job, folder: Path, files: Iterable[Published]) -
     """Declare to Transformers.js which files have external weights. Its other settings in an older folder stay."""
     path, before = folder / "config.json", job.output / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
-    old = read_object(before).get(JS_CONFIG, {}) if before.is_file() else {}
-    config[JS_CONFIG] = old | {EXTERNAL_DATA: {file.path.name: True for file in files if file.data.is_file()}}
+    old = read_object(before).get(JS_CONFIG) if before.is_file() else None
+    declared = {EXTERNAL_DATA: {file.path.name: True for file in files if file.data.is_file()}}
+    config[JS_CONFIG] = old | declared if isinstance(old, dict) else declared
     path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -10,6 +10,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from optimum_lfm2.caches import CACHE_NAMES, CONV, CacheTensor
+from optimum_lfm2.errors import Lfm2Error, first_line
 from optimum_lfm2.graph.editing import graph_cache_tensors
 from optimum_lfm2.metadata import CHECKPOINT, COMPARED, DIFFERENCE, QUALITY, TEXT
 from optimum_lfm2.quality.evaluate import Quality
@@ -76,17 +77,28 @@ class Published:
 
     @classmethod
     def read(cls, precision: str, path: Path) -> Published:
-        """Read the description of a file from its graph and metadata."""
-        model = ir.load(path)
-        notes = model.metadata_props
+        """Read the description of a file from its graph and metadata.
+
+        Raises:
+            Lfm2Error: the file is no graph, or its metadata is not what this package writes.
+        """
+        try:
+            model = ir.load(path)
+            notes = model.metadata_props
+            difference = float(notes.get(DIFFERENCE, "nan"))
+            quality = Quality(**json.loads(notes[QUALITY])) if QUALITY in notes else None
+        except Exception as error:  # the errors of protobuf and of onnx-ir have no common class
+            raise Lfm2Error(
+                f"{path} cannot be read ({first_line(error)}). Delete it, and write that precision again."
+            ) from error
         caches = graph_cache_tensors(model.graph)
         return cls(
             precision,
             path,
             caches,
-            float(notes.get(DIFFERENCE, "nan")),
+            difference,
             notes.get(COMPARED, ""),
-            Quality(**json.loads(notes[QUALITY])) if QUALITY in notes else None,
+            quality,
             notes.get(TEXT, ""),
             notes.get(CHECKPOINT, ""),
             any(node.op_type == "QMoE" and "accuracy_level" in node.attributes for node in model.graph),

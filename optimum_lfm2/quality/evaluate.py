@@ -172,7 +172,7 @@ def find_tokenizer(*folders: Path) -> Any:
             if (folder / "tokenizer_config.json").is_file():
                 try:
                     return AutoTokenizer.from_pretrained(folder)
-                except (OSError, ValueError) as error:
+                except Exception as error:  # `tokenizers` has no class of its own for its errors
                     raise Lfm2Error(
                         f"The tokenizer in {folder} cannot be loaded ({first_line(error)}). "
                         "Copy the checkpoint's tokenizer there."

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from argparse import ArgumentParser
 
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
@@ -28,20 +27,15 @@ class EvaluateCommand(BaseOptimumCLICommand):
 
     def run(self) -> None:
         from optimum_lfm2.errors import Lfm2Error
-        from optimum_lfm2.export.command import quiet
+        from optimum_lfm2.export.command import quiet, reported
         from optimum_lfm2.quality.evaluate import evaluate
 
         args = self.args
-        try:
-            with quiet():
-                quality = evaluate(args.model, args.reference, args.text, args.chunks, args.length)
-        except Lfm2Error as error:
-            self._fail(str(error))
+        with reported(), quiet():
+            quality = evaluate(args.model, args.reference, args.text, args.chunks, args.length)
         print(json.dumps(quality.as_dict(), indent=2) if args.json else quality.table())
         if args.max_kld is not None and not quality.kl_divergence <= args.max_kld:
-            self._fail(f"The mean KL divergence is {quality.kl_divergence:.3g}, above --max-kld {args.max_kld:g}.")
-
-    @staticmethod
-    def _fail(line: str) -> None:
-        print(f"optimum-cli: error: {' '.join(line.split())}", file=sys.stderr)
-        raise SystemExit(1)
+            with reported():
+                raise Lfm2Error(
+                    f"The mean KL divergence is {quality.kl_divergence:.3g}, above --max-kld {args.max_kld:g}."
+                )
