@@ -42,14 +42,14 @@ class SlidingCall:
         past: tuple[torch.Tensor, ...] | None,
         config: PretrainedConfig,
     ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
-        """Attention over the window and the new tokens: the context, (tokens, heads * head_dim), and the next window.
+        """Attention over the window and the new tokens: the context, as wide as the query, and the next window.
 
         Standard operators: `GroupQueryAttention` refuses several rows with several new tokens on a cache that is not
         empty (onnxruntime 1.32, CPU), and this cache never is.
 
         Args:
-            query, key: rotated rows.
-            value: rows.
+            query: (batch_size, sequence_length, heads * head_dim), rotated.
+            key, value: (batch_size, sequence_length, kv_heads * head_dim), the key rotated.
             past: keys and values, (batch_size, kv_heads, window, head_dim) each, or None for an empty window.
         """
         heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, head_dim(config)
@@ -65,7 +65,10 @@ class SlidingCall:
         grouped = shapes.resized(by_head(query, heads), (0, kv_heads, -1, dim))
         scores = grouped @ keys.transpose(2, 3) * dim**-0.5 + self.bias
         context = shapes.resized(scores.softmax(-1) @ values, (0, heads, -1, dim)).transpose(1, 2)
-        return shapes.flat(context, heads * dim), (shapes.gathered(keys, self.kept), shapes.gathered(values, self.kept))
+        return shapes.resized(context, (0, 0, heads * dim)), (
+            shapes.gathered(keys, self.kept),
+            shapes.gathered(values, self.kept),
+        )
 
 
 def sliding_call(call: Call, rotary: Rotary, config: PretrainedConfig) -> SlidingCall:
