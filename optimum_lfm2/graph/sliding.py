@@ -11,14 +11,14 @@ the cache or in the same call.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from transformers import PretrainedConfig
 
 from optimum_lfm2.caches import head_dim
 from optimum_lfm2.graph import ops, shapes
-from optimum_lfm2.graph.call import Call, Rotary, Rotation, rotation
+from optimum_lfm2.graph.call import AttentionCall, Call, Rotary, Rotation, attention_call, rotation
 
 
 @dataclass(frozen=True)
@@ -111,3 +111,14 @@ def sliding_call(call: Call, rotary: Rotary, config: PretrainedConfig) -> Slidin
         columns=call.columns,
         kept=(call.end + slots)[:, None, :, None].expand(-1, kv_heads, -1, -1),
     )
+
+
+def masked_attention_call(call: Call, rotary: Rotary, window: int) -> AttentionCall:
+    """What layers of sliding attention share where their cache keeps all columns: full attention under another bias.
+
+    Only the tokens differ in what they see. The time and the cache of a layer are those of full attention.
+    """
+    full = attention_call(call, rotary)
+    distance = call.positions[:, :, None] - (call.mask.cumsum(1) - 1)[:, None, :]
+    hidden = torch.full((), ops.MASKED, dtype=call.dtype)
+    return replace(full, bias=torch.where((distance < window)[:, None], full.bias, hidden))
