@@ -73,7 +73,8 @@ class Lfm2OnnxConfig(TextDecoderOnnxConfig):
     @property
     def member(self) -> Member:
         """The record of the family member that the model belongs to."""
-        return MEMBERS[self._config.model_type]
+        member = MEMBERS[self._config.model_type]
+        return member.growing or member if self._options.sliding_cache == "growing" else member
 
     @property
     def MIN_TRANSFORMERS_VERSION(self) -> version.Version:  # noqa: N802  Optimum's name
@@ -145,6 +146,10 @@ class Lfm2OnnxConfig(TextDecoderOnnxConfig):
         if "num_logits_to_keep" in given and self.task != "text-generation":
             raise Lfm2Error(
                 f"--model-kwargs: num_logits_to_keep is no input of a graph for {self.task}. Leave the option out."
+            )
+        if "sliding_cache" in given and MEMBERS[self._config.model_type].growing is None:
+            raise Lfm2Error(
+                f"--model-kwargs: {self._config.model_type} has no sliding attention. Leave sliding_cache out."
             )
         self._options = options
         if self.scheme is not None:

@@ -17,6 +17,7 @@ VALUES: dict[str, tuple[str, ...]] = {
     "embedding": EMBEDDINGS,
     "cache_names": tuple(CACHE_NAMES),
     "num_logits_to_keep": ("optional", "required"),
+    "sliding_cache": ("window", "growing"),
 }
 
 
@@ -28,11 +29,13 @@ class ExportOptions:
         embedding: how a quantised graph reads the embedding, one of `EMBEDDINGS`.
         cache_names: the naming convention of the caches, a key of `CACHE_NAMES`.
         num_logits_to_keep: `optional` gives this graph input the default 0, `required` gives it none.
+        sliding_cache: what layers of sliding attention keep. `window` is the tokens that they see, `growing` is all.
     """
 
     embedding: str = "fused"
     cache_names: str = "hub"
     num_logits_to_keep: str = "optional"
+    sliding_cache: str = "window"
 
     @classmethod
     def read(cls, model_kwargs: Any) -> ExportOptions:

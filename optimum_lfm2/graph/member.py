@@ -5,7 +5,7 @@ The exporter, the runtime and the tools ask the record about a member. Nothing e
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -13,7 +13,7 @@ import onnx_ir as ir
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
-from optimum_lfm2.caches import CacheTensor, Kept, cache_tensors
+from optimum_lfm2.caches import CONV, CacheTensor, Kept, cache_tensors
 from optimum_lfm2.fields import Field
 from optimum_lfm2.graph.call import Call, Rotary
 from optimum_lfm2.weights.blocks import Scheme
@@ -103,6 +103,8 @@ class Member:
         tolerance: takes a scheme and returns the relative error that validation accepts. 0 leaves the common tolerance.
         genai_type: the model type in `genai_config.json`. None if onnxruntime-genai cannot run the member.
         transformers_js: whether Transformers.js (4.3.1) has the model.
+        growing: the member with another cache for some kinds of layers: keys and values of all columns, which runtimes
+            know that know no window. None for a member whose attention keeps all columns anyway.
     """
 
     model_type: str
@@ -120,6 +122,12 @@ class Member:
     tolerance: Callable[[Scheme], float] = lambda scheme: 0.0
     genai_type: str | None = None
     transformers_js: bool = True
+    growing: Member | None = None
+
+    def with_caches(self, caches: Iterable[CacheTensor]) -> Member:
+        """The record for a graph with these cache tensors: `growing` where all its keys and values grow."""
+        grows = all(tensor.kind == CONV or tensor.grows for tensor in caches)
+        return self.growing if self.growing and grows else self
 
     def kind(self, config: PretrainedConfig, layer_type: str) -> LayerKind:
         """The kind of layer that `layer_types` means by a name."""

@@ -236,3 +236,45 @@ def gathered(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     (batch_size, heads, columns, width), int64 (batch_size, heads, count, 1) → (batch_size, heads, count, width).
     """
     return _Gathered.apply(x, index)
+
+
+class _Picked(Node):
+    @staticmethod
+    def forward(ctx, x, index, axis):
+        return x[(slice(None),) * axis + (index,)]
+
+    @staticmethod
+    def symbolic(g, x, index, axis):
+        rank = x.type().dim() + index.type().dim() - 1
+        return typed(rank)(lambda g, x: g.op("Gather", x, index, axis_i=axis))(g, x)
+
+
+def picked(x: torch.Tensor, index: torch.Tensor, axis: int) -> torch.Tensor:
+    """The entries of one axis at int64 indices, the same for every row. The axes of `index` replace that axis."""
+    return _Picked.apply(x, index, axis)
+
+
+class _Blocks(Node):
+    @staticmethod
+    def forward(ctx, columns, longest):
+        block = min(len(columns), longest)
+        count = -(-len(columns) // block)
+        return torch.arange(count * block).reshape(count, block)
+
+    @staticmethod
+    @typed(2)
+    def symbolic(g, columns, longest):
+        length, one = g.op("Shape", columns), constant(g, [1])
+        block = g.op("Min", length, constant(g, [longest]))
+        count = g.op("Div", g.op("Sub", g.op("Add", length, block), one), block)
+        end = g.op("Squeeze", g.op("Mul", count, block))
+        numbers = g.op("Range", constant(g, 0), end, constant(g, 1))
+        return g.op("Reshape", numbers, g.op("Concat", count, block, axis_i=0))
+
+
+def blocks(columns: torch.Tensor, longest: int) -> torch.Tensor:
+    """Cut columns, counted from 0, into blocks of one length: int64 (length) → int64 (blocks, block).
+
+    A block is `longest`, or as long as all columns where these are fewer. The last may count beyond the last column.
+    """
+    return _Blocks.apply(columns, longest)

@@ -88,7 +88,8 @@ class GraphLayout:
         if not self.caches:
             return
         declared = {(c.layer, c.kind): c for c in self.caches}
-        expected = {(c.layer, c.kind): c for c in MEMBERS[config.model_type].cache_tensors(config)}
+        member = MEMBERS[config.model_type].with_caches(self.caches)
+        expected = {(c.layer, c.kind): c for c in member.cache_tensors(config)}
         if missing := expected.keys() - declared.keys():
             raise Lfm2Error(
                 f"{path} has no input {expected[min(missing)].past}, which its config.json asks for. "
