@@ -50,8 +50,8 @@ class Lfm2OnnxConfig(TextDecoderOnnxConfig):
     Each task has a form with past and one without.
 
     Inputs: `input_ids`, `attention_mask`, the caches in layer order, and for text-generation `num_logits_to_keep`.
-    Outputs: `logits` or `last_hidden_state`, then the present caches in the same order. `input_shapes` and
-    `output_shapes` give the shapes. Ids and masks are int64, everything else is of the dtype `float_dtype`.
+    Outputs: `logits` or `last_hidden_state`, then the present caches in the same order, then on request the columns that
+    the call adds to states. `input_shapes` and `output_shapes` give the shapes. Ids and masks are int64, everything else is of the dtype `float_dtype`.
     """
 
     NORMALIZED_CONFIG_CLASS = NormalizedTextConfig
@@ -119,6 +119,11 @@ class Lfm2OnnxConfig(TextDecoderOnnxConfig):
         return self._options.cache_names
 
     @property
+    def gives_columns(self) -> bool:
+        """Whether the graph has outputs for the columns that a call adds to states."""
+        return self.use_past and self._options.rollback == "columns"
+
+    @property
     def weights(self) -> Mapping[str, torch.Tensor]:
         """Each parameter by its name in the checkpoint. It is empty until `patch_model_for_export` has the model."""
         return self._weights
@@ -145,6 +150,11 @@ class Lfm2OnnxConfig(TextDecoderOnnxConfig):
         if "num_logits_to_keep" in given and self.task != "text-generation":
             raise Lfm2Error(
                 f"--model-kwargs: num_logits_to_keep is no input of a graph for {self.task}. Leave the option out."
+            )
+        if options.rollback == "columns" and not self.use_past:
+            raise Lfm2Error(
+                f"--model-kwargs: rollback takes tokens back from a cache, and a graph for {self.task} has none. "
+                f"Use --task {self.task}-with-past."
             )
         self._options = options
         if self.scheme is not None:
@@ -201,6 +211,8 @@ class Lfm2OnnxConfig(TextDecoderOnnxConfig):
             shapes = {"last_hidden_state": (BATCH, SEQUENCE, self._config.hidden_size)}
         if self.use_past:
             shapes |= {tensor.present: tensor.shape(TOTAL) for tensor in self.cache_tensors}
+        if self.gives_columns:
+            shapes |= {state.columns: state.columns_shape(SEQUENCE) for state in self.cache_tensors if not state.grows}
         return shapes
 
     def metadata(self) -> dict[str, str]:

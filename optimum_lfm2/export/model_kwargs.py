@@ -17,6 +17,7 @@ VALUES: dict[str, tuple[str, ...]] = {
     "embedding": EMBEDDINGS,
     "cache_names": tuple(CACHE_NAMES),
     "num_logits_to_keep": ("optional", "required"),
+    "rollback": ("replay", "columns"),
 }
 
 
@@ -28,11 +29,14 @@ class ExportOptions:
         embedding: how a quantised graph reads the embedding, one of `EMBEDDINGS`.
         cache_names: the naming convention of the caches, a key of `CACHE_NAMES`.
         num_logits_to_keep: `optional` gives this graph input the default 0, `required` gives it none.
+        rollback: how our runtime takes tokens back. `replay` needs nothing of the graph: those of the last call that stay
+            are run again. `columns` adds an output to each state, the columns that a call adds, so that none is.
     """
 
     embedding: str = "fused"
     cache_names: str = "hub"
     num_logits_to_keep: str = "optional"
+    rollback: str = "replay"
 
     @classmethod
     def read(cls, model_kwargs: Any) -> ExportOptions:

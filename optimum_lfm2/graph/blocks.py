@@ -14,7 +14,7 @@ from transformers import PretrainedConfig
 from optimum_lfm2.caches import head_dim
 from optimum_lfm2.graph import ops, shapes
 from optimum_lfm2.graph.call import AttentionCall, ConvCall
-from optimum_lfm2.graph.member import Weight
+from optimum_lfm2.graph.member import Mixed, Weight
 from optimum_lfm2.graph.sliding import SlidingCall
 
 
@@ -25,7 +25,7 @@ def short_conv(
     weight: Weight,
     name: str,
     config: PretrainedConfig,
-) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+) -> Mixed:
     """The gated short convolution, channel last: windows of columns, multiplied and summed.
 
     Its cache is the conv state (batch_size, hidden_size, conv_L_cache): the last columns of `B * x`. The new state ends
@@ -49,7 +49,7 @@ def short_conv(
         mixed = mixed + bias("conv")
 
     out = ops.linear(output_gate * shapes.flat(mixed, width), weight(f"{name}.out_proj.weight"), bias("out_proj"))
-    return out, (shapes.columns_at(columns, shared.end, taps),)
+    return out, (shapes.columns_at(columns, shared.end, taps),), (gated.transpose(1, 2),)
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def attention(
     name: str,
     config: PretrainedConfig,
     parts: AttentionParts = LFM2_PARTS,
-) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+) -> Mixed:
     """Grouped-query attention, with a norm of each head of query and key before RoPE.
 
     Its caches are keys and values, (batch_size, kv_heads, columns, head_dim) each. Which columns a token sees, and
@@ -97,7 +97,7 @@ def attention(
         normed = ops.rms_norm(projected, weight(f"{name}.{part}_{parts.norm}.weight"), config.norm_eps)
         return rotation.rotate(normed, heads)
 
-    context, present = shared.attend(
+    context, present, columns = shared.attend(
         rotated("q", config.num_attention_heads),
         rotated("k", config.num_key_value_heads),
         shapes.rows(project(hidden, "v_proj"), rotation.shape),
@@ -106,7 +106,7 @@ def attention(
     )
     if parts.gate:
         context = gated_heads(context, ops.linear(hidden, weight(f"{name}.{parts.gate}.weight")), config)
-    return project(context, parts.out), present
+    return project(context, parts.out), present, columns
 
 
 def gated_heads(context: torch.Tensor, gate: torch.Tensor, config: PretrainedConfig) -> torch.Tensor:

@@ -140,8 +140,8 @@ class AttentionCall:
         value: torch.Tensor,
         past: tuple[torch.Tensor, ...] | None,
         config: PretrainedConfig,
-    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
-        """Causal attention over all columns: the context, (tokens, heads * head_dim), and the present caches.
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...], tuple[()]]:
+        """Causal attention over all columns: the context, (tokens, heads * head_dim), the present caches, no state.
 
         Args:
             query, key: rotated rows.
@@ -172,7 +172,7 @@ class AttentionCall:
         )
         if padding:
             context, keys, values = (shapes.flat(context, dim + padding)[:, :dim], keys[..., :dim], values[..., :dim])
-        return shapes.flat(context, heads * dim), (keys, values)
+        return shapes.flat(context, heads * dim), (keys, values), ()
 
 
 def attention_call(call: Call, rotary: Rotary) -> AttentionCall:

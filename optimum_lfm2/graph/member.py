@@ -32,6 +32,11 @@ FeedForward = Callable[[torch.Tensor, Weight, str], torch.Tensor]
 GraphPass = Callable[[ir.Graph, Mapping[str, Any], Scheme | None], None]
 
 
+# A block's output, (tokens, hidden_size), the layer's present caches, and the columns that the call adds to each of its
+# states: (batch_size, ..., sequence_length, ...), the tokens where the state has its columns. Caches that grow have none.
+Mixed = tuple[torch.Tensor, tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]
+
+
 class Mixer(Protocol):
     """The block of a layer that mixes tokens: a short convolution or attention."""
 
@@ -43,8 +48,8 @@ class Mixer(Protocol):
         weight: Weight,
         name: str,
         config: PretrainedConfig,
-    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
-        """Return the block's output, (tokens, hidden_size), and the layer's present caches.
+    ) -> Mixed:
+        """Return the block's output, the layer's present caches, and the columns that its states gain.
 
         Args:
             hidden: hidden states after the norm, float (tokens, hidden_size).

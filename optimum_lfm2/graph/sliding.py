@@ -41,8 +41,11 @@ class SlidingCall:
         value: torch.Tensor,
         past: tuple[torch.Tensor, ...] | None,
         config: PretrainedConfig,
-    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
-        """Attention over the window and the new tokens: the context, (tokens, heads * head_dim), and the next window.
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
+        """Attention over the window and the new tokens.
+
+        Returns the context, (tokens, heads * head_dim), the next window, and the new keys and values, each (batch_size,
+        kv_heads, sequence_length, head_dim).
 
         Standard operators: `GroupQueryAttention` refuses several rows with several new tokens on a cache that is not
         empty (onnxruntime 1.32, CPU), and this cache never is.
@@ -65,7 +68,8 @@ class SlidingCall:
         grouped = shapes.resized(by_head(query, heads), (0, kv_heads, -1, dim))
         scores = grouped @ keys.transpose(2, 3) * dim**-0.5 + self.bias
         context = shapes.resized(scores.softmax(-1) @ values, (0, heads, -1, dim)).transpose(1, 2)
-        return shapes.flat(context, heads * dim), (shapes.gathered(keys, self.kept), shapes.gathered(values, self.kept))
+        window = shapes.gathered(keys, self.kept), shapes.gathered(values, self.kept)
+        return shapes.flat(context, heads * dim), window, new
 
 
 def sliding_call(call: Call, rotary: Rotary, config: PretrainedConfig) -> SlidingCall:
