@@ -50,8 +50,9 @@ class Lfm2OnnxConfig(TextDecoderOnnxConfig):
     Each task has a form with past and one without.
 
     Inputs: `input_ids`, `attention_mask`, the caches in layer order, and for text-generation `num_logits_to_keep`.
-    Outputs: `logits` or `last_hidden_state`, then the present caches in the same order, then on request the columns that
-    the call adds to states. `input_shapes` and `output_shapes` give the shapes. Ids and masks are int64, everything else is of the dtype `float_dtype`.
+    Outputs: `logits` or `last_hidden_state`, then the present caches in the same order, then on request the columns
+    that the call adds to states. `input_shapes` and `output_shapes` give the shapes. Ids and masks are int64, everything
+    else is of the dtype `float_dtype`.
     """
 
     NORMALIZED_CONFIG_CLASS = NormalizedTextConfig

@@ -29,8 +29,9 @@ class ExportOptions:
         embedding: how a quantised graph reads the embedding, one of `EMBEDDINGS`.
         cache_names: the naming convention of the caches, a key of `CACHE_NAMES`.
         num_logits_to_keep: `optional` gives this graph input the default 0, `required` gives it none.
-        rollback: how our runtime takes tokens back. `replay` needs nothing of the graph: those of the last call that stay
-            are run again. `columns` adds an output to each state, the columns that a call adds, so that none is.
+        rollback: how our runtime takes tokens back. `replay` needs nothing of the graph: those tokens of the last call
+            that stay are run again. `columns` adds an output for each state, with the columns that a call adds to it.
+            Then no token is run again.
     """
 
     embedding: str = "fused"

@@ -33,7 +33,7 @@ GraphPass = Callable[[ir.Graph, Mapping[str, Any], Scheme | None], None]
 
 
 # A block's output, (tokens, hidden_size), the layer's present caches, and the columns that the call adds to each of its
-# states: (batch_size, ..., sequence_length, ...), the tokens where the state has its columns. Caches that grow have none.
+# states: (batch_size, ..., sequence_length, ...), tokens where the state has columns. Caches that grow are no states.
 Mixed = tuple[torch.Tensor, tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]
 
 

@@ -45,11 +45,13 @@ class AssistedGeneration:
             )
 
     def _assisted_decoding(self, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        cache, mask = kwargs[compat.CACHE], kwargs.get("attention_mask")
-        if mask is not None and mask.shape[1] != input_ids.shape[1]:
+        cache, mask, tokens = kwargs[compat.CACHE], kwargs.get("attention_mask"), input_ids.shape[1]
+        # transformers 5.24 leaves out a mask that hides nothing, and notes its length.
+        noted = getattr(kwargs["generation_config"], "_mask_length", tokens)
+        if (noted if mask is None else mask.shape[1]) != tokens:
             raise Lfm2Error(
-                f"input_ids has {input_ids.shape[1]} tokens, but attention_mask has {mask.shape[1]}. Assisted "
-                "generation takes all tokens of a chat, those that the cache has seen too."
+                f"attention_mask is longer than input_ids, which has {tokens} tokens. Assisted generation takes all "
+                "tokens of a chat, those that the cache has seen too."
             )
         if kwargs.get("assistant_model") is None:
             kwargs[UNTIL] = kwargs.get("stopping_criteria")

@@ -54,7 +54,7 @@ class Point:
         }
 
     def followed_by(self, later: Point) -> Point:
-        """This point, and both calls as one."""
+        """The point before both calls, as if they were one."""
         columns = None
         if self.columns is not None and later.columns is not None:
             columns = {name: torch.cat([x, later.columns[name]], dim=2) for name, x in self.columns.items()}

@@ -11,8 +11,8 @@ from optimum_lfm2.runtime.session import GraphSession
 
 
 PREFILL_CHUNK = 512
-# A cache that records runs more tokens than these apart from the last of a call, whose logits are asked for. So tokens
-# that are taken back do not let a whole prompt run again, and candidates that fail again and again not ever more tokens.
+# A cache that records runs the last tokens of a call, whose logits are asked for, apart from more tokens than these.
+# So taking the last ones back does not mean to run a whole prompt again, or ever more tokens where candidates fail.
 RUN_AGAIN = 8
 
 logger = logging.get_logger(__name__)

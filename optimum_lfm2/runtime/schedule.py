@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 
 # The time of a call by its number of tokens, in calls of one token: LFM2-350M's shape in q4, a cache of 512 tokens, two
@@ -16,7 +17,7 @@ FORGET = 0.9  # what an outcome counts after the next one of its kind
 
 def cost(tokens: int) -> float:
     """The time of a call of so many tokens, in calls of one token."""
-    for (few, low), (many, high) in zip(COSTS, COSTS[1:], strict=False):
+    for (few, low), (many, high) in pairwise(COSTS):
         if tokens <= many:
             return low + (high - low) * (tokens - few) / (many - few)
     return COSTS[-1][1] * tokens / COSTS[-1][0]

@@ -26,7 +26,7 @@ def name(request) -> str:
 
 @pytest.fixture(params=["columns", "replay", "alone", "copies"])
 def model(request, name, exported) -> ORTModelForCausalLM:
-    """A graph that gives columns, ours by default, one of others that is wrong on padding, and one without io-binding."""
+    """A graph that gives columns, with io-binding or without; ours by default; one that is wrong on padding."""
     way = "replay" if request.param == "alone" else request.param
     options = {} if way == "replay" else {"model_kwargs": ROLLBACK}
     model = ORTModelForCausalLM.from_pretrained(exported(name, **options), use_io_binding=way != "copies")
@@ -47,7 +47,7 @@ ROLLBACK = Options(rollback="columns")
 
 
 def continued(gold_model, name: str, texts: list[torch.Tensor]) -> torch.Tensor:
-    """transformers' logits after each whole text, one unpadded row at a time."""
+    """The logits of transformers after each whole text, one unpadded row at a time."""
     return torch.stack([gold_model(name)(input_ids=text[None], use_cache=False).logits[0, -1] for text in texts])
 
 
