@@ -51,7 +51,7 @@ class Lfm2OnnxConfig(TextDecoderOnnxConfig):
 
     Inputs: `input_ids`, `attention_mask`, the caches in layer order, and for text-generation `num_logits_to_keep`.
     Outputs: `logits` or `last_hidden_state`, then the present caches in the same order, then on request the columns
-    that the call adds to states. `input_shapes` and `output_shapes` give the shapes. Ids and masks are int64, everything
+    that the call adds to states. `input_shapes` and `output_shapes` give the shapes. Ids and masks are int64, all
     else is of the dtype `float_dtype`.
     """
 
