@@ -30,6 +30,7 @@ from benchmarks.checkpoint import random_checkpoint
 SYSTEMS = {"replay": "ours-q4", "columns": "ours-q4-columns"}
 SHARES = (0.0, 0.2, 0.4, 0.6, 0.7, 0.8, 0.9, 1.0)
 TOKENS = (1, 2, 3, 4, 5, 6, 8, 12, 16, 32)
+TEXTS = ("nothing repeated", "words repeated, not what follows", "half of the prompt copied")
 MOST = 10  # candidates, as transformers has it by default
 NEVER = 7  # a token that no text has: the candidates of transformers 4.57 need one that ends the text
 
@@ -130,6 +131,11 @@ def scenarios(chats: Mapping[str, Chat], wanted: set[str], vocabulary: int) -> d
     once = random.Random(1).sample(sorted(set(range(8, vocabulary)) - set(chat.prompt)), chat.new)
     quarter = len(chat.prompt) // 4
     copied = (chat.prompt[quarter:] * (1 + chat.new // quarter))[: chat.new]
+    # Every other token is one of the prompt, and what follows it is another one than there.
+    mixed = [
+        token for pair in zip(once, random.Random(2).choices(chat.prompt, k=chat.new), strict=True) for token in pair
+    ]
+    answers = dict(zip(TEXTS, (once, mixed[: chat.new], copied), strict=True))
     lookup = {"prompt_lookup_num_tokens": MOST}
 
     def theirs(text: list[int], *args: Any, **kwargs: Any) -> Any:
@@ -140,7 +146,7 @@ def scenarios(chats: Mapping[str, Chat], wanted: set[str], vocabulary: int) -> d
 
     found: dict[str, Callable[[], float]] = {"plain": lambda: chat.speed(once)}
     if "lookup" in wanted:
-        for name, answer in (("nothing repeated", once), ("half of the prompt copied", copied)):
+        for name, answer in answers.items():
             for way, own in chats.items():
                 found[f"{name}, {way}"] = lambda own=own, answer=answer: own.speed(answer, **lookup)  # type: ignore[misc]
             found[f"{name}, transformers' candidates"] = lambda answer=answer: chat.speed(answer, theirs)  # type: ignore[misc]

@@ -94,7 +94,8 @@ class GraphSession:
         """Run with one buffer for past and present keys and values. A new state goes to the state's other buffer."""
         batch, sequence = inputs["input_ids"].shape
         cache.reserve(cache.length + sequence)
-        columns = self._columns(batch, sequence) if cache.recording is not None else None
+        # A single token stays or goes: the states before and after it are at hand.
+        columns = self._columns(batch, sequence) if cache.recording is not None and sequence > 1 else None
         binding = self._prepared(cache, keep, columns is not None)
         inputs = {name: tensor.to(self._device) for name, tensor in inputs.items()}  # they must outlive the run
         for name, tensor in inputs.items():
