@@ -22,15 +22,17 @@ DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(in
 class Graph:
     """A session with caches that have room for `length` tokens."""
 
-    def __init__(self, path: Path, threads: int, length: int) -> None:
+    def __init__(self, path: Path, threads: int, length: int, head_dim: int = 64) -> None:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads, options.log_severity_level = threads, 3
         self.session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         self.arrays: list[np.ndarray] = []  # they must outlive the bindings
+        self._head_dim = head_dim
         self.caches = {x.name: self._empty(x, length) for x in self.session.get_inputs() if x.name.startswith("past")}
 
     def _empty(self, value: onnxruntime.NodeArg, length: int) -> np.ndarray:
-        shape = (1, *(axis if isinstance(axis, int) else length for axis in value.shape[1:]))
+        open_axes = {2: length, 3: self._head_dim}  # genai's builder declares neither
+        shape = (1, *(open_axes[i] if isinstance(axis, str) else axis for i, axis in enumerate(value.shape) if i))
         self.arrays.append(np.zeros(shape, DTYPES[value.type]))
         return self.arrays[-1]
 
@@ -79,8 +81,9 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--prefill-rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--head-dim", type=int, default=64, help="where a graph does not declare it")
     args = parser.parse_args()
-    graphs = [Graph(path, args.threads, args.prompt + 1) for path in args.graphs]
+    graphs = [Graph(path, args.threads, args.prompt + 1, args.head_dim) for path in args.graphs]
     decode, prefill = (1, args.prompt), (args.prompt, 0)
     turns_of = (("decode", decode, args.rounds, args.steps), ("prefill", prefill, args.prefill_rounds, 1))
     for kind, call, rounds, calls in turns_of:

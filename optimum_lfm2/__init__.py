@@ -12,7 +12,7 @@ from optimum.exporters.tasks import TasksManager
 import optimum.exporters.onnx.__main__  # registers Optimum's own configs, which ours then replace
 from optimum_lfm2.configs import Lfm2OnnxConfig
 from optimum_lfm2.export.loading import Lfm2TasksManager, is_ours
-from optimum_lfm2.export.options import heeding_variant
+from optimum_lfm2.export.options import heeding_options
 from optimum_lfm2.export.validation import validated
 from optimum_lfm2.families import MODEL_TYPES
 from optimum_lfm2.dispatch import dispatch
@@ -23,7 +23,7 @@ TASKS = ("text-generation", "text-generation-with-past", "feature-extraction", "
 for _model_type in MODEL_TYPES:
     TasksManager.create_register("onnx", overwrite_existing=True)(_model_type, *TASKS)(Lfm2OnnxConfig)
 optimum.exporters.onnx.__main__.TasksManager = Lfm2TasksManager
-optimum.exporters.onnx.__main__.onnx_export_from_model = heeding_variant(
+optimum.exporters.onnx.__main__.onnx_export_from_model = heeding_options(
     optimum.exporters.onnx.__main__.onnx_export_from_model
 )
 optimum.exporters.onnx.convert.validate_model_outputs = validated(

@@ -37,6 +37,8 @@ TRANSFORMERS_5 = int(transformers.__version__.split(".")[0]) >= 5
 CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 # Whether a forward over a filled cache takes several new tokens; that of 4.57 takes one. Goes with transformers 4.
 CONTINUES_WITH_SEVERAL_TOKENS = TRANSFORMERS_5
+# Whether transformers' forward takes `cache_position`. Goes with transformers 4.
+HEEDS_CACHE_POSITION = not TRANSFORMERS_5
 TOKENIZER_CONFIG = "tokenizer_config.json"
 TOKENIZER_CLASS_OF_5 = "TokenizersBackend"
 CHAT_TEMPLATE = "chat_template.jinja"

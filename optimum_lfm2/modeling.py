@@ -18,7 +18,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from optimum_lfm2 import compat
 from optimum_lfm2.errors import Lfm2Error
-from optimum_lfm2.runtime.arguments import check_ids, check_positions, is_empty
+from optimum_lfm2.runtime.arguments import check_columns, check_ids, check_kept, check_positions, is_empty, one_cache
 from optimum_lfm2.runtime.cache import Lfm2Cache
 from optimum_lfm2.runtime.files import FileIdentity, generation_config_of, only_file, refused_graphs
 from optimum_lfm2.runtime.layout import GraphLayout
@@ -94,8 +94,8 @@ class ORTLfm2ForCausalLM(compat.GenerationWithoutExperts, ORTModelForCausalLM):
 
         Args:
             input_ids: integers (batch_size, sequence_length): the new tokens alone if there is a cache.
-            attention_mask: int64 (batch_size, cached + sequence_length). A 0 hides a token wherever it is. The mask
-                alone decides positions, and `position_ids` that contradict it are refused.
+            attention_mask: int64 (batch_size, cached + sequence_length). A 0 hides a token wherever it is, anything
+                else shows it. The mask alone decides positions, and `position_ids` that contradict it are refused.
             past_key_values: the cache of an earlier call. The call changes it and returns it.
             use_cache: whether to return a cache; by default what the config says.
             logits_to_keep: the logits of the last so many tokens only (0: all), or of the tokens at these indices.
@@ -111,7 +111,7 @@ class ORTLfm2ForCausalLM(compat.GenerationWithoutExperts, ORTModelForCausalLM):
                 cache, or an argument that an exported graph cannot honour.
         """
         self._refuse(kwargs)
-        cache = past_key_values if cache is None else cache
+        cache = one_cache(past_key_values, cache)
         if cache is not None and not isinstance(cache, Lfm2Cache):
             raise Lfm2Error(
                 f"The cache is a {type(cache).__name__}; this model continues only the cache that it "
@@ -124,6 +124,9 @@ class ORTLfm2ForCausalLM(compat.GenerationWithoutExperts, ORTModelForCausalLM):
             )
         attention_mask = self._checked(input_ids, attention_mask, cache)
         check_positions(kwargs.get("position_ids"), attention_mask, input_ids.shape[1])
+        if compat.HEEDS_CACHE_POSITION:
+            check_columns(kwargs.get("cache_position"), attention_mask.shape[1], input_ids.shape[1])
+        check_kept(logits_to_keep)
         input_ids = input_ids.to(torch.int64)
 
         if cache is None and self.can_use_cache:
@@ -166,7 +169,7 @@ class ORTLfm2ForCausalLM(compat.GenerationWithoutExperts, ORTModelForCausalLM):
                 f"attention_mask has the shape {tuple(mask.shape)}; it needs {(batch, length)}: a column for each of "
                 f"the {past} cached and {ids.shape[1]} new tokens."
             )
-        return mask.to(torch.int64)
+        return (mask != 0).to(torch.int64)
 
     def _refuse(self, kwargs: dict[str, Any]) -> None:
         for name in ("inputs_embeds", "labels"):
@@ -188,7 +191,7 @@ class ORTLfm2ForCausalLM(compat.GenerationWithoutExperts, ORTModelForCausalLM):
         """
         kwargs |= dict(zip(signature(super().generate).parameters, args, strict=False))
         past, cache = (kwargs.pop(name, None) for name in ("past_key_values", "cache"))
-        cache = past if cache is None else cache
+        cache = one_cache(past, cache)
         if cache is not None and not is_empty(cache):
             kwargs[compat.CACHE] = cache
         for name in ("inputs", "input_ids"):

@@ -20,6 +20,8 @@ from optimum_lfm2.runtime.session import GraphSession
 from optimum_lfm2.weights.blocks import Blocks
 
 
+pytestmark = pytest.mark.once
+
 ROOT = Path(__file__).parent.parent
 OPTIONS = ["--rounds", "2", "--loads", "1", "--threads", "1", "--chats", "16:4", "40:3", "--quality", "2"]
 NAMES = ["ours-fp32", "loop-fp32", "ours-q4", "transformers-fp32"]

@@ -296,12 +296,12 @@ def test_file_name_and_subfolder(exported, gold, tmp_path):
 
 def test_session_options_and_providers(exported, gold):
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
+    options.intra_op_num_threads = 2
     prompt, tokens = gold(9)
     model = ORTModelForCausalLM.from_pretrained(
         exported("hybrid"), session_options=options, provider="CPUExecutionProvider", provider_options={}
     )
-    assert model.session.get_session_options().intra_op_num_threads == 1
+    assert model.session.get_session_options().intra_op_num_threads == 2
     assert model.to("cpu").generate(prompt[None], **GREEDY)[0, 9:].tolist() == tokens
     with pytest.raises(ValueError, match=r"CUDAExecutionProvider|cuda"):
         ORTModelForCausalLM.from_pretrained(exported("hybrid"), provider="CUDAExecutionProvider")

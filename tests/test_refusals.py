@@ -31,6 +31,7 @@ from safetensors.torch import load_file, save_file
         ("--model-kwargs [1]", "JSON object"),
         ('--model-kwargs {"embedding":"quantised"}', "embedding (fused, portable, float)"),
         ('--model-kwargs {"embedding":true}', "embedding (fused, portable, float)"),
+        ('--model-kwargs {"embedding":"portable"}', "not quantised"),
         ('--model-kwargs {"cache_names":"mine"}', "cache_names (hub, genai)"),
         ('--model-kwargs {"num_logits_to_keep":1}', "num_logits_to_keep (optional, required)"),
         ("--batch_size 0", "--batch_size 0"),

@@ -38,14 +38,16 @@ class ExportOptions:
     sliding_cache: str = "window"
 
     @classmethod
-    def read(cls, model_kwargs: Any) -> ExportOptions:
+    def read(cls, model_kwargs: Any, quantized: bool) -> ExportOptions:
         """Read the options. Those that are left out have their defaults.
 
         Args:
             model_kwargs: the parsed JSON of `--model-kwargs`, or None.
+            quantized: whether the weights are quantised.
 
         Raises:
-            Lfm2Error: it is no object, names an unknown option, or gives an option an unknown value.
+            Lfm2Error: it is no object, names an unknown option, gives an option an unknown value, or gives one that
+                has no effect.
         """
         given = {} if model_kwargs is None else model_kwargs
         listed = ", ".join(f"{name} ({', '.join(values)})" for name, values in VALUES.items())
@@ -57,4 +59,9 @@ class ExportOptions:
         for name, value in given.items():
             if value not in VALUES[name]:
                 raise Lfm2Error(f"--model-kwargs: {name} is {json.dumps(value, default=str)}. {known}")
+        if "embedding" in given and not quantized:
+            raise Lfm2Error(
+                "--model-kwargs: embedding says how a quantised graph reads its embedding, and this export is not "
+                "quantised. Leave it out, or give a --variant that quantises."
+            )
         return cls(**given)

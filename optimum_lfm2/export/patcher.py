@@ -75,7 +75,8 @@ class Lfm2ModelPatcher:
         )
         return (output, *flatten(present)) if self._onnx_config.use_past else output
 
-    def _placeholder(self, name: str, kernel: bool = False) -> torch.Tensor:
-        shape = self._shapes[name]
-        shape = (shape[2], shape[0]) if kernel else shape
-        return ops.parameter(self._tied[name], shape, self._parameters[name].dtype, kernel)
+    def _placeholder(self, *names: str, kernel: bool = False) -> torch.Tensor:
+        rows, *others = self._shapes[names[0]]
+        shape = (others[1], rows) if kernel else (sum(self._shapes[name][0] for name in names), *others)
+        dtype = self._parameters[names[0]].dtype
+        return ops.parameter([self._tied[name] for name in names], shape, dtype, kernel)

@@ -40,7 +40,7 @@ class Decoder:
         self._post_norms = member.post_norms(config) or (None, None)
 
     def embed(self, input_ids: torch.Tensor, weight: Weight) -> torch.Tensor:
-        """Ids (batch_size, sequence_length) → hidden states (tokens, hidden_size)."""
+        """Ids (batch_size, sequence_length) → hidden states (batch_size, sequence_length, hidden_size)."""
         return ops.embedding(weight(f"{self._prefix}embed_tokens.weight"), input_ids)
 
     def layers(
@@ -49,13 +49,13 @@ class Decoder:
         """All layers and the final norm.
 
         Args:
-            hidden: (tokens, hidden_size).
+            hidden: (batch_size, sequence_length, hidden_size).
             past: the caches of `Member.cache_tensors`, one tuple a layer; None for a graph without cache inputs.
             keep: int64, of how many of each row's last tokens the result is wanted, 0 for all; None for all.
             weight: gives a parameter by its name in the checkpoint.
 
         Returns:
-            Normed hidden states (batch_size * kept, hidden_size), and the present caches, one tuple a layer.
+            Normed hidden states (batch_size, kept, hidden_size), and the present caches, one tuple a layer.
         """
         config, epsilon = self._config, self._config.norm_eps
         last_layer = config.num_hidden_layers - 1
@@ -76,7 +76,7 @@ class Decoder:
             present.append(caches)
             if i == last_layer and keep is not None:
                 # Nothing after this point mixes tokens: the rest runs on the tokens whose logits are asked for.
-                out, hidden = (self._last_tokens(x, call, keep) for x in (out, hidden))
+                out, hidden = (shapes.last_tokens(x, keep) for x in (out, hidden))
             out = self._post_norm(out, weight, name, 0)
             normed, hidden = ops.skip_rms_norm(out, hidden, self._norm(weight, f"{name}.ffn_norm"), epsilon)
             out = self._feed_forwards[i](normed, weight, f"{self._prefix}{name}.feed_forward")
@@ -104,9 +104,6 @@ class Decoder:
             return out
         return ops.rms_norm(out, self._norm(weight, f"{layer}.{norm}"), self._config.norm_eps)
 
-    def _last_tokens(self, x: torch.Tensor, call: Call, keep: torch.Tensor) -> torch.Tensor:
-        return shapes.flat(shapes.last_tokens(shapes.rows(x, call.shape), keep), self._config.hidden_size)
-
 
 def language_model(
     decoder: Decoder,
@@ -133,4 +130,4 @@ def language_model(
     hidden, present = decoder.layers(decoder.embed(input_ids, weight), call, past, num_logits_to_keep, weight)
     if num_logits_to_keep is not None:
         hidden = ops.linear(hidden, weight("lm_head.weight"))
-    return shapes.batched(hidden, input_ids), present
+    return hidden, present

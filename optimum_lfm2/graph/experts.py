@@ -16,6 +16,7 @@ import torch
 from transformers import PretrainedConfig
 
 from optimum_lfm2.errors import Lfm2Error
+from optimum_lfm2.graph import shapes
 from optimum_lfm2.graph.editing import CONTRIB_DOMAIN, add_initializer, parameter_name, substitute
 from optimum_lfm2.graph.member import Weight
 from optimum_lfm2.graph.ops import ONNX_TYPE, PLACEHOLDER_DOMAIN
@@ -33,10 +34,11 @@ SWIGLU = {"activation_type": "swiglu", "swiglu_fusion": 1}
 
 
 def sparse_feed_forward(hidden: torch.Tensor, weight: Weight, name: str, config: PretrainedConfig) -> torch.Tensor:
-    """Each token through the experts that its router chooses, (tokens, hidden_size) → the same."""
+    """Each token through the experts that its router chooses: (batch_size, sequence_length, hidden_size) → the same."""
+    tokens = shapes.resized(hidden, (-1, config.hidden_size))
     bias = weight(f"{name}.expert_bias") if config.use_expert_bias else None
     routing = route(
-        hidden,
+        tokens,
         weight(f"{name}.gate.weight"),
         bias,
         config.num_experts_per_tok,
@@ -44,7 +46,8 @@ def sparse_feed_forward(hidden: torch.Tensor, weight: Weight, name: str, config:
         config.routed_scaling_factor,
     )
     gate_up, down = (weight(f"{name}.experts.{kind}") for kind in (GATE_UP, DOWN))
-    return mix_experts(hidden, routing, gate_up, down, config.num_experts_per_tok)
+    mixed = mix_experts(tokens, routing, gate_up, down, config.num_experts_per_tok)
+    return shapes.sized_like(mixed, hidden)
 
 
 class _Route(Node):

@@ -20,12 +20,12 @@ from optimum_lfm2.weights.blocks import Scheme
 from optimum_lfm2.weights.checkpoint import Checkpoint
 
 
-# Gives a parameter by its name in the checkpoint. With `kernel=True`, a depthwise kernel stored as (width, 1, taps)
-# comes as (taps, width).
+# Gives a parameter by its name in the checkpoint, or several joined along their first axis. With `kernel=True`, a
+# depthwise kernel stored as (width, 1, taps) comes as (taps, width).
 Weight = Callable[..., torch.Tensor]
 
-# Takes hidden states (tokens, hidden_size), the weights and the name of the layer's feed-forward in the checkpoint.
-# Returns hidden states (tokens, hidden_size).
+# Takes hidden states (batch_size, sequence_length, hidden_size), the weights and the name of the layer's feed-forward
+# in the checkpoint. Returns hidden states of the same shape.
 FeedForward = Callable[[torch.Tensor, Weight, str], torch.Tensor]
 
 # Changes the traced graph. It gets the graph, the weights by name, and how they are quantised (None: not at all).
@@ -44,10 +44,10 @@ class Mixer(Protocol):
         name: str,
         config: PretrainedConfig,
     ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
-        """Return the block's output, (tokens, hidden_size), and the layer's present caches.
+        """Return the block's output, (batch_size, sequence_length, hidden_size), and the layer's present caches.
 
         Args:
-            hidden: hidden states after the norm, float (tokens, hidden_size).
+            hidden: hidden states after the norm, float (batch_size, sequence_length, hidden_size).
             past: the layer's caches in the order of `LayerKind.caches`, or None for a graph without cache inputs.
             shared: the result of `LayerKind.prepare`.
             weight: gives a parameter by its name.

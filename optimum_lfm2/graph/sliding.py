@@ -52,14 +52,14 @@ class SlidingCall:
         past: tuple[torch.Tensor, ...] | None,
         config: PretrainedConfig,
     ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
-        """Attention over the window and the new tokens: the context, (tokens, heads * head_dim), and the next window.
+        """Attention over the window and the new tokens: the context, as wide as the query, and the next window.
 
         Standard operators: `GroupQueryAttention` refuses several rows with several new tokens on a cache that is not
         empty (onnxruntime 1.32, CPU), and this cache never is.
 
         Args:
-            query, key: rotated rows.
-            value: rows.
+            query: (batch_size, sequence_length, heads * head_dim), rotated.
+            key, value: (batch_size, sequence_length, kv_heads * head_dim), the key rotated.
             past: keys and values, (batch_size, kv_heads, window, head_dim) each, or None for an empty window.
         """
         heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, head_dim(config)
@@ -78,15 +78,16 @@ class SlidingCall:
         context = scores.softmax(-1) @ shapes.picked(values, self.seen, axis=2)
         joined = shapes.resized(context, (0, 0, 0, group, -1, dim)).permute(0, 2, 4, 1, 3, 5)
         rows = shapes.picked(shapes.resized(joined, (0, -1, heads * dim)), self.columns, axis=1)
-        return shapes.flat(rows, heads * dim), (shapes.gathered(keys, self.kept), shapes.gathered(values, self.kept))
+        return rows, (shapes.gathered(keys, self.kept), shapes.gathered(values, self.kept))
 
 
 def sliding_call(call: Call, rotary: Rotary, config: PretrainedConfig) -> SlidingCall:
     """What layers of sliding attention share."""
     window, kv_heads = config.sliding_window, config.num_key_value_heads
     slots = torch.arange(window)
-    blocks = shapes.blocks(call.columns, window)  # int64 (blocks, block); may end after the last token
-    last = call.columns.amax()
+    columns = call.columns - 1  # from 0 on
+    blocks = shapes.blocks(columns, window)  # int64 (blocks, block); may end after the last token
+    last = columns.amax()
     tokens = blocks.clamp(max=last)
 
     # The position of each column's token, (batch_size, window + sequence_length). A column without a token gets one
@@ -108,7 +109,7 @@ def sliding_call(call: Call, rotary: Rotary, config: PretrainedConfig) -> Slidin
         tokens=tokens,
         seen=seen,
         bias=bias[:, None].repeat(1, 1, 1, config.num_attention_heads // kv_heads, 1),
-        columns=call.columns,
+        columns=columns,
         kept=(call.end + slots)[:, None, :, None].expand(-1, kv_heads, -1, -1),
     )
 

@@ -237,8 +237,9 @@ def _write_file(job: Job, model: Any, precision: Precision, path: Path) -> dict[
     # Transformers.js 4.3 and onnxruntime-genai 0.18 feed `num_logits_to_keep` only where it has no default. With a
     # default, a browser would compute the logits of the whole prompt and run out of memory.
     options = {"num_logits_to_keep": "required", "cache_names": job.cache_names}
-    # Builds of onnxruntime for the browser have no kernel for the fused embedding (see `EMBEDDINGS`).
-    options["embedding"] = "portable"
+    if config.scheme is not None:
+        # Builds of onnxruntime for the browser have no kernel for the fused embedding (see `EMBEDDINGS`).
+        options["embedding"] = "portable"
     convert.export(model, config, path, dtype=precision.dtype, input_shapes=dict(TRACED), model_kwargs=dict(options))
     differences = validate(config, model, path, job.atol)
     return {DIFFERENCE: repr(max(differences.values())), COMPARED: COMPARISON}
