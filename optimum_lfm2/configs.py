@@ -50,8 +50,9 @@ class Lfm2OnnxConfig(TextDecoderOnnxConfig):
     Each task has a form with past and one without.
 
     Inputs: `input_ids`, `attention_mask`, the caches in layer order, and for text-generation `num_logits_to_keep`.
-    Outputs: `logits` or `last_hidden_state`, then the present caches in the same order. `input_shapes` and
-    `output_shapes` give the shapes. Ids and masks are int64, everything else is of the dtype `float_dtype`.
+    Outputs: `logits` or `last_hidden_state`, then the present caches in the same order, then on request the columns
+    that the call adds to states. `input_shapes` and `output_shapes` give the shapes. Ids and masks are int64, all
+    else is of the dtype `float_dtype`.
     """
 
     NORMALIZED_CONFIG_CLASS = NormalizedTextConfig
@@ -120,6 +121,11 @@ class Lfm2OnnxConfig(TextDecoderOnnxConfig):
         return self._options.cache_names
 
     @property
+    def gives_columns(self) -> bool:
+        """Whether the graph has outputs for the columns that a call adds to states."""
+        return self.use_past and self._options.rollback == "columns"
+
+    @property
     def weights(self) -> Mapping[str, torch.Tensor]:
         """Each parameter by its name in the checkpoint. It is empty until `patch_model_for_export` has the model."""
         return self._weights
@@ -150,6 +156,11 @@ class Lfm2OnnxConfig(TextDecoderOnnxConfig):
         if "sliding_cache" in given and MEMBERS[self._config.model_type].growing is None:
             raise Lfm2Error(
                 f"--model-kwargs: {self._config.model_type} has no sliding attention. Leave sliding_cache out."
+            )
+        if options.rollback == "columns" and not self.use_past:
+            raise Lfm2Error(
+                f"--model-kwargs: rollback takes tokens back from a cache, and a graph for {self.task} has none. "
+                f"Use --task {self.task}-with-past."
             )
         self._options = options
         if self.scheme is not None:
@@ -206,6 +217,8 @@ class Lfm2OnnxConfig(TextDecoderOnnxConfig):
             shapes = {"last_hidden_state": (BATCH, SEQUENCE, self._config.hidden_size)}
         if self.use_past:
             shapes |= {tensor.present: tensor.shape(TOTAL) for tensor in self.cache_tensors}
+        if self.gives_columns:
+            shapes |= {state.columns: state.columns_shape(SEQUENCE) for state in self.cache_tensors if not state.grows}
         return shapes
 
     def metadata(self) -> dict[str, str]:

@@ -11,7 +11,20 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import chunks, experts, graph_turns, kv_cache_bits, quantization, report, run, turns, windows, worker
+from benchmarks import (
+    chunks,
+    experts,
+    graph_turns,
+    kv_cache_bits,
+    quantization,
+    report,
+    rounding,
+    run,
+    speculation,
+    turns,
+    windows,
+    worker,
+)
 from benchmarks.bench import Bench
 from benchmarks.checkpoint import add_tokenizer
 from benchmarks.systems import SYSTEMS
@@ -250,6 +263,34 @@ def test_the_table_of_both_caches_has_medians_over_rounds():
         ["float", "40", "25.0 [25.0 to 25.0]", "0.50", "1.00"],
         ["8 bits", "40", "50.0 [25.0 to 100.0]", "1.00", "2.00"],
     ]
+
+
+def test_texts_of_candidates_right_and_wrong(tmp_path, capsys, monkeypatch):
+    """Every text is checked as it is measured."""
+    monkeypatch.setattr(speculation, "SHARES", (0.0, 0.8))
+    monkeypatch.setattr(speculation, "TOKENS", (1, 2))
+    options = ["--prompt", "48", "--new", "12", "--rounds", "1", "--threads", "1"]
+    speculation.main(["--checkpoint", str(ROOT / "demo" / "checkpoint"), "--work", str(tmp_path), *options])
+    rows = cells([line for line in capsys.readouterr().out.splitlines() if line.startswith("|")])
+    assert [row[0] for row in rows[2:]] == [
+        "plain",
+        *(f"{text}, {way}" for text in speculation.TEXTS for way in ("replay", "columns", "transformers' candidates")),
+        *(f"{share} right, {way}" for share in ("0%", "80%") for way in ("replay", "columns")),
+        "one call of",
+        "---",
+        "1 tokens",
+        "2 tokens",
+    ]
+
+
+def test_rounding_of_several_tokens(tmp_path, capsys, monkeypatch):
+    """In fp32 there is next to none; in q4 it is there, and less than that of the quantisation."""
+    monkeypatch.setattr(rounding, "SYSTEMS", ("ours-fp32", "ours-q4"))
+    rounding.main(["--work", str(tmp_path), "--chunks", "1", "--length", "32", "--tokens", "4"])
+    float_, four = cells(capsys.readouterr().out.splitlines()[2:])
+    assert float(float_[2]) < 1e-6
+    assert float_[4] == "0 of 1"
+    assert 0 <= float(four[2]) < float(four[1])
 
 
 def test_a_job_may_say_how_long_chunks_are(exported, monkeypatch):

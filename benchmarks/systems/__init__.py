@@ -70,7 +70,7 @@ def _each(
 VARIANTS = (
     ("fp32", "fp32", 32, 32), ("q8", "q8", 8, 8), ("q4", "q4, blocks of 128", 4, 8),
     ("q4-b32", "q4, blocks of 32", 4, 8), ("q4s", "q4s, blocks of 128", 4, 4),
-    ("q4-kv8", "q4, KV cache in 8 bits", 4, 8),
+    ("q4-kv8", "q4, KV cache in 8 bits", 4, 8), ("q4-columns", "q4, the columns of its states given", 4, 8),
 )  # fmt: skip
 OPTIMUM = ("optimum_lfm2", "optimum.onnxruntime")
 TORCH = ("torch", "transformers.models.lfm2.modeling_lfm2", "transformers.generation")

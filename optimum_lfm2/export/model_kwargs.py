@@ -18,6 +18,7 @@ VALUES: dict[str, tuple[str, ...]] = {
     "cache_names": tuple(CACHE_NAMES),
     "num_logits_to_keep": ("optional", "required"),
     "sliding_cache": ("window", "growing"),
+    "rollback": ("replay", "columns"),
 }
 
 
@@ -30,12 +31,16 @@ class ExportOptions:
         cache_names: the naming convention of the caches, a key of `CACHE_NAMES`.
         num_logits_to_keep: `optional` gives this graph input the default 0, `required` gives it none.
         sliding_cache: what layers of sliding attention keep. `window` is the tokens that they see, `growing` is all.
+        rollback: how our runtime takes tokens back. `replay` needs nothing of the graph: those tokens of the last call
+            that stay are run again. `columns` adds an output for each state, with the columns that a call adds to it.
+            Then no token is run again.
     """
 
     embedding: str = "fused"
     cache_names: str = "hub"
     num_logits_to_keep: str = "optional"
     sliding_cache: str = "window"
+    rollback: str = "replay"
 
     @classmethod
     def read(cls, model_kwargs: Any, quantized: bool) -> ExportOptions:

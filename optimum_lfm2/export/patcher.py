@@ -58,13 +58,15 @@ class Lfm2ModelPatcher:
     ) -> Any:
         """Return the graph's outputs in order: logits or hidden states, then with past the present caches.
 
+        After them come the columns that the call adds to states, if the options ask for them.
+
         Args:
             input_ids: int64 (batch_size, sequence_length).
             attention_mask: int64 (batch_size, past_sequence_length + sequence_length).
             past_key_values: a tuple of caches a layer, or None for a graph without cache inputs.
             num_logits_to_keep: an int64 scalar, or None for a graph without logits. 0 means all.
         """
-        output, present = language_model(
+        output, present, columns = language_model(
             self._decoder,
             input_ids,
             attention_mask,
@@ -73,7 +75,9 @@ class Lfm2ModelPatcher:
             self._placeholder,
             self._model.dtype,
         )
-        return (output, *flatten(present)) if self._onnx_config.use_past else output
+        if not self._onnx_config.use_past:
+            return output
+        return (output, *flatten(present), *(flatten(columns) if self._onnx_config.gives_columns else ()))
 
     def _placeholder(self, *names: str, kernel: bool = False) -> torch.Tensor:
         rows, *others = self._shapes[names[0]]

@@ -70,7 +70,7 @@ def find_cuts(graph: ir.Graph, norms: Sequence[str]) -> list[Cut]:
 def split(graph: ir.Graph, cuts: Sequence[Cut], caches: Sequence[CacheTensor]) -> Iterator[ir.Graph]:
     """Yield the pieces in order: from the inputs to the first cut, between cuts, from the last cut to the first output.
 
-    The piece with a layer's mixer also has the layer's present caches as outputs.
+    The piece with a layer's mixer also has the layer's present caches as outputs, and the columns that its states gain.
 
     Args:
         graph: the exported graph. It stays as it is.
@@ -82,7 +82,7 @@ def split(graph: ir.Graph, cuts: Sequence[Cut], caches: Sequence[CacheTensor]) -
         outputs = after.values if after else [graph.outputs[0]]
         if after and after.name.endswith("ffn_norm"):
             layer = int(after.name.split(".")[-2])
-            names = [tensor.present for tensor in caches if tensor.layer == layer]
+            names = [name for tensor in caches if tensor.layer == layer for name in (tensor.present, tensor.columns)]
             outputs = [*outputs, *(value for value in graph.outputs if value.name in names)]
         yield ir.convenience.extract(graph, inputs, outputs)
 

@@ -179,7 +179,7 @@ def _check_whole(config: Any, path: Path, calls: Sequence[Mapping[str, Any]], go
 
 def _token_axis(config: Any, name: str) -> int:
     """The axis of a value that counts tokens: 2 for caches, whose columns are tokens, else 1."""
-    return 2 if any(name == tensor.present for tensor in config.cache_tensors) else 1
+    return 2 if any(name in (tensor.present, tensor.columns) for tensor in config.cache_tensors) else 1
 
 
 def _lengths(values: torch.Tensor, axis: int) -> torch.Tensor:

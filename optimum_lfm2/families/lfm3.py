@@ -19,7 +19,7 @@ from optimum_lfm2.families import lfm2
 from optimum_lfm2.fields import FLAG, Field
 from optimum_lfm2.graph.blocks import AttentionParts, attention
 from optimum_lfm2.graph.call import AttentionCall, Call, Rotary
-from optimum_lfm2.graph.member import LayerKind, Member, Weight
+from optimum_lfm2.graph.member import LayerKind, Member, Mixed, Weight
 from optimum_lfm2.graph.sliding import SlidingCall, masked_attention_call, sliding_call
 from optimum_lfm2.weights.checkpoint import Checkpoint
 
@@ -34,7 +34,7 @@ def gated_attention(
     weight: Weight,
     name: str,
     config: PretrainedConfig,
-) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+) -> Mixed:
     """LFM2's attention under other names, with the parts that the configuration asks for."""
     gate = "g_proj" if config.use_attention_gate else None
     parts = AttentionParts(norm="norm", out="o_proj", bias=config.attention_bias, gate=gate)

@@ -14,7 +14,7 @@ from transformers import PretrainedConfig
 from optimum_lfm2.caches import head_dim
 from optimum_lfm2.graph import ops, shapes
 from optimum_lfm2.graph.call import AttentionCall, ConvCall
-from optimum_lfm2.graph.member import Weight
+from optimum_lfm2.graph.member import Mixed, Weight
 from optimum_lfm2.graph.sliding import SlidingCall
 
 
@@ -25,7 +25,7 @@ def short_conv(
     weight: Weight,
     name: str,
     config: PretrainedConfig,
-) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+) -> Mixed:
     """The gated short convolution, channel last: windows of columns, multiplied and summed.
 
     Its cache is the conv state (batch_size, hidden_size, conv_L_cache): the last columns of `B * x`. The new state ends
@@ -48,7 +48,7 @@ def short_conv(
         mixed = mixed + bias("conv")
 
     out = ops.linear(output_gate * mixed, weight(f"{name}.out_proj.weight"), bias("out_proj"))
-    return out, (shapes.columns_at(columns, shared.kept),)
+    return out, (shapes.columns_at(columns, shared.kept),), (gated.transpose(1, 2),)
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def attention(
     name: str,
     config: PretrainedConfig,
     parts: AttentionParts = LFM2_PARTS,
-) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+) -> Mixed:
     """Grouped-query attention, with a norm of each head of query and key before RoPE.
 
     One product computes query, key and value. Query and key stay together until they are rotated.
@@ -101,10 +101,10 @@ def attention(
     )
     normed = ops.head_norm(together, config.norm_eps, (norm("q"), heads), (norm("k"), kv_heads))
     query, key = shapes.parts(shared.rotation.rotate(normed, heads + kv_heads), heads * dim, kv_heads * dim)
-    context, present = shared.attend(query, key, value, past, config)
+    context, present, columns = shared.attend(query, key, value, past, config)
     if parts.gate:
         context = gated_heads(context, ops.linear(hidden, weight(f"{name}.{parts.gate}.weight")), config)
-    return project(context, parts.out), present
+    return project(context, parts.out), present, columns
 
 
 def gated_heads(context: torch.Tensor, gate: torch.Tensor, config: PretrainedConfig) -> torch.Tensor:

@@ -129,8 +129,8 @@ class AttentionCall:
         value: torch.Tensor,
         past: tuple[torch.Tensor, ...] | None,
         config: PretrainedConfig,
-    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
-        """Causal attention over all columns: the context, as wide as the query, and the present caches.
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...], tuple[()]]:
+        """Causal attention over all columns: the context, as wide as the query, the present caches, no state.
 
         Args:
             query: (batch_size, sequence_length, heads * head_dim), rotated.
@@ -163,7 +163,7 @@ class AttentionCall:
             split = shapes.resized(context, (0, 0, heads, dim + padding))
             context, keys, values = (x[..., :dim] for x in (split, keys, values))
             context = shapes.resized(context, (0, 0, heads * dim))
-        return context, (keys, values)
+        return context, (keys, values), ()
 
 
 def attention_call(call: Call, rotary: Rotary) -> AttentionCall:

@@ -32,6 +32,12 @@ FeedForward = Callable[[torch.Tensor, Weight, str], torch.Tensor]
 GraphPass = Callable[[ir.Graph, Mapping[str, Any], Scheme | None], None]
 
 
+# A block's output, (batch_size, sequence_length, hidden_size), the layer's present caches, and the columns that the call
+# adds to each of its states: (batch_size, ..., sequence_length, ...), tokens where the state has columns. Caches that
+# grow are no states.
+Mixed = tuple[torch.Tensor, tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]
+
+
 class Mixer(Protocol):
     """The block of a layer that mixes tokens: a short convolution or attention."""
 
@@ -43,8 +49,8 @@ class Mixer(Protocol):
         weight: Weight,
         name: str,
         config: PretrainedConfig,
-    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
-        """Return the block's output, (batch_size, sequence_length, hidden_size), and the layer's present caches.
+    ) -> Mixed:
+        """Return the block's output, the layer's present caches, and the columns that its states gain.
 
         Args:
             hidden: hidden states after the norm, float (batch_size, sequence_length, hidden_size).

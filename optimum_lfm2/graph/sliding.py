@@ -51,8 +51,11 @@ class SlidingCall:
         value: torch.Tensor,
         past: tuple[torch.Tensor, ...] | None,
         config: PretrainedConfig,
-    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
-        """Attention over the window and the new tokens: the context, as wide as the query, and the next window.
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
+        """Attention over the window and the new tokens.
+
+        Returns the context, as wide as the query, the next window, and the new keys and values, each (batch_size,
+        kv_heads, sequence_length, head_dim).
 
         Standard operators: `GroupQueryAttention` refuses several rows with several new tokens on a cache that is not
         empty (onnxruntime 1.32, CPU), and this cache never is.
@@ -78,7 +81,8 @@ class SlidingCall:
         context = scores.softmax(-1) @ shapes.picked(values, self.seen, axis=2)
         joined = shapes.resized(context, (0, 0, 0, group, -1, dim)).permute(0, 2, 4, 1, 3, 5)
         rows = shapes.picked(shapes.resized(joined, (0, -1, heads * dim)), self.columns, axis=1)
-        return rows, (shapes.gathered(keys, self.kept), shapes.gathered(values, self.kept))
+        window = shapes.gathered(keys, self.kept), shapes.gathered(values, self.kept)
+        return rows, window, tuple(new)
 
 
 def sliding_call(call: Call, rotary: Rotary, config: PretrainedConfig) -> SlidingCall:

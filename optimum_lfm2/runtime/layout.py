@@ -49,6 +49,16 @@ class GraphLayout:
     def keeps_logits(self) -> bool:
         return LOGITS_TO_KEEP in self.inputs
 
+    @property
+    def states(self) -> list[CacheTensor]:
+        """The caches of fixed size."""
+        return [cache for cache in self.caches if not cache.grows]
+
+    @property
+    def gives_columns(self) -> bool:
+        """Whether the graph gives the columns that a call adds to each state."""
+        return all(state.columns in self.outputs for state in self.states)
+
     @classmethod
     def read(cls, session: InferenceSession, config: PretrainedConfig) -> GraphLayout:
         """Read a session. Raise `Lfm2Error` for a graph whose caches are not LFM2's."""
