@@ -32,9 +32,9 @@ FeedForward = Callable[[torch.Tensor, Weight, str], torch.Tensor]
 GraphPass = Callable[[ir.Graph, Mapping[str, Any], Scheme | None], None]
 
 
-# A block's output, (batch_size, sequence_length, hidden_size), the layer's present caches, and the columns that the call
-# adds to each of its states: (batch_size, ..., sequence_length, ...), tokens where the state has columns. Caches that
-# grow are no states.
+# A block's output, (batch_size, sequence_length, hidden_size), the layer's present caches, and the columns that the
+# call adds to each of its states: (batch_size, ..., sequence_length, ...), tokens where the state has columns. Caches
+# that grow are no states.
 Mixed = tuple[torch.Tensor, tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]
 
 
