@@ -22,11 +22,13 @@ from benchmarks import (
     run,
     speculation,
     turns,
+    windows,
     worker,
 )
 from benchmarks.bench import Bench
 from benchmarks.checkpoint import add_tokenizer
 from benchmarks.systems import SYSTEMS
+from optimum_lfm2 import compat
 from optimum_lfm2.runtime import rows
 from optimum_lfm2.runtime.session import GraphSession
 from optimum_lfm2.weights.blocks import Blocks
@@ -220,6 +222,20 @@ def test_headroom_of_a_cache(monkeypatch, capsys):
     assert [row[0].strip() for row in rows] == ["default", "default", "q8", "q8", "q4", "q4"]
     for clipped, with_room in zip(divergences[::2], divergences[1::2], strict=True):
         assert clipped > 3 * with_room > 0
+
+
+@pytest.mark.skipif("lfm3" in compat.STAND_INS, reason="this transformers has no lfm3")
+def test_a_layers_time_by_the_tokens_before_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(windows, "KINDS", ("sliding_attention",))
+    narrow = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
+    found = windows.times(tmp_path, [8, 40], rounds=2, threads=1, chunk=4, head_dim=16, sliding_window=4, **narrow)
+    calls = {call: (kind, times) for call, kind, times in found}
+    tokens = ["one token after 8", "one token after 40", "4 tokens after 8", "4 tokens after 40", "40 tokens at once"]
+    assert list(calls) == tokens
+    for kind, times in calls.values():
+        assert kind == "sliding_attention"
+        assert len(times) == 2
+        assert min(times) > 0
 
 
 def test_both_caches_in_turn(tmp_path, capsys):

@@ -43,7 +43,7 @@ def short_conv(
     else:
         columns = torch.cat([past[0].transpose(1, 2), gated], dim=1)
 
-    mixed = (shapes.windows(columns, shared.windows) * weight(f"{name}.conv.weight", kernel=True)).sum(2)
+    mixed = (shapes.picked(columns, shared.windows, axis=1) * weight(f"{name}.conv.weight", kernel=True)).sum(2)
     if config.conv_bias:
         mixed = mixed + bias("conv")
 

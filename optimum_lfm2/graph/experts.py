@@ -1,6 +1,6 @@
 """The feed-forward of experts: the router, the experts, and the operators that run them.
 
-What it must equal is `Lfm2MoeSparseMoeBlock` of transformers' `modeling_lfm2_moe.py`.
+What it must equal is transformers' `Lfm2MoeSparseMoeBlock`.
 """
 
 from __future__ import annotations

@@ -203,22 +203,6 @@ def repeated(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return _Repeated.apply(x, like)
 
 
-class _Windows(Node):
-    @staticmethod
-    def forward(ctx, columns, index):
-        return columns[:, index]
-
-    @staticmethod
-    @typed(4)
-    def symbolic(g, columns, index):
-        return g.op("Gather", columns, index, axis_i=1)
-
-
-def windows(columns: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """(batch_size, columns, width), int64 (windows, taps) → (batch_size, windows, taps, width)."""
-    return _Windows.apply(columns, index)
-
-
 class _ColumnsAt(Node):
     @staticmethod
     def forward(ctx, columns, index):

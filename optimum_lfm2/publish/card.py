@@ -114,7 +114,8 @@ console.log(generated_text);
 {% if unread %}
 It cannot run {{ unread }}: their experts need onnxruntime 1.31, and Transformers.js 4.3 has 1.30.
 {% endif %}{% endif %}
-{% if unknown %}{{ unknown }} no {{ model_type }}, and cannot run these files.
+{% if unknown %}{{ unknown }} no {{ model_type }}, so these files do not run there as they are. The
+changes that they need are in docs/{{ model_type }}.md of optimum-lfm2.
 
 {% endif -%}
 With `onnxruntime` alone. The caches start out empty, and each `present` output is the next call's `past` input.

@@ -16,6 +16,8 @@ from test_modeling import GREEDY, NEW, decode, pad
 
 from benchmarks.checkpoint import add_tokenizer
 from optimum_lfm2 import ORTLfm2ForCausalLM, compat
+from optimum_lfm2.errors import Lfm2Error
+from optimum_lfm2.families import lfm2_moe
 from optimum_lfm2.quality.evaluate import evaluate
 from optimum_lfm2.quality.scoring import load, scored
 from optimum_lfm2.weights.experts import MoeCheckpoint
@@ -128,3 +130,9 @@ def test_onnxruntime_genai(variant, checkpoint, golds, tmp_path):
         while not generator.is_done():
             generator.generate_next_token()
         assert generator.get_sequence(0)[len(row) :].tolist() == gold
+
+
+def test_more_experts_a_token_than_there_are():
+    config = {"model_type": "lfm2_moe", "num_experts": 2, "num_experts_per_tok": 3}
+    with pytest.raises(Lfm2Error, match="num_experts_per_tok is 3, but num_experts 2"):
+        lfm2_moe.MEMBER.check(config)
