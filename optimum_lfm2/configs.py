@@ -30,7 +30,7 @@ from optimum_lfm2.errors import Lfm2Error
 from optimum_lfm2.export.finish import bind
 from optimum_lfm2.export.model_kwargs import ExportOptions
 from optimum_lfm2.export.patcher import Lfm2ModelPatcher
-from optimum_lfm2.families import MEMBERS
+from optimum_lfm2.families import member_of
 from optimum_lfm2.genai_config import write_genai_config
 from optimum_lfm2.graph import ops
 from optimum_lfm2.graph.member import Member
@@ -45,9 +45,10 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 
 
 class Lfm2OnnxConfig(TextDecoderOnnxConfig):
-    """The configuration of every member of the family, for `text-generation` and `feature-extraction`.
+    """The configuration of every member of the family.
 
-    Each task has a form with past and one without.
+    A decoder's tasks are `text-generation` and `feature-extraction`, each with past and without. An encoder's tasks are
+    those of its heads; it has no past.
 
     Inputs: `input_ids`, `attention_mask`, the caches in layer order, and for text-generation `num_logits_to_keep`.
     Outputs: `logits` or `last_hidden_state`, then the present caches in the same order. `input_shapes` and
@@ -73,7 +74,7 @@ class Lfm2OnnxConfig(TextDecoderOnnxConfig):
     @property
     def member(self) -> Member:
         """The record of the family member that the model belongs to."""
-        return MEMBERS[self._config.model_type]
+        return member_of(self._config)
 
     @property
     def MIN_TRANSFORMERS_VERSION(self) -> version.Version:  # noqa: N802  Optimum's name
@@ -195,6 +196,8 @@ class Lfm2OnnxConfig(TextDecoderOnnxConfig):
 
     def output_shapes(self) -> Shapes:
         """Return the shape of each output, in order. A symbol stands for an axis that varies."""
+        if head := self.member.heads.get(self.task):
+            return {head.output: (BATCH, *head.axes(self._config))}
         if self.task == "text-generation":
             shapes: Shapes = {"logits": (BATCH, "num_logits", self._config.vocab_size)}
         else:
@@ -210,7 +213,7 @@ class Lfm2OnnxConfig(TextDecoderOnnxConfig):
         buffer, so such a graph cannot write keys and values in place.
         """
         in_place = head_dim(self._config) % ops.HEAD_DIM_MULTIPLE == 0
-        return {ANY_PADDING: "true", IN_PLACE: str(in_place).lower()}
+        return {ANY_PADDING: "true"} | ({} if self.member.encodes else {IN_PLACE: str(in_place).lower()})
 
     def ordered_inputs(self, model: Any) -> dict[str, dict[int, str]]:
         """Return the inputs as declared. The patched model's forward takes them in this order."""

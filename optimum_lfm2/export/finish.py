@@ -102,7 +102,8 @@ def _declare_linear_outputs(graph: ir.Graph) -> None:
     for node in graph:
         if node.op_type == "Gemm":
             weight, output = node.inputs[1], node.outputs[0]
-            output.type, output.shape = ir.TensorType(weight.dtype), ir.Shape((None, weight.shape[0]))
+            if not output.is_graph_output():  # whose shape is declared
+                output.type, output.shape = ir.TensorType(weight.dtype), ir.Shape((None, weight.shape[0]))
 
 
 def _add_default(graph: ir.Graph) -> None:

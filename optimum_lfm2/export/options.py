@@ -13,6 +13,7 @@ from optimum.exporters.tasks import TasksManager
 from optimum.utils import DEFAULT_DUMMY_SHAPES
 
 from optimum_lfm2.errors import Lfm2Error
+from optimum_lfm2.export.loading import check_task
 from optimum_lfm2.export.model_kwargs import ExportOptions
 from optimum_lfm2.export.supported import check_architecture
 from optimum_lfm2.families import MODEL_TYPES
@@ -97,12 +98,9 @@ def _check_library(args: Namespace) -> None:
 
 
 def _check_task(args: Namespace, config: Mapping[str, Any]) -> None:
-    supported = TasksManager.get_supported_tasks_for_model_type(
-        config["model_type"], "onnx", library_name="transformers"
-    )
     task = TasksManager.map_from_synonym(args.task)
-    if task != "auto" and task not in supported:
-        raise Lfm2Error(f"--task {args.task}: LFM2 is exported for {', '.join(supported)}.")
+    if task != "auto":
+        check_task(task, config)
     if args.monolith and task.endswith("-with-past"):
         raise Lfm2Error(
             f"--monolith means a graph without cache. Leave it out, or use --task {task.removesuffix('-with-past')}."

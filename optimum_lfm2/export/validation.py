@@ -178,13 +178,19 @@ def _check_whole(config: Any, path: Path, calls: Sequence[Mapping[str, Any]], go
 
 
 def _token_axis(config: Any, name: str) -> int:
-    """The axis of a value that counts tokens: 2 for caches, whose columns are tokens, else 1."""
-    return 2 if any(name == tensor.present for tensor in config.cache_tensors) else 1
+    """The axis of a value that counts tokens: 2 for caches, whose columns are tokens, else 1.
+
+    It is 0 for an output of one vector a row.
+    """
+    if any(name == tensor.present for tensor in config.cache_tensors):
+        return 2
+    return 0 if len(config.output_shapes().get(name, (0, 0, 0))) == 2 else 1
 
 
 def _lengths(values: torch.Tensor, axis: int) -> torch.Tensor:
     """The length of each token's vector, (batch_size, tokens)."""
-    return values.movedim(axis, 1).flatten(2).norm(dim=2)
+    tokens = values.movedim(axis, 1) if axis else values[:, None]
+    return tokens.flatten(2).norm(dim=2)
 
 
 def available_memory() -> float:

@@ -41,7 +41,7 @@ def substitute(node: ir.Node, result: ir.Value) -> None:
     """Replace the only output of a node by `result`, and remove the node."""
     output = node.outputs[0]
     result.name, result.type, result.shape = output.name, output.type, output.shape
-    output.replace_all_uses_with(result)
+    output.replace_all_uses_with(result, replace_graph_outputs=True)
     node.graph.remove(node, safe=True)
 
 
