@@ -36,6 +36,7 @@ from optimum_lfm2.graph import ops
 from optimum_lfm2.graph.member import Member
 from optimum_lfm2.metadata import ANY_PADDING, IN_PLACE
 from optimum_lfm2.weights.blocks import SCHEMES, Scheme
+from optimum_lfm2.weights.modules import copy_modules
 
 
 Shapes = dict[str, tuple[int | str, ...] | None]
@@ -306,11 +307,15 @@ class Lfm2OnnxConfig(TextDecoderOnnxConfig):
     def post_process_exported_models(self, path: Path, models_and_onnx_configs: dict, onnx_files_subpaths: list[str]):
         """Make the tokenizer's files readable for every runtime, and write `genai_config.json`.
 
+        An encoder gets the files of sentence-transformers that its checkpoint has.
+
         Optimum would look for tied weights here. The file has one tensor for them already.
         """
         compat.spell_tokenizer_for_both(Path(path))
         compat.repeat_chat_template(Path(path))
-        ((_, config),) = models_and_onnx_configs.values()  # it has read --model-kwargs
+        ((model, config),) = models_and_onnx_configs.values()  # it has read --model-kwargs
+        if source := getattr(model, "source", None):
+            copy_modules(source.modules, Path(path))
         if config.task == "text-generation" and config.use_past:
             write_genai_config(Path(path), onnx_files_subpaths[0], config._config, config.cache_tensors)
         return models_and_onnx_configs, onnx_files_subpaths

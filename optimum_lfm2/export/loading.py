@@ -20,6 +20,7 @@ from optimum_lfm2.graph.member import Member
 from optimum_lfm2.weights.checkpoint import find_tensors, stored_tensors
 from optimum_lfm2.weights.companions import check_tokenizer, generation_settings
 from optimum_lfm2.weights.experts import is_part
+from optimum_lfm2.weights.modules import find_modules
 
 
 def is_ours(model_name_or_path: str | Path, **kwargs: Any) -> bool:
@@ -94,7 +95,12 @@ class Lfm2TasksManager(TasksManager):
             model.generation_config = _generation_config(model_name_or_path, config, hub)
         if member.encodes:
             _export_as(model, member)
-            model.source = Source(str(model_name_or_path), hub, trusted=bool(kwargs.get("trust_remote_code")))
+            model.source = Source(
+                str(model_name_or_path),
+                hub,
+                find_modules(model_name_or_path, **hub),
+                trusted=bool(kwargs.get("trust_remote_code")),
+            )
         model.checkpoint = member.checkpoint(files, model)
         return model
 
@@ -151,11 +157,13 @@ class Source:
     Attributes:
         name: its folder, or its id on the Hub.
         hub: arguments of `transformers.utils.cached_file`, such as `revision`.
+        modules: the files of sentence-transformers beside it (`find_modules`).
         trusted: whether the user trusts the code that it brings.
     """
 
     name: str
     hub: Mapping[str, Any]
+    modules: Mapping[str, Path]
     trusted: bool
 
 
