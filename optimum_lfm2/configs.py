@@ -143,7 +143,7 @@ class Lfm2OnnxConfig(TextDecoderOnnxConfig):
             Lfm2Error: the options are wrong, or the weights cannot be quantised as the variant says.
         """
         given = {name: value for name, value in (model_kwargs or {}).items() if name != "logits_to_keep"}
-        options = ExportOptions.read(given)
+        options = ExportOptions.read(given, self.member.encodes)
         if "num_logits_to_keep" in given and self.task != "text-generation":
             raise Lfm2Error(
                 f"--model-kwargs: num_logits_to_keep is no input of a graph for {self.task}. Leave the option out."

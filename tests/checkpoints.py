@@ -142,7 +142,8 @@ def encoder_gold(folder: Path, task: str) -> PreTrainedModel:
     """Load an encoder as validation's reference has it."""
     model = MODELS[task](AutoConfig.from_pretrained(folder)).eval()
     missing, unexpected = model.load_state_dict(load_file(folder / "model.safetensors"), strict=False)
-    assert set(missing) <= {"lm_head.weight"} and not unexpected
+    assert set(missing) <= {"lm_head.weight"}
+    assert not unexpected
     return model
 
 

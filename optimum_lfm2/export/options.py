@@ -126,7 +126,7 @@ def _check_variant(args: Namespace, config: Mapping[str, Any]) -> None:
         "onnx", model_type=config["model_type"], task="text-generation", library_name="transformers"
     )
     constructor.func.check_variant(args.variant)
-    ExportOptions.read(args.model_kwargs)
+    ExportOptions.read(args.model_kwargs, member_of(config).encodes)
 
 
 def _check_rewrites(args: Namespace) -> None:
