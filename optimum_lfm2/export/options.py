@@ -16,7 +16,7 @@ from optimum_lfm2.errors import Lfm2Error
 from optimum_lfm2.export.loading import check_task
 from optimum_lfm2.export.model_kwargs import ExportOptions
 from optimum_lfm2.export.supported import check_architecture
-from optimum_lfm2.families import MODEL_TYPES
+from optimum_lfm2.families import MODEL_TYPES, member_of
 
 
 OPSETS = range(18, 21)  # below 18 torch writes older forms of some operators; its TorchScript exporter ends at 20
