@@ -19,6 +19,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from optimum_lfm2 import compat
 from optimum_lfm2.errors import Lfm2Error
 from optimum_lfm2.runtime.arguments import check_columns, check_ids, check_kept, check_positions, is_empty, one_cache
+from optimum_lfm2.runtime.assisted import AssistedGeneration
 from optimum_lfm2.runtime.cache import Lfm2Cache
 from optimum_lfm2.runtime.files import FileIdentity, generation_config_of, only_file, refused_graphs
 from optimum_lfm2.runtime.layout import GraphLayout
@@ -32,7 +33,7 @@ PREALLOCATED = 32768  # columns at most, which take no memory before they are us
 WARNINGS_OFF = 3  # onnxruntime's severity "error": its warnings at load are about choices that were made on purpose
 
 
-class ORTLfm2ForCausalLM(compat.GenerationWithoutExperts, ORTModelForCausalLM):
+class ORTLfm2ForCausalLM(AssistedGeneration, compat.GenerationWithoutExperts, ORTModelForCausalLM):
     """LFM2 with a language modeling head on ONNX Runtime.
 
     `ORTModelForCausalLM.from_pretrained` returns this class for an LFM2 folder once `optimum_lfm2` is imported. It
@@ -147,7 +148,7 @@ class ORTLfm2ForCausalLM(compat.GenerationWithoutExperts, ORTModelForCausalLM):
     def _checked(self, ids: torch.Tensor, mask: torch.Tensor | None, cache: Lfm2Cache | None) -> torch.Tensor:
         """Check the arguments as `forward` promises, and return the attention mask as int64."""
         check_ids(ids)
-        past = 0 if cache is None else cache.length
+        past = 0 if cache is None else cache.get_seq_length()
         batch, length = ids.shape[0], past + ids.shape[1]
         least, most = map(int, ids.aminmax())
         if least < 0 or most >= self.config.vocab_size:
@@ -157,7 +158,8 @@ class ORTLfm2ForCausalLM(compat.GenerationWithoutExperts, ORTModelForCausalLM):
             )
         if cache is not None and cache.batch_size != batch:
             raise Lfm2Error(f"input_ids has {batch} rows, but the cache has {cache.batch_size}.")
-        if ids.shape[1] > 1 and length > self.config.max_position_embeddings:
+        prompt = past == 0 or cache.recording is None  # candidates go beyond the limit as single tokens do
+        if prompt and ids.shape[1] > 1 and length > self.config.max_position_embeddings:
             raise Lfm2Error(
                 f"The prompt has {length} tokens; the model takes {self.config.max_position_embeddings} "
                 "(max_position_embeddings in config.json). Shorten it."
@@ -214,10 +216,9 @@ class ORTLfm2ForCausalLM(compat.GenerationWithoutExperts, ORTModelForCausalLM):
         *_: Any,
     ) -> None:
         if generation_mode == GenerationMode.ASSISTED_GENERATION:
-            raise Lfm2Error(
-                "Assisted generation takes tokens back, and LFM2's convolution states cannot be undone. Leave it out."
-            )
-        if generation_config.cache_implementation not in (None, "dynamic"):
+            self._check_assisted(generation_config)
+        # transformers 4.57 asks a drafting model for the last one.
+        if generation_config.cache_implementation not in (None, "dynamic", "dynamic_full"):
             raise Lfm2Error(
                 f'cache_implementation="{generation_config.cache_implementation}" cannot be honoured: the exported '
                 "graph has one kind of cache. Leave it out."
@@ -234,7 +235,9 @@ class ORTLfm2ForCausalLM(compat.GenerationWithoutExperts, ORTModelForCausalLM):
         rows = batch_size * max(generation_config.num_beams, generation_config.num_return_sequences)
         capacity, cache = min(max_cache_length, PREALLOCATED), model_kwargs.get(compat.CACHE)
         if cache is None:
-            model_kwargs[compat.CACHE] = self._graph.new_cache(rows, capacity)
+            cache = model_kwargs[compat.CACHE] = self._graph.new_cache(rows, capacity)
+            if generation_config.is_assistant:  # the model that it drafts for takes back what it does not accept
+                cache.activate_past_recording()
         elif isinstance(cache, Lfm2Cache):
             self._graph.make_room(cache, capacity)
 
@@ -254,7 +257,7 @@ class ORTLfm2ForCausalLM(compat.GenerationWithoutExperts, ORTModelForCausalLM):
         if cache is not None:
             # The mask counts all tokens; the ids may be all of them or the new ones alone.
             length = (input_ids if attention_mask is None else attention_mask).shape[1]
-            input_ids = input_ids[:, cache.length - length :]
+            input_ids = input_ids[:, cache.get_seq_length() - length :]
         return {
             "input_ids": input_ids,
             compat.CACHE: cache,

@@ -383,18 +383,6 @@ class TestBadInput:
         with pytest.raises(Lfm2Error, match="tuple"):
             model(input_ids=torch.tensor([[9]]), past_key_values=((torch.zeros(1),),))
 
-    def test_taking_tokens_back(self, model):
-        cache = model(input_ids=torch.tensor([[9, 8, 7]])).past_key_values
-        cache.crop(3)
-        with pytest.raises(Lfm2Error, match="cannot be undone"):
-            cache.crop(2)
-        with pytest.raises(Lfm2Error, match="cannot be undone"):
-            cache.crop(-1)
-
-    def test_assisted_generation(self, model, gold_model):
-        with pytest.raises(Lfm2Error, match="Assisted generation"):
-            model.generate(torch.tensor([[9, 8]]), assistant_model=gold_model("hybrid"), max_new_tokens=4)
-
     @pytest.mark.parametrize("name", ["output_attentions", "output_hidden_states"])
     def test_what_a_graph_does_not_give(self, name, model):
         with pytest.raises(Lfm2Error, match=name):

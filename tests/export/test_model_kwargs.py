@@ -47,6 +47,11 @@ def test_num_logits_to_keep_of_a_graph_without_logits_is_refused(value, checkpoi
         )
 
 
+def test_a_cache_of_sliding_attention_without_sliding_attention_is_refused(checkpoint, tmp_path):
+    with pytest.raises(Lfm2Error, match="lfm2 has no sliding attention"):
+        main_export(str(checkpoint("hybrid")), tmp_path, model_kwargs={"sliding_cache": "growing"})
+
+
 @pytest.mark.parametrize("name", ["embedding", "cache_names", "weights"])
 def test_a_configuration_cannot_be_set(name, checkpoint):
     config = Lfm2OnnxConfig(AutoConfig.from_pretrained(checkpoint("hybrid")), task="text-generation")

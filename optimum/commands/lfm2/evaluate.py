@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from argparse import ArgumentParser
+from typing import Any
 
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
@@ -25,8 +26,11 @@ class EvaluateCommand(BaseOptimumCLICommand):
             "--max-kld", type=float, metavar="X", help="exit with 1 if the mean KL divergence exceeds X"
         )
 
+        parser.add_argument(
+            "--min-cosine", type=float, metavar="X", help="for an encoder: exit with 1 if the mean cosine is below X"
+        )
+
     def run(self) -> None:
-        from optimum_lfm2.errors import Lfm2Error
         from optimum_lfm2.export.command import quiet, reported
         from optimum_lfm2.quality.evaluate import evaluate
 
@@ -34,8 +38,25 @@ class EvaluateCommand(BaseOptimumCLICommand):
         with reported(), quiet():
             quality = evaluate(args.model, args.reference, args.text, args.chunks, args.length)
         print(json.dumps(quality.as_dict(), indent=2) if args.json else quality.table())
-        if args.max_kld is not None and not quality.kl_divergence <= args.max_kld:
-            with reported():
+        with reported():
+            self._judge(quality)
+
+    def _judge(self, quality: Any) -> None:
+        """Raise `Lfm2Error` where a figure is beyond what the options allow, or is not measured for this model."""
+        from optimum_lfm2.errors import Lfm2Error
+
+        least, most = self.args.min_cosine, self.args.max_kld
+        if least is not None:
+            cosine = getattr(quality, "cosine", None)
+            if cosine is None:
+                raise Lfm2Error("--min-cosine is for encoders. This model predicts tokens: use --max-kld.")
+            if not cosine >= least:
+                raise Lfm2Error(f"The mean cosine is {cosine:.6f}, below --min-cosine {least:g}.")
+        if most is not None:
+            divergence = getattr(quality, "kl_divergence", None)
+            if divergence is None:
                 raise Lfm2Error(
-                    f"The mean KL divergence is {quality.kl_divergence:.3g}, above --max-kld {args.max_kld:g}."
+                    "--max-kld is for models that predict tokens. This one is an encoder: use --min-cosine."
                 )
+            if not divergence <= most:
+                raise Lfm2Error(f"The mean KL divergence is {divergence:.3g}, above --max-kld {most:g}.")
