@@ -14,14 +14,15 @@ from optimum_lfm2.configs import Lfm2OnnxConfig
 from optimum_lfm2.export.loading import Lfm2TasksManager, is_ours
 from optimum_lfm2.export.options import heeding_options
 from optimum_lfm2.export.validation import validated
-from optimum_lfm2.families import MODEL_TYPES
+from optimum_lfm2.families import MEMBERS, MODEL_TYPES
 from optimum_lfm2.dispatch import dispatch
 from optimum_lfm2.modeling import ORTLfm2ForCausalLM
 
 
-TASKS = ("text-generation", "text-generation-with-past", "feature-extraction", "feature-extraction-with-past")
-for _model_type in MODEL_TYPES:
-    TasksManager.create_register("onnx", overwrite_existing=True)(_model_type, *TASKS)(Lfm2OnnxConfig)
+for _member in MEMBERS:
+    TasksManager.create_register("onnx", overwrite_existing=True)(
+        _member.export_type or _member.model_type, *_member.tasks
+    )(Lfm2OnnxConfig)
 optimum.exporters.onnx.__main__.TasksManager = Lfm2TasksManager
 optimum.exporters.onnx.__main__.onnx_export_from_model = heeding_options(
     optimum.exporters.onnx.__main__.onnx_export_from_model

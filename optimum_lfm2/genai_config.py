@@ -18,7 +18,7 @@ from transformers import Lfm2Config, PretrainedConfig
 from optimum_lfm2.caches import CONV, CacheTensor, head_dim
 from optimum_lfm2.errors import Lfm2Error, read_object
 from optimum_lfm2.export.config_check import check_fields
-from optimum_lfm2.families import MEMBERS
+from optimum_lfm2.families import member_of
 from optimum_lfm2.graph.editing import graph_cache_tensors
 
 
@@ -46,7 +46,7 @@ def write_genai_config(folder: Path, filename: str, config: PretrainedConfig, ca
         onnxruntime-genai does not support.
     """
     caches = list(caches)
-    if MEMBERS[config.model_type].with_caches(caches).genai_type is None or not (folder / TOKENIZER).is_file():
+    if member_of(config).with_caches(caches).genai_type is None or not (folder / TOKENIZER).is_file():
         return False
     generation = _read(folder / "generation_config.json")
     text = json.dumps(genai_config(filename, config, caches, generation), indent=2) + "\n"
@@ -84,7 +84,7 @@ def genai_config(
     if pad is None:
         pad = eos[0] if isinstance(eos, list) else eos
     model: dict[str, Any] = {
-        "type": MEMBERS[config.model_type].with_caches(caches).genai_type,
+        "type": member_of(config).with_caches(caches).genai_type,
         "bos_token_id": token("bos_token_id"),
         "eos_token_id": eos,
         "pad_token_id": pad,

@@ -10,7 +10,7 @@ from typing import Any
 from transformers import AutoConfig, PretrainedConfig
 
 from optimum_lfm2.errors import Lfm2Error
-from optimum_lfm2.families import MEMBERS
+from optimum_lfm2.families import MODEL_TYPES, member_of
 from optimum_lfm2.fields import FLAG, NUMBER_TYPES, POSITIVE, SIZE, TOKEN, Field, contradiction
 
 
@@ -92,8 +92,7 @@ def check_fields(config: Mapping[str, Any], name: str = "config.json") -> None:
     Raises:
         Lfm2Error: for a field of another type or outside its range, and for fields that contradict each other.
     """
-    member = MEMBERS.get(config.get("model_type"))
-    own = member.fields if member else {}
+    own = member_of(config).fields if config.get("model_type") in MODEL_TYPES else {}
     _check_table(config, {**FIELDS, **own}, name)
     rope_fields = {field: own.get(field, rule) for field, rule in ROPE_FIELDS.items()}
     for field, rope in ropes(config):

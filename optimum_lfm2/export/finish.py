@@ -120,8 +120,11 @@ def _save(model: ir.Model, path: Path, views: Mapping[ir.Value, str]) -> None:
         if isinstance(value.const_value, ir.LazyTensor):  # read now, since onnx-ir would wrap our error in its own
             value.const_value = ir.tensor(value.const_value.numpy(), name=value.name)
     for value, stored in views.items():
-        value.const_value = _view(model.graph.initializers[stored].const_value, value)
+        source = model.graph.initializers[stored]
+        value.const_value = _view(source.const_value, value)
         model.graph.register_initializer(value)
+        if not source.uses():  # onnxruntime warns of what nobody reads
+            del model.graph.initializers[stored]
     ir.save(model, path)
 
 

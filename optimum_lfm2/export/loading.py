@@ -3,30 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from optimum.exporters.tasks import TasksManager
-from transformers import (
-    AutoModel,
-    AutoModelForCausalLM,
-    GenerationConfig,
-    PretrainedConfig,
-    PreTrainedModel,
-)
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from optimum_lfm2 import compat
 from optimum_lfm2.errors import Lfm2Error
 from optimum_lfm2.export.config_check import loaded_config
 from optimum_lfm2.export.supported import check_architecture
-from optimum_lfm2.families import MEMBERS, MODEL_TYPES
+from optimum_lfm2.families import MEMBERS, MODEL_TYPES, member_of
+from optimum_lfm2.graph.member import Member
 from optimum_lfm2.weights.checkpoint import find_tensors, stored_tensors
 from optimum_lfm2.weights.companions import check_tokenizer, generation_settings
 from optimum_lfm2.weights.experts import is_part
-
-
-AUTO_CLASSES = {"text-generation": AutoModelForCausalLM, "feature-extraction": AutoModel}
+from optimum_lfm2.weights.modules import find_modules
 
 
 def is_ours(model_name_or_path: str | Path, **kwargs: Any) -> bool:
@@ -53,14 +47,24 @@ class Lfm2TasksManager(TasksManager):
 
     @classmethod
     def infer_task_from_model(cls, model: Any, *args: Any, **kwargs: Any) -> str:
-        """Return `text-generation` for a checkpoint with a language model's head, else `feature-extraction`.
+        """Return the task of the checkpoint's class, such as `text-generation` for one with a language model's head.
 
         Raises:
             Lfm2Error: a checkpoint of ours cannot be exported.
         """
         if not _is_for_us(model, *args, **kwargs):
             return TasksManager.infer_task_from_model(model, *args, **kwargs)
-        return "text-generation" if is_causal(_lfm2_config(model, **kwargs)) else "feature-extraction"
+        return task_of(_lfm2_config(model, **kwargs))
+
+    @staticmethod
+    def get_supported_tasks_for_model_type(model_type: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Return the tasks of all members of a model type. `get_model_from_task` refuses those of another member."""
+        supported = TasksManager.get_supported_tasks_for_model_type
+        tasks = dict(supported(model_type, *args, **kwargs))
+        for member in MEMBERS:
+            if member.model_type == model_type and member.export_type:
+                tasks = supported(member.export_type, *args, **kwargs) | tasks
+        return tasks
 
     @classmethod
     def infer_library_from_model(cls, model: Any, *args: Any, **kwargs: Any) -> str:
@@ -79,6 +83,8 @@ class Lfm2TasksManager(TasksManager):
         if not _is_for_us(model_name_or_path, *args, **kwargs):
             return TasksManager.get_model_from_task(task, model_name_or_path, *args, **kwargs)
         config, hub, dtype = _lfm2_config(model_name_or_path, **kwargs), _hub(kwargs), kwargs.get("torch_dtype")
+        member = member_of(config)
+        check_task(task, config)
         check_dtype(dtype)
         files = find_tensors(model_name_or_path, **hub)
         check_tokenizer(model_name_or_path, **hub)
@@ -87,7 +93,15 @@ class Lfm2TasksManager(TasksManager):
             _check_assumed(config, files)
         if model.can_generate():
             model.generation_config = _generation_config(model_name_or_path, config, hub)
-        model.checkpoint = MEMBERS[config.model_type].checkpoint(files, model)
+        if member.encodes:
+            _export_as(model, member)
+            model.source = Source(
+                str(model_name_or_path),
+                hub,
+                find_modules(model_name_or_path, **hub),
+                trusted=bool(kwargs.get("trust_remote_code")),
+            )
+        model.checkpoint = member.checkpoint(files, model)
         return model
 
 
@@ -105,17 +119,63 @@ def weightless(config: PretrainedConfig, task: str, dtype: torch.dtype) -> PreTr
 
     Args:
         config: the model's configuration.
-        task: a key of `AUTO_CLASSES`.
+        task: a key of the member's `models`.
         dtype: the dtype of its parameters.
     """
     with torch.device("meta"):
-        return AUTO_CLASSES[task].from_config(config, dtype=dtype).eval()
+        return member_of(config).models[task](config, dtype=dtype).eval()
 
 
-def is_causal(config: PretrainedConfig) -> bool:
-    """Return whether a checkpoint has a language model's head. One saved from the bare decoder has none."""
-    tasks = MEMBERS[config.model_type].architectures
-    return any(tasks[name] == "text-generation" for name in config.architectures or tasks)
+def task_of(config: PretrainedConfig) -> str:
+    """Return the task of a checkpoint, without past. One saved without a head has `feature-extraction`."""
+    return member_of(config).task(config.architectures)
+
+
+def check_task(task: str, config: PretrainedConfig | Mapping[str, Any]) -> None:
+    """Refuse a task that a checkpoint has no head for.
+
+    Args:
+        task: a task of Optimum, such as `text-generation-with-past`.
+        config: the checkpoint's configuration, or its `config.json`.
+
+    Raises:
+        Lfm2Error: the message lists the tasks that there are.
+    """
+    member = member_of(config)
+    names = config.get("architectures") if isinstance(config, Mapping) else config.architectures
+    # A decoder's head is tied to its embedding, or its tensors are missed.
+    known = list(dict.fromkeys((member.task(names), "feature-extraction"))) if member.encodes else member.tasks
+    if task not in known:
+        what = names[0] if member.encodes else "LFM2"
+        raise Lfm2Error(f"--task {task}: {what} is exported for {', '.join(known)}.")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a checkpoint is.
+
+    Attributes:
+        name: its folder, or its id on the Hub.
+        hub: arguments of `transformers.utils.cached_file`, such as `revision`.
+        modules: the files of sentence-transformers beside it (`find_modules`).
+        trusted: whether the user trusts the code that it brings.
+    """
+
+    name: str
+    hub: Mapping[str, Any]
+    modules: Mapping[str, Path]
+    trusted: bool
+
+
+def _export_as(model: PreTrainedModel, member: Member) -> None:
+    """Let Optimum find the exporter by `export_type`, and keep what names the checkpoint's code out of config.json.
+
+    Optimum reads the type from the class of the configuration: what an instance holds would be saved.
+    """
+    config: Any = model.config
+    config.__class__ = type(type(config).__name__, (type(config),), {"export_model_type": member.export_type})
+    config.auto_map = None
+    del config.auto_map
 
 
 def materialize_buffers(model: PreTrainedModel) -> None:
@@ -140,7 +200,7 @@ def check_dtype(dtype: torch.dtype | None) -> None:
 
 def _check_assumed(config: PretrainedConfig, files: Mapping[str, Path]) -> None:
     """Refuse a checkpoint without `architectures` that stores tensors which a language model does not have."""
-    expected = weightless(config, "text-generation", torch.float32)
+    expected = weightless(config, task_of(config), torch.float32)
     own = stored_tensors(expected).keys()
     # A checkpoint may store each expert's matrices. transformers merges them to tensors with other names.
     strange = sorted(name for name in files if name not in own and not is_part(name))

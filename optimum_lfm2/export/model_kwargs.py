@@ -20,6 +20,7 @@ VALUES: dict[str, tuple[str, ...]] = {
     "sliding_cache": ("window", "growing"),
     "rollback": ("replay", "columns"),
 }
+OF_ENCODERS = ("embedding",)
 
 
 @dataclass(frozen=True)
@@ -43,23 +44,25 @@ class ExportOptions:
     rollback: str = "replay"
 
     @classmethod
-    def read(cls, model_kwargs: Any, quantized: bool) -> ExportOptions:
+    def read(cls, model_kwargs: Any, quantized: bool, encodes: bool = False) -> ExportOptions:
         """Read the options. Those that are left out have their defaults.
 
         Args:
             model_kwargs: the parsed JSON of `--model-kwargs`, or None.
             quantized: whether the weights are quantised.
+            encodes: whether they are for an encoder, which has no caches and gives all logits.
 
         Raises:
             Lfm2Error: it is no object, names an unknown option, gives an option an unknown value, or gives one that
                 has no effect.
         """
         given = {} if model_kwargs is None else model_kwargs
-        listed = ", ".join(f"{name} ({', '.join(values)})" for name, values in VALUES.items())
-        known = f"LFM2 knows {listed}."
+        options = {name: values for name, values in VALUES.items() if name in OF_ENCODERS or not encodes}
+        listed = ", ".join(f"{name} ({', '.join(values)})" for name, values in options.items())
+        known = f"{'An encoder' if encodes else 'LFM2'} knows {listed}."
         if not isinstance(given, Mapping):
             raise Lfm2Error(f"--model-kwargs {given}: give a JSON object. {known}")
-        if unknown := sorted(map(str, given.keys() - VALUES.keys())):
+        if unknown := sorted(map(str, given.keys() - options.keys())):
             raise Lfm2Error(f"--model-kwargs: nothing knows {', '.join(unknown)}. {known}")
         for name, value in given.items():
             if value not in VALUES[name]:

@@ -13,9 +13,10 @@ from optimum.exporters.tasks import TasksManager
 from optimum.utils import DEFAULT_DUMMY_SHAPES
 
 from optimum_lfm2.errors import Lfm2Error
+from optimum_lfm2.export.loading import check_task
 from optimum_lfm2.export.model_kwargs import ExportOptions
 from optimum_lfm2.export.supported import check_architecture
-from optimum_lfm2.families import MODEL_TYPES
+from optimum_lfm2.families import MODEL_TYPES, member_of
 from optimum_lfm2.weights.blocks import SCHEMES
 
 
@@ -108,12 +109,9 @@ def _check_library(args: Namespace) -> None:
 
 
 def _check_task(args: Namespace, config: Mapping[str, Any]) -> None:
-    supported = TasksManager.get_supported_tasks_for_model_type(
-        config["model_type"], "onnx", library_name="transformers"
-    )
     task = TasksManager.map_from_synonym(args.task)
-    if task != "auto" and task not in supported:
-        raise Lfm2Error(f"--task {args.task}: LFM2 is exported for {', '.join(supported)}.")
+    if task != "auto":
+        check_task(task, config)
     if args.monolith and task.endswith("-with-past"):
         raise Lfm2Error(
             f"--monolith means a graph without cache. Leave it out, or use --task {task.removesuffix('-with-past')}."
@@ -142,7 +140,8 @@ def _check_variant(args: Namespace, config: Mapping[str, Any]) -> None:
         "onnx", model_type=config["model_type"], task="text-generation", library_name="transformers"
     )
     constructor.func.check_variant(args.variant)
-    ExportOptions.read(args.model_kwargs, quantized=args.variant in SCHEMES)
+    encodes = member_of(config).encodes
+    ExportOptions.read(args.model_kwargs, quantized=args.variant in SCHEMES, encodes=encodes)
 
 
 def _check_rewrites(args: Namespace) -> None:

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from optimum_lfm2.caches import flatten
 from optimum_lfm2.graph import ops
+from optimum_lfm2.graph.call import read_call
 from optimum_lfm2.graph.decoder import Decoder, language_model
 from optimum_lfm2.weights.checkpoint import stored_tensors, tied_names
 
@@ -38,6 +39,7 @@ class Lfm2ModelPatcher:
         member = config.member
         self.weights = getattr(model, "checkpoint", self._parameters)
         self._decoder = Decoder(member, model.config, member.rotary(model), prefix)
+        self._head = member.heads.get(config.task)
 
     def __enter__(self) -> Lfm2ModelPatcher:
         self._own_forward = vars(self._model).get("forward")  # an instance has one only if someone set it
@@ -56,7 +58,7 @@ class Lfm2ModelPatcher:
         past_key_values: Caches | None = None,
         num_logits_to_keep: torch.Tensor | None = None,
     ) -> Any:
-        """Return the graph's outputs in order: logits or hidden states, then with past the present caches.
+        """Return the graph's outputs in order: the head's, then with past the present caches.
 
         After them come the columns that the call adds to states, if the options ask for them.
 
@@ -66,6 +68,11 @@ class Lfm2ModelPatcher:
             past_key_values: a tuple of caches a layer, or None for a graph without cache inputs.
             num_logits_to_keep: an int64 scalar, or None for a graph without logits. 0 means all.
         """
+        if self._head is not None:
+            call = read_call(input_ids, attention_mask, self._model.dtype)
+            hidden = self._decoder.embed(input_ids, self._placeholder)
+            hidden, *_ = self._decoder.layers(hidden, call, None, None, self._placeholder)
+            return self._head.forward(hidden, call, self._placeholder, self._model.config)
         output, present, columns = language_model(
             self._decoder,
             input_ids,

@@ -104,14 +104,18 @@ class Reference:
     def _run(self, inputs: Mapping[str, Any], values: Values, row: int, seen: torch.Tensor, new: torch.Tensor) -> None:
         """Run one row's unmasked tokens over the columns of the cache that it sees."""
         self._place.value = values, row, new
+        output = next(iter(self._config.outputs))
+        ids = inputs["input_ids"][row, new][None]
+        if self._config.member.encodes:
+            result = self._model(ids)[0][0].float()
+            values[output][(row, new) if result.dim() > 1 else row] = result  # of each token, or of the row
+            return
         kinds = self._config.member.kinds(self._model.config)
         cache = compat.hybrid_cache(self._model, None)
         if len(seen):
             past = zip(kinds, inputs["past_key_values"], strict=True)
             own = [tuple(kind.take(x.float(), row, seen) for x in layer) for kind, layer in past]
             cache = compat.hybrid_cache(self._model, own)
-        output = next(iter(self._config.outputs))
-        ids = inputs["input_ids"][row, new][None]
         values[output][row, new] = compat.call(self._model, ids, cache, len(seen))[0].float()
         if self._config.use_past:
             caches = self._config.cache_tensors

@@ -8,7 +8,7 @@ from typing import Any
 from optimum_lfm2 import compat
 from optimum_lfm2.errors import Lfm2Error
 from optimum_lfm2.export.config_check import check_fields, ropes
-from optimum_lfm2.families import MEMBERS
+from optimum_lfm2.families import member_of
 
 
 # Those whose frequencies depend on nothing but the configuration; `dynamic` and `longrope` change them with the prompt.
@@ -29,7 +29,7 @@ def check_architecture(config: Mapping[str, Any]) -> None:
     check_fields(config)
     _check_classes(config)
     _check_quantized(config)
-    member = MEMBERS[config["model_type"]]
+    member = member_of(config)
     known = member.layer_kinds
     unknown = sorted(set(config.get("layer_types") or ()) - known.keys())
     if unknown:
@@ -48,14 +48,15 @@ def check_architecture(config: Mapping[str, Any]) -> None:
 
 
 def _check_classes(config: Mapping[str, Any]) -> None:
-    known = tuple(MEMBERS[config["model_type"]].architectures)
+    member = member_of(config)
+    known = tuple(member.architectures)
     names = config.get("architectures") or []
-    if unknown := [name for name in names if name not in known]:
+    if unknown := [name for name in names if (member.spelled(name) or name) not in known]:
         raise Lfm2Error(
             f"The checkpoint is a {', '.join(unknown)} (architectures in config.json), which computes something else "
             f"than {' and '.join(known)}: these are exported."
         )
-    if auto_map := config.get("auto_map"):
+    if (auto_map := config.get("auto_map")) and not member.own_code:
         # Whatever the classes are called, what they compute is in the checkpoint's own code.
         classes = sorted({str(name) for name in auto_map.values()})
         raise Lfm2Error(

@@ -106,6 +106,22 @@ def rotation(call: Call, rotary: Rotary) -> Rotation:
     return Rotation(shapes.numbered(call.new), *ops.rotary_table(call.positions, *rotary, call.dtype))
 
 
+def padded_heads(x: torch.Tensor, dim: int) -> torch.Tensor:
+    """Widen heads with zeros to a width that GroupQueryAttention takes: (batch_size, sequence_length, heads * dim)."""
+    padding = -dim % ops.HEAD_DIM_MULTIPLE
+    if not padding:
+        return x
+    return shapes.resized(shapes.pad(shapes.resized(x, (0, 0, -1, dim)), axis=3, after=padding), (0, 0, -1))
+
+
+def narrowed_heads(x: torch.Tensor, heads: int, dim: int) -> torch.Tensor:
+    """Undo `padded_heads` for so many heads."""
+    padding = -dim % ops.HEAD_DIM_MULTIPLE
+    if not padding:
+        return x
+    return shapes.resized(shapes.resized(x, (0, 0, heads, dim + padding))[..., :dim], (0, 0, heads * dim))
+
+
 @dataclass(frozen=True)
 class AttentionCall:
     """What layers of full attention share.
@@ -140,17 +156,12 @@ class AttentionCall:
         heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, head_dim(config)
         padding = -dim % ops.HEAD_DIM_MULTIPLE  # zeros that nobody outside sees
 
-        def padded(x: torch.Tensor) -> torch.Tensor:
-            if not padding:
-                return x
-            return shapes.resized(shapes.pad(shapes.resized(x, (0, 0, -1, dim)), axis=3, after=padding), (0, 0, -1))
-
         if padding and past is not None:
             past = tuple(shapes.pad(x, axis=3, after=padding) for x in past)
         context, keys, values = ops.group_query_attention(
-            padded(query),
-            padded(key),
-            padded(value),
+            padded_heads(query, dim),
+            padded_heads(key, dim),
+            padded_heads(value, dim),
             past,
             self.last,
             self.total,
@@ -160,10 +171,8 @@ class AttentionCall:
             dim**-0.5,
         )
         if padding:
-            split = shapes.resized(context, (0, 0, heads, dim + padding))
-            context, keys, values = (x[..., :dim] for x in (split, keys, values))
-            context = shapes.resized(context, (0, 0, heads * dim))
-        return context, (keys, values), ()
+            keys, values = keys[..., :dim], values[..., :dim]
+        return narrowed_heads(context, heads, dim), (keys, values), ()
 
 
 def attention_call(call: Call, rotary: Rotary) -> AttentionCall:

@@ -131,6 +131,6 @@ def language_model(
     """
     call = read_call(input_ids, attention_mask, dtype)
     hidden, present, columns = decoder.layers(decoder.embed(input_ids, weight), call, past, num_logits_to_keep, weight)
-    if num_logits_to_keep is not None:
-        hidden = ops.linear(hidden, weight("lm_head.weight"))
-    return hidden, present, columns
+    if num_logits_to_keep is None:
+        return shapes.named(hidden), present, columns
+    return ops.linear(hidden, weight("lm_head.weight")), present, columns

@@ -156,8 +156,8 @@ def place_experts(graph: ir.Graph, weights: Mapping[str, Any], scheme: Scheme | 
 def _float_experts(node: ir.Node, weights: Mapping[str, Any]) -> list[ir.Node]:
     """MoE takes the softmax of what it is given: so the logarithms of the shares, and their sum afterwards."""
     hidden, routing, gate_up, down = node.inputs
-    smallest = {ir.DataType.FLOAT: 1e-37, ir.DataType.FLOAT16: 6e-8}[hidden.dtype]  # its logarithm is finite
-    floor = add_initializer(node.graph, ir.tensor(smallest, dtype=hidden.dtype, name="smallest_share"))
+    smallest = {ir.DataType.FLOAT: 1e-37, ir.DataType.FLOAT16: 6e-8}[gate_up.dtype]  # its logarithm is finite
+    floor = add_initializer(node.graph, ir.tensor(smallest, dtype=gate_up.dtype, name="smallest_share"))
     axis = add_initializer(node.graph, ir.tensor([1], name="axis_of_experts"))
     names = [parameter_name(x) for x in (gate_up, down)]
     matrices = [
@@ -194,7 +194,7 @@ def _quantized_experts(node: ir.Node, weights: Mapping[str, Any], scheme: Scheme
         "weights_prepacked": 0,
         **SWIGLU,
     }
-    if hidden.dtype == ir.DataType.FLOAT:
+    if matrices[0].dtype == ir.DataType.FLOAT:
         attributes["accuracy_level"] = INT8_ACTIVATIONS
     absent = [None] * 6  # a third matrix and zero points
     return [ir.node("QMoE", [hidden, routing, *arguments, *absent, routing], attributes, domain=CONTRIB_DOMAIN)]

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import onnx_ir as ir
 import torch
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from optimum_lfm2.caches import CONV, CacheTensor, Kept, cache_tensors
 from optimum_lfm2.fields import Field
@@ -28,13 +28,16 @@ Weight = Callable[..., torch.Tensor]
 # in the checkpoint. Returns hidden states of the same shape.
 FeedForward = Callable[[torch.Tensor, Weight, str], torch.Tensor]
 
+# Makes a model of transformers from its configuration. It takes the configuration and, by name, the dtype.
+ModelMaker = Callable[..., PreTrainedModel]
+
 # Changes the traced graph. It gets the graph, the weights by name, and how they are quantised (None: not at all).
 GraphPass = Callable[[ir.Graph, Mapping[str, Any], Scheme | None], None]
 
 
-# A block's output, (batch_size, sequence_length, hidden_size), the layer's present caches, and the columns that the
-# call adds to each of its states: (batch_size, ..., sequence_length, ...), tokens where the state has columns. Caches
-# that grow are no states.
+# What a block gives: its output, (batch_size, sequence_length, hidden_size); the present caches of the layer; and the
+# columns that the call adds to each state of the layer, (batch_size, ..., sequence_length, ...). A state is a cache of
+# fixed size.
 Mixed = tuple[torch.Tensor, tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]
 
 
@@ -59,6 +62,12 @@ class Mixer(Protocol):
             weight: gives a parameter by its name.
             name: the name of the layer's mixer in the checkpoint, such as `model.layers.0.conv`.
         """
+
+
+TRANSFORMERS_MODELS: Mapping[str, ModelMaker] = {
+    "text-generation": AutoModelForCausalLM.from_config,
+    "feature-extraction": AutoModel.from_config,
+}
 
 
 @dataclass(frozen=True)
@@ -88,13 +97,29 @@ class LayerKind:
 
 
 @dataclass(frozen=True)
+class Head:
+    """What follows the final norm of an encoder.
+
+    Attributes:
+        output: the name of the graph's output.
+        axes: takes a configuration and returns the axes of the output after the batch axis.
+        forward: takes final hidden states (tokens, hidden_size), the call, the weights and the configuration; returns
+            the output.
+    """
+
+    output: str
+    axes: Callable[[PretrainedConfig], tuple[int | str, ...]]
+    forward: Callable[[torch.Tensor, Call, Weight, PretrainedConfig], torch.Tensor]
+
+
+@dataclass(frozen=True)
 class Member:
     """The record of a member of the family.
 
     Attributes:
         model_type: as in config.json.
-        architectures: the classes of transformers whose checkpoints are exported. Each has its task:
-            `text-generation` with a head, `feature-extraction` without.
+        architectures: the classes whose checkpoints are exported, each with its task: `text-generation` with a
+            language model's head, `feature-extraction` without a head.
         min_transformers: the first release of transformers that has the model.
         layer_kinds: the kinds of layers, by their names in `layer_types`.
         feed_forwards: takes a configuration and returns the feed-forward of each layer.
@@ -107,6 +132,12 @@ class Member:
         check_scheme: raises `Lfm2Error` for a quantisation that the member's operators cannot compute.
         passes: passes over the traced graph that this member needs, besides those for all members.
         tolerance: takes a scheme and returns the relative error that validation accepts. 0 leaves the common tolerance.
+        spelled: takes the name of a class and returns how `architectures` spells it. None if it is no class of this
+            member. Among members of one model type, it decides which one a checkpoint belongs to.
+        models: for each task, what makes the model of transformers that is the reference.
+        heads: the heads of an encoder by their tasks. A decoder has none: its head is a part of the decoder.
+        export_type: what Optimum's `TasksManager` calls the member, where that is not its model type.
+        own_code: whether checkpoints bring code of their own, which says what is known here. It is not run.
         genai_type: the model type in `genai_config.json`. None if onnxruntime-genai cannot run the member.
         transformers_js: whether Transformers.js (4.3.1) has the model.
         growing: the member with another cache for some kinds of layers: keys and values of all columns, which runtimes
@@ -126,6 +157,11 @@ class Member:
     check_scheme: Callable[[Scheme, PretrainedConfig], None] = lambda scheme, config: None
     passes: Sequence[GraphPass] = ()
     tolerance: Callable[[Scheme], float] = lambda scheme: 0.0
+    spelled: Callable[[str], str | None] = lambda name: None
+    models: Mapping[str, ModelMaker] = field(default_factory=lambda: TRANSFORMERS_MODELS)
+    heads: Mapping[str, Head] = field(default_factory=dict)
+    export_type: str | None = None
+    own_code: bool = False
     genai_type: str | None = None
     transformers_js: bool = True
     growing: Member | None = None
@@ -134,6 +170,23 @@ class Member:
         """The record for a graph with these cache tensors: `growing` where all its keys and values grow."""
         grows = all(tensor.kind == CONV or tensor.grows for tensor in caches)
         return self.growing if self.growing and grows else self
+
+    @property
+    def encodes(self) -> bool:
+        """Whether it is an encoder. An encoder has no caches, and its layers see all unmasked tokens of a row."""
+        return bool(self.heads)
+
+    @property
+    def tasks(self) -> list[str]:
+        """The tasks that Optimum knows the member's models by. A decoder's have a form with past."""
+        if self.encodes:
+            return list(self.heads)
+        return [form for task in self.models for form in (task, f"{task}-with-past")]
+
+    def task(self, architectures: Sequence[str] | None) -> str:
+        """Return the task of a checkpoint by the `architectures` of its config.json. The first known class decides."""
+        known = (self.architectures.get(self.spelled(name) or name) for name in architectures or ())
+        return next(filter(None, known), next(iter(self.architectures.values())))
 
     def kind(self, config: PretrainedConfig, layer_type: str) -> LayerKind:
         """The kind of layer that `layer_types` means by a name."""

@@ -13,7 +13,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 from transformers.utils import CONFIG_NAME, cached_file
 
-from optimum_lfm2.families import MEMBERS
+from optimum_lfm2.families import member_of
 from optimum_lfm2.graph.member import Member
 from optimum_lfm2.publish.precisions import PRECISIONS, Published, preferred
 
@@ -191,7 +191,7 @@ def write_card(folder: Path, files: list[Published], old: Path, model: str, opti
 
 
 def _member(folder: Path) -> Member:
-    return MEMBERS[json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))["model_type"]]
+    return member_of(json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8")))
 
 
 def _tags(member: Member) -> list[str]:

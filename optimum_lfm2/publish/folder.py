@@ -20,7 +20,7 @@ from optimum_lfm2 import compat
 from optimum_lfm2.caches import CACHE_NAMES
 from optimum_lfm2.configs import DTYPES
 from optimum_lfm2.errors import Lfm2Error, read_object
-from optimum_lfm2.export.loading import Lfm2TasksManager, is_causal
+from optimum_lfm2.export.loading import Lfm2TasksManager, task_of
 from optimum_lfm2.export.options import check_atol, check_model
 from optimum_lfm2.export.staging import staged
 from optimum_lfm2.export.validation import validate
@@ -144,7 +144,7 @@ def _save_configuration(job: Job, folder: Path) -> PretrainedConfig:
     """Write config.json, generation_config.json and the tokenizer's files, in a form that every runtime reads."""
     config = AutoConfig.from_pretrained(job.model, cache_dir=job.cache_dir)
     compat.spell_rope_for_both(config)
-    if not is_causal(config):
+    if task_of(config) != TASK:
         raise Lfm2Error(
             f"{job.model} has no language modelling head. Use optimum-cli export onnx --task feature-extraction."
         )
