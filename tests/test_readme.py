@@ -16,14 +16,16 @@ def snippets(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
 
 
-def test_the_python_snippet_answers(exported, tmp_path, monkeypatch, capsys):
-    (snippet,) = snippets("python")
+def test_the_python_snippets_answer(exported, tmp_path, monkeypatch, capsys):
+    """One after the other, as a reader runs them."""
+    snippet = "".join(snippets("python"))
     shutil.copytree(exported("trained"), tmp_path / "lfm2_onnx")
     monkeypatch.chdir(tmp_path)
     exec(compile(snippet, "README.md", "exec"), {})
     assert capsys.readouterr().out.splitlines() == [
         "3 plus 4 is 7.",
-        "The silver key is next to the well. Ben put it there.",
+        *["The silver key is next to the well. Ben put it there."] * 2,
+        "3 plus 4 is 7.",
     ]
 
 
