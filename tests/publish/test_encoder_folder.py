@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+import subprocess
+from pathlib import Path
 
 import pytest
+import torch
 from checkpoints import make_encoder
-from embedding import make_embedding
+from embedding import TEXTS, make_embedding, states_alone
 from publishing import DEMO, js_config, rows, run
 
 from benchmarks.checkpoint import add_tokenizer
@@ -15,6 +19,8 @@ from optimum_lfm2.errors import Lfm2Error
 from optimum_lfm2.quality.evaluate import evaluate
 
 
+NODE = Path(__file__).parents[1] / "interop" / "encoder.mjs"
+INSTALLED = (Path(__file__).parents[2] / "examples/web/node_modules/@huggingface/transformers").is_dir()
 TEXT = ["--text", DEMO / "heldout.txt", "--chunks", 4, "--length", 64]
 
 
@@ -55,6 +61,17 @@ def test_the_examples_of_the_card_run(folder, monkeypatch, capsys):
             pytest.importorskip("sentence_transformers")
         exec(block, {})
     assert "(2, 64)" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(not shutil.which("node") or not INSTALLED, reason="no node, or no node_modules in examples/web")
+def test_transformers_js(source, folder):
+    command = ["node", str(NODE), str(folder), "fp32"]
+    done = subprocess.run(command, input=json.dumps(TEXTS), capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    answer = json.loads(done.stdout)
+    for states, mask, expected in zip(answer["states"], answer["mask"], states_alone(source, TEXTS), strict=True):
+        own = torch.tensor(states)[torch.tensor(mask).bool()]
+        torch.testing.assert_close(own, expected, atol=1e-4, rtol=0)
 
 
 def test_four_bits_are_kept_only_where_vectors_stay_near(source, folder, tmp_path, capfd):
