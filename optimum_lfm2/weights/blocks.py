@@ -5,7 +5,7 @@ Each row of a weight is cut into blocks. A block has one scale and no zero point
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -57,11 +57,17 @@ class Scheme:
         linear: how the linear layers of the decoder are stored.
         table: how the head and the embedding are stored, tied or not.
         embedding: how the graph reads the embedding, one of `EMBEDDINGS`.
+        in_8_bits: endings of the names of linear layers that have 8 bits in place of `linear.bits`.
     """
 
     linear: Blocks
     table: Blocks
     embedding: str = "fused"
+    in_8_bits: tuple[str, ...] = ()
+
+    def layer(self, name: str) -> Blocks:
+        """Return how a linear layer of the decoder is stored, by the name of the layer or of its weight."""
+        return replace(self.linear, bits=8) if name.removesuffix(".weight").endswith(self.in_8_bits) else self.linear
 
 
 # How the graph reads an embedding. `fused` is the operator `GatherBlockQuantized`. `portable` uses operators that every
@@ -156,10 +162,10 @@ def module_blocks(model: torch.nn.Module, scheme: Scheme) -> dict[Any, Blocks]:
         scheme: how it is quantised.
     """
     head, blocks = getattr(model, HEAD, None), {}
-    for module in model.modules():
+    for name, module in model.named_modules():
         embeds = isinstance(module, torch.nn.Embedding) and scheme.embedding != "float"
         if module is head or embeds:
             blocks[module] = scheme.table
         elif isinstance(module, torch.nn.Linear):
-            blocks[module] = scheme.linear
+            blocks[module] = scheme.layer(name)
     return blocks
