@@ -79,7 +79,7 @@ EMBEDDINGS = ("fused", "portable", "float")
 # docs/quantization.md has the measurements that decided these block sizes and bits.
 SCHEMES = {
     "q4": Scheme(linear=Blocks(4, 128), table=Blocks(8, 128)),
-    "q4s": Scheme(linear=Blocks(4, 128), table=Blocks(4, 32)),
+    "q4s": Scheme(linear=Blocks(4, 128), table=Blocks(4, 128)),
     "q8": Scheme(linear=Blocks(8, 128), table=Blocks(8, 128)),
 }
 

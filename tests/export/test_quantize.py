@@ -114,7 +114,7 @@ def test_the_portable_embedding_is_the_fused_one(name, variant, options, exporte
     torch.testing.assert_close(portable, fused, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize(("variant", "blocks"), [("q4", (8, 128)), ("q4s", (4, 32))])
+@pytest.mark.parametrize(("variant", "blocks"), [("q4", (8, 128)), ("q4s", (4, 128))])
 @pytest.mark.parametrize("name", ["hybrid", "untied"])
 def test_the_head_has_the_blocks_of_a_table(name, variant, blocks, exported):
     nodes = ir.load(exported(name, _variant=variant) / "model.onnx").graph
