@@ -11,6 +11,7 @@ from optimum.exporters.tasks import TasksManager
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
@@ -22,11 +23,15 @@ from optimum_lfm2.export.config_check import loaded_config
 from optimum_lfm2.export.supported import check_architecture
 from optimum_lfm2.families import MEMBERS, MODEL_TYPES
 from optimum_lfm2.weights.checkpoint import find_tensors, stored_tensors
-from optimum_lfm2.weights.companions import check_tokenizer, generation_settings
+from optimum_lfm2.weights.companions import check_tokenizer, generation_settings, processor_files
 from optimum_lfm2.weights.experts import is_part
 
 
-AUTO_CLASSES = {"text-generation": AutoModelForCausalLM, "feature-extraction": AutoModel}
+AUTO_CLASSES = {
+    "text-generation": AutoModelForCausalLM,
+    "feature-extraction": AutoModel,
+    "image-text-to-text": AutoModelForImageTextToText,
+}
 
 
 def is_ours(model_name_or_path: str | Path, **kwargs: Any) -> bool:
@@ -53,14 +58,14 @@ class Lfm2TasksManager(TasksManager):
 
     @classmethod
     def infer_task_from_model(cls, model: Any, *args: Any, **kwargs: Any) -> str:
-        """Return `text-generation` for a checkpoint with a language model's head, else `feature-extraction`.
+        """Return the task of the checkpoint's class, as its member's record says.
 
         Raises:
             Lfm2Error: a checkpoint of ours cannot be exported.
         """
         if not _is_for_us(model, *args, **kwargs):
             return TasksManager.infer_task_from_model(model, *args, **kwargs)
-        return "text-generation" if is_causal(_lfm2_config(model, **kwargs)) else "feature-extraction"
+        return task_of(_lfm2_config(model, **kwargs))
 
     @classmethod
     def infer_library_from_model(cls, model: Any, *args: Any, **kwargs: Any) -> str:
@@ -83,11 +88,14 @@ class Lfm2TasksManager(TasksManager):
         files = find_tensors(model_name_or_path, **hub)
         check_tokenizer(model_name_or_path, **hub)
         model: Any = weightless(config, task.removesuffix("-with-past"), dtype or torch.float32)
-        if not config.architectures:
+        member = MEMBERS[config.model_type]
+        if not config.architectures and member.text is None:
             _check_assumed(config, files)
         if model.can_generate():
             model.generation_config = _generation_config(model_name_or_path, config, hub)
-        model.checkpoint = MEMBERS[config.model_type].checkpoint(files, model)
+        model.checkpoint = member.checkpoint(files, model)
+        if member.text is not None:
+            model.processor_files = processor_files(model_name_or_path, **hub)
         return model
 
 
@@ -112,10 +120,15 @@ def weightless(config: PretrainedConfig, task: str, dtype: torch.dtype) -> PreTr
         return AUTO_CLASSES[task].from_config(config, dtype=dtype).eval()
 
 
-def is_causal(config: PretrainedConfig) -> bool:
-    """Return whether a checkpoint has a language model's head. One saved from the bare decoder has none."""
+def task_of(config: PretrainedConfig) -> str:
+    """Return the task of a checkpoint. The first class of a record is the one of a checkpoint that names none."""
     tasks = MEMBERS[config.model_type].architectures
-    return any(tasks[name] == "text-generation" for name in config.architectures or tasks)
+    return next(tasks[name] for name in tasks if name in (config.architectures or tasks))
+
+
+def is_causal(config: PretrainedConfig) -> bool:
+    """Return whether a checkpoint is a language model with its head. One saved from the bare decoder has none."""
+    return task_of(config) == "text-generation"
 
 
 def materialize_buffers(model: PreTrainedModel) -> None:
@@ -140,7 +153,7 @@ def check_dtype(dtype: torch.dtype | None) -> None:
 
 def _check_assumed(config: PretrainedConfig, files: Mapping[str, Path]) -> None:
     """Refuse a checkpoint without `architectures` that stores tensors which a language model does not have."""
-    expected = weightless(config, "text-generation", torch.float32)
+    expected = weightless(config, task_of(config), torch.float32)
     own = stored_tensors(expected).keys()
     # A checkpoint may store each expert's matrices. transformers merges them to tensors with other names.
     strange = sorted(name for name in files if name not in own and not is_part(name))
@@ -165,7 +178,7 @@ def _checked_config(model_name_or_path: str | Path, **kwargs: Any) -> Pretrained
 
 def _lfm2_config(model_name_or_path: str | Path, **kwargs: Any) -> PretrainedConfig:
     config = _checked_config(model_name_or_path, **kwargs)
-    compat.spell_rope_for_both(config)
+    compat.spell_rope_for_both(config.get_text_config())
     return config
 
 

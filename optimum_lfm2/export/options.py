@@ -15,7 +15,7 @@ from optimum.utils import DEFAULT_DUMMY_SHAPES
 from optimum_lfm2.errors import Lfm2Error
 from optimum_lfm2.export.model_kwargs import ExportOptions
 from optimum_lfm2.export.supported import check_architecture
-from optimum_lfm2.families import MODEL_TYPES
+from optimum_lfm2.families import MEMBERS, MODEL_TYPES
 
 
 OPSETS = range(18, 21)  # below 18 torch writes older forms of some operators; its TorchScript exporter ends at 20
@@ -103,6 +103,8 @@ def _check_task(args: Namespace, config: Mapping[str, Any]) -> None:
     task = TasksManager.map_from_synonym(args.task)
     if task != "auto" and task not in supported:
         raise Lfm2Error(f"--task {args.task}: LFM2 is exported for {', '.join(supported)}.")
+    if args.monolith and MEMBERS[config["model_type"]].text is not None:
+        raise Lfm2Error("--monolith means one file, and this model has three. Leave it out.")
     if args.monolith and task.endswith("-with-past"):
         raise Lfm2Error(
             f"--monolith means a graph without cache. Leave it out, or use --task {task.removesuffix('-with-past')}."
@@ -124,8 +126,10 @@ def _check_precision(args: Namespace) -> None:
 
 
 def _check_variant(args: Namespace, config: Mapping[str, Any]) -> None:
+    model_type = config["model_type"]
+    (task, *_) = TasksManager.get_supported_tasks_for_model_type(model_type, "onnx", library_name="transformers")
     constructor = TasksManager.get_exporter_config_constructor(
-        "onnx", model_type=config["model_type"], task="text-generation", library_name="transformers"
+        "onnx", model_type=model_type, task=task, library_name="transformers"
     )
     constructor.func.check_variant(args.variant)
     ExportOptions.read(args.model_kwargs)
@@ -155,6 +159,7 @@ def _check_inputs(args: Namespace, config: Mapping[str, Any]) -> None:
             raise Lfm2Error(f"--{name} {value}: an example input has at least one. Leave it out for the default.")
         if name not in TEXT_SHAPES and value != default:
             raise Lfm2Error(f"--{name}: LFM2's inputs have no such axis. Leave it out.")
-    longest = config.get("max_position_embeddings")
+    text = MEMBERS[config["model_type"]].text
+    longest = (config if text is None else config.get(text, {})).get("max_position_embeddings")
     if longest and args.sequence_length > longest:
         raise Lfm2Error(f"--sequence_length {args.sequence_length}: the model goes to {longest} tokens. Use fewer.")

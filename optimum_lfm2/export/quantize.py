@@ -15,7 +15,7 @@ from onnx_ir.tensor_adapters import TorchTensor
 
 from optimum_lfm2.errors import Lfm2Error
 from optimum_lfm2.graph.editing import CONTRIB_DOMAIN, add_initializer, is_parameter, parameter_name, substitute
-from optimum_lfm2.weights.blocks import HEAD, INT8_ACTIVATIONS, Blocks, Scheme, pack, quantize_tensor
+from optimum_lfm2.weights.blocks import INT8_ACTIVATIONS, TABLES, Blocks, Scheme, pack, quantize_tensor
 
 
 @dataclass
@@ -43,7 +43,6 @@ class Quantizer:
         nodes = list(self.graph)
         linears = [node for node in nodes if node.op_type == "Gemm" and is_parameter(node.inputs[1])]
         embeddings = [node for node in nodes if node.op_type == "Gather" and is_parameter(node.inputs[0])]
-        self._tables = {f"{HEAD}.weight", *(parameter_name(node.inputs[0]) for node in embeddings)}
         for node in linears:
             self._linear(node)
         if self.scheme.embedding != "float":
@@ -51,7 +50,7 @@ class Quantizer:
                 self._embedding(node)
 
     def _blocks(self, name: str) -> Blocks:
-        return self.scheme.table if name in self._tables else self.scheme.linear
+        return self.scheme.table if name.endswith(TABLES) else self.scheme.linear
 
     def _linear(self, node: ir.Node) -> None:
         x, weight = node.inputs[:2]
@@ -60,7 +59,7 @@ class Quantizer:
         bias = node.inputs[2:]
         blocks = self._blocks(parameter_name(weight))
         attributes = {"K": inputs, "N": outputs, "bits": blocks.bits, "block_size": blocks.block_size}
-        if weight.dtype == ir.DataType.FLOAT:
+        if weight.dtype == ir.DataType.FLOAT and not self.scheme.float_activations:
             attributes["accuracy_level"] = INT8_ACTIVATIONS
         arguments = [x, packed, scales, *((None, None, *bias) if bias else ())]
         substitute(node, self._added(node, "MatMulNBits", arguments, attributes, CONTRIB_DOMAIN))

@@ -103,6 +103,9 @@ class Member:
         tolerance: takes a scheme and returns the relative error that validation accepts. 0 leaves the common tolerance.
         genai_type: the model type in `genai_config.json`. None if onnxruntime-genai cannot run the member.
         transformers_js: whether Transformers.js (4.3.1) has the model.
+        text: the field of config.json that has the configuration of the decoder, which is another member. None if the
+            decoder is all there is.
+        other_spellings: of the model type, in files that other releases of transformers wrote.
     """
 
     model_type: str
@@ -120,6 +123,8 @@ class Member:
     tolerance: Callable[[Scheme], float] = lambda scheme: 0.0
     genai_type: str | None = None
     transformers_js: bool = True
+    text: str | None = None
+    other_spellings: tuple[str, ...] = ()
 
     def kind(self, config: PretrainedConfig, layer_type: str) -> LayerKind:
         """The kind of layer that `layer_types` means by a name."""

@@ -11,16 +11,16 @@ from optimum_lfm2.graph.tracing import Node, constant, typed
 class _RowShape(Node):
     @staticmethod
     def forward(ctx, ids):
-        return torch.tensor([*ids.shape, -1])
+        return torch.tensor([*ids.shape[:2], -1])
 
     @staticmethod
-    @typed(1)
+    @typed(1, dtype=torch.int64)
     def symbolic(g, ids):
-        return g.op("Concat", g.op("Shape", ids), constant(g, [-1]), axis_i=0)
+        return g.op("Concat", g.op("Shape", ids, end_i=2), constant(g, [-1]), axis_i=0)
 
 
 def row_shape(ids: torch.Tensor) -> torch.Tensor:
-    """The shape (batch_size, sequence_length, -1) as a tensor."""
+    """The shape (batch_size, sequence_length, -1) as a tensor, of anything with these two axes first."""
     return _RowShape.apply(ids)
 
 

@@ -24,6 +24,7 @@ from optimum_lfm2.export.loading import Lfm2TasksManager, is_causal
 from optimum_lfm2.export.options import check_atol, check_model
 from optimum_lfm2.export.staging import staged
 from optimum_lfm2.export.validation import validate
+from optimum_lfm2.families import MEMBERS
 from optimum_lfm2.genai_config import write_genai_config
 from optimum_lfm2.metadata import CHECKPOINT, COMPARED, DIFFERENCE, QUALITY, TEXT
 from optimum_lfm2.publish.card import CardOptions, write_card
@@ -89,6 +90,11 @@ class Job:
             Lfm2Error: the request cannot work. It is refused before any work.
         """
         check_model(args.model, config)
+        if MEMBERS[config["model_type"]].text is not None:
+            raise Lfm2Error(
+                f"{args.model} takes pictures too, which optimum-cli export lfm2 does not write yet. "
+                "Use optimum-cli export onnx."
+            )
         if unknown := sorted(set(args.precisions or ()) - PRECISIONS.keys()):
             raise Lfm2Error(f"--precisions {' '.join(unknown)} is not known. Choose among {', '.join(PRECISIONS)}.")
         if args.cache_names not in CACHE_NAMES:
