@@ -20,6 +20,7 @@ from optimum_lfm2 import compat
 from optimum_lfm2.caches import BATCH, SEQUENCE
 from optimum_lfm2.configs import Lfm2OnnxConfig, Shapes
 from optimum_lfm2.export.finish import bind
+from optimum_lfm2.export.js_config import declare_external_data
 from optimum_lfm2.export.loading import weightless
 from optimum_lfm2.export.model_kwargs import ExportOptions
 from optimum_lfm2.export.patcher import DecoderPatcher, EmbeddingPatcher, GraphPatcher, VisionPatcher
@@ -136,6 +137,7 @@ class Lfm2VlOnnxConfig(Lfm2OnnxConfig):
         compat.spell_tokenizer_for_both(folder)
         compat.repeat_chat_template(folder)
         compat.spell_model_type(folder, self.member.model_type)
+        declare_external_data(folder, [folder / name for name in onnx_files_subpaths], {})
         return models_and_onnx_configs, onnx_files_subpaths
 
 

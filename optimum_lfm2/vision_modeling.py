@@ -20,6 +20,7 @@ from optimum_lfm2.errors import Lfm2Error
 from optimum_lfm2.families import MEMBERS
 from optimum_lfm2.modeling import WARNINGS_OFF, ORTLfm2ForCausalLM
 from optimum_lfm2.runtime.arguments import check_ids, is_empty
+from optimum_lfm2.runtime.cache import Lfm2Cache
 from optimum_lfm2.runtime.files import generation_config_of, refused_graphs
 from optimum_lfm2.runtime.parts import (
     DECODER,
@@ -123,11 +124,16 @@ class ORTLfm2VlForConditionalGeneration(ORTLfm2ForCausalLM):
         if bool((shapes < 1).any()) or int(shapes.prod(1).max()) > patches:
             raise Lfm2Error(f"spatial_shapes {shapes.tolist()} asks for more patches than pixel_values has, or none.")
 
-    def forward(
+    def forward(  # transformers reads the names of the arguments
         self,
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
-        *args: Any,
+        past_key_values: Lfm2Cache | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        return_dict: bool | None = None,
+        cache: Lfm2Cache | None = None,
+        last_token_only: bool = False,
         pixel_values: torch.Tensor | None = None,
         spatial_shapes: torch.Tensor | None = None,
         pixel_attention_mask: torch.Tensor | None = None,
@@ -140,7 +146,7 @@ class ORTLfm2VlForConditionalGeneration(ORTLfm2ForCausalLM):
             attention_mask: as for text.
             pixel_values, spatial_shapes, pixel_attention_mask: as `get_image_features` takes them: the pictures of all
                 rows, in the order of their places. None leaves picture tokens as they are in the vocabulary.
-            args, kwargs: the other arguments for text.
+            kwargs: none that a user gives. The other arguments are as for text.
 
         Raises:
             Lfm2Error: for what the text's raises, and where the pictures do not fill their places in `input_ids`.
@@ -149,7 +155,17 @@ class ORTLfm2VlForConditionalGeneration(ORTLfm2ForCausalLM):
             features = self.get_image_features(pixel_values, spatial_shapes, pixel_attention_mask)  # type: ignore[arg-type]
             kwargs["picture_ids"] = self._numbered(input_ids, features, input_ids.shape[1])
             kwargs["pictures"] = Pictures(features)
-        return super().forward(input_ids, attention_mask, *args, **kwargs)
+        return super().forward(
+            input_ids,
+            attention_mask,
+            past_key_values,
+            use_cache,
+            logits_to_keep,
+            return_dict,
+            cache,
+            last_token_only,
+            **kwargs,
+        )
 
     def _enter(self, ids: torch.Tensor, kwargs: dict[str, Any]) -> tuple[torch.Tensor, RowRunner]:
         pictures = kwargs.get("pictures")
@@ -225,13 +241,20 @@ class ORTLfm2VlForConditionalGeneration(ORTLfm2ForCausalLM):
     def prepare_inputs_for_generation(
         self,
         input_ids: torch.Tensor,
-        *args: Any,
+        past_key_values: Lfm2Cache | None = None,
+        attention_mask: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        cache: Lfm2Cache | None = None,
+        last_token_only: bool = False,
         pictures: Pictures | None = None,
         picture_ids: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
         """Cut the ids as for text, and add the pictures where the new tokens have places for them."""
-        inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
+        inputs = super().prepare_inputs_for_generation(
+            input_ids, past_key_values, attention_mask, use_cache, logits_to_keep, cache, last_token_only, **kwargs
+        )
         if pictures is not None and picture_ids is not None:
             new = inputs["input_ids"].shape[1]
             numbered = torch.cat([picture_ids, input_ids[:, picture_ids.shape[1] :]], dim=1)

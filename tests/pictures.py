@@ -41,8 +41,8 @@ def make_vl_checkpoint(folder: Path, **changes: object) -> Path:
     options = {"image_token_id": IMAGE, "projector_hidden_size": 40, **changes}
     vision = VISION | options.pop("vision_config", {})
     config = Lfm2VlConfig(text_config=text.config.to_dict(), vision_config=vision, **options)
-    torch.manual_seed(1)
     model = Lfm2VlForConditionalGeneration(config).eval()
+    torch.manual_seed(1)
     for name, parameter in model.named_parameters():
         if "language_model" in name or "lm_head" in name:
             continue
