@@ -116,6 +116,8 @@ def weightless(config: PretrainedConfig, task: str, dtype: torch.dtype) -> PreTr
         task: a key of `AUTO_CLASSES`.
         dtype: the dtype of its parameters.
     """
+    for part in getattr(config, "sub_configs", ()):  # transformers 4.57 makes each part in the dtype that it names
+        getattr(config, part).dtype = dtype
     with torch.device("meta"):
         return AUTO_CLASSES[task].from_config(config, dtype=dtype).eval()
 
