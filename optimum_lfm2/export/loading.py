@@ -85,10 +85,13 @@ class Lfm2TasksManager(TasksManager):
             return TasksManager.get_model_from_task(task, model_name_or_path, *args, **kwargs)
         config, hub, dtype = _lfm2_config(model_name_or_path, **kwargs), _hub(kwargs), kwargs.get("torch_dtype")
         check_dtype(dtype)
+        member = MEMBERS[config.model_type]
+        task = task.removesuffix("-with-past")
+        if member.text is not None and task != task_of(config):
+            raise Lfm2Error(f"{model_name_or_path} takes pictures too. It is exported for {task_of(config)}.")
         files = find_tensors(model_name_or_path, **hub)
         check_tokenizer(model_name_or_path, **hub)
-        model: Any = weightless(config, task.removesuffix("-with-past"), dtype or torch.float32)
-        member = MEMBERS[config.model_type]
+        model: Any = weightless(config, task, dtype or torch.float32)
         if not config.architectures and member.text is None:
             _check_assumed(config, files)
         if model.can_generate():
