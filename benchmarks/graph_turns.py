@@ -20,37 +20,39 @@ DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(in
 
 
 class Graph:
-    """A session, a call of one token after `prompt` others, and a call of `prompt` tokens on empty caches."""
+    """A session with caches that have room for `length` tokens."""
 
-    def __init__(self, path: Path, threads: int, prompt: int) -> None:
+    def __init__(self, path: Path, threads: int, length: int, head_dim: int = 64) -> None:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads, options.log_severity_level = threads, 3
         self.session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         self.arrays: list[np.ndarray] = []  # they must outlive the bindings
-        caches = {x.name: self._empty(x, prompt + 1) for x in self.session.get_inputs() if x.name.startswith("past")}
-        self.decode = self._binding(1, prompt, caches)
-        self.prefill = self._binding(prompt, 0, caches)
+        self._head_dim = head_dim
+        self.caches = {x.name: self._empty(x, length) for x in self.session.get_inputs() if x.name.startswith("past")}
 
     def _empty(self, value: onnxruntime.NodeArg, length: int) -> np.ndarray:
-        shape = (1, *(axis if isinstance(axis, int) else length for axis in value.shape[1:]))
+        open_axes = {2: length, 3: self._head_dim}  # genai's builder declares neither
+        shape = (1, *(open_axes[i] if isinstance(axis, str) else axis for i, axis in enumerate(value.shape) if i))
         self.arrays.append(np.zeros(shape, DTYPES[value.type]))
         return self.arrays[-1]
 
-    def _binding(self, tokens: int, past: int, caches: dict[str, np.ndarray]) -> onnxruntime.IOBinding:
+    def call(self, tokens: int, past: int) -> onnxruntime.IOBinding:
+        """A call of so many tokens after `past` others."""
         columns = np.arange(past + tokens, dtype=np.int64)
         values = {
             "input_ids": np.ones((1, tokens), np.int64),
             "attention_mask": np.ones((1, past + tokens), np.int64),
             "position_ids": columns[None, past:],
             "num_logits_to_keep": np.array(1, np.int64),
-            **caches,
+            **self.caches,
         }
         binding = self.session.io_binding()
         for value in (*self.session.get_inputs(), *self.session.get_overridable_initializers()):
             self._bind(binding.bind_input, value.name, values[value.name])
         presents = [value for value in self.session.get_outputs() if value.name.startswith("present")]
-        for value, before in zip(presents, caches.values(), strict=True):
-            self._bind(binding.bind_output, value.name, before if before.ndim == 4 else np.zeros_like(before))
+        grows = {value.name: len(value.shape) == 4 and not isinstance(value.shape[2], int) for value in presents}
+        for value, before in zip(presents, self.caches.values(), strict=True):
+            self._bind(binding.bind_output, value.name, before if grows[value.name] else np.zeros_like(before))
         logits = self.session.get_outputs()[0]
         self._bind(binding.bind_output, logits.name, np.zeros((1, 1, logits.shape[2]), DTYPES[logits.type]))
         return binding
@@ -59,8 +61,8 @@ class Graph:
         self.arrays.append(array)
         bind(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
 
-    def milliseconds(self, binding: onnxruntime.IOBinding, calls: int) -> float:
-        """The median time of a call."""
+    def milliseconds(self, binding: onnxruntime.IOBinding, calls: int = 1) -> float:
+        """The median time of a call, which is made so many times."""
         times = []
         for _ in range(calls):
             start = time.perf_counter()
@@ -79,17 +81,21 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--prefill-rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--head-dim", type=int, default=64, help="where a graph does not declare it")
     args = parser.parse_args()
-    graphs = [Graph(path, args.threads, args.prompt) for path in args.graphs]
-    for kind, rounds, calls in (("decode", args.rounds, args.steps), ("prefill", args.prefill_rounds, 1)):
+    graphs = [Graph(path, args.threads, args.prompt + 1, args.head_dim) for path in args.graphs]
+    decode, prefill = (1, args.prompt), (args.prompt, 0)
+    turns_of = (("decode", decode, args.rounds, args.steps), ("prefill", prefill, args.prefill_rounds, 1))
+    for kind, call, rounds, calls in turns_of:
         if not rounds:
             continue
-        for graph in graphs:
-            graph.milliseconds(getattr(graph, kind), calls)
+        bound = [graph.call(*call) for graph in graphs]
+        for graph, binding in zip(graphs, bound, strict=True):
+            graph.milliseconds(binding, calls)
         turns = []
         for number in range(rounds):  # who goes first changes
             order = [(number + i) % len(graphs) for i in range(len(graphs))]
-            times = {i: graphs[i].milliseconds(getattr(graphs[i], kind), calls) for i in order}
+            times = {i: graphs[i].milliseconds(bound[i], calls) for i in order}
             turns.append([times[i] for i in range(len(graphs))])
         print(f"{kind}, {rounds} rounds: ms (median, lowest), ratio (quartiles)")
         for path, own in zip(args.graphs, zip(*turns, strict=True), strict=True):

@@ -1,8 +1,9 @@
-"""Measure the choices for quantised weights and KV caches: `python -m benchmarks.quantization quality|speed|cache`.
+"""Measure the choices for quantised weights: `python -m benchmarks.quantization quality|parts|speed|cache`.
 
 `quality` quantises the trained checkpoint's weights in several ways and compares each result with the checkpoint. The
-activations stay in float. `speed` exports the shape of LFM2-350M with several block sizes and runs the graphs in turn.
-`cache` quantises the KV cache with more and less headroom, and compares each file with the export it was made of.
+activations stay in float. `parts` does so too: of the q4 weights, one kind of layer at a time has 8 bits. `speed`
+exports the shape of LFM2-350M with several block sizes and runs the graphs in turn. `cache` quantises the KV cache with
+more and less headroom, and compares each file with the export it was made of.
 """
 
 from __future__ import annotations
@@ -11,13 +12,15 @@ import argparse
 import shutil
 import statistics
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
-from transformers import Lfm2ForCausalLM
+from transformers import AutoModelForCausalLM
 
 from benchmarks.checkpoint import random_checkpoint
 from benchmarks.systems import loop
@@ -123,13 +126,53 @@ def _cells(scheme: Scheme) -> str:
 
 @torch.no_grad()
 def _round_checkpoint(folder: Path, method: Method, scheme: Scheme) -> None:
-    model = Lfm2ForCausalLM.from_pretrained(DEMO / "checkpoint", dtype=torch.float32)
-    embedding = model.get_input_embeddings().weight  # the head is tied to it
-    embedding.copy_(_by_blocks(embedding, scheme.table, method))
-    for module in model.modules():
-        if isinstance(module, torch.nn.Linear) and module.weight is not embedding:
-            module.weight.copy_(_by_blocks(module.weight, scheme.linear, method))
+    model = AutoModelForCausalLM.from_pretrained(DEMO / "checkpoint", dtype=torch.float32)
+    linears = (module for module in model.base_model.layers.modules() if isinstance(module, torch.nn.Linear))
+    _round(model, scheme.table, method, dict.fromkeys(linears, scheme.linear))
     model.save_pretrained(folder)
+
+
+def _round(model: Any, table: Blocks, method: Method, linears: Mapping[torch.nn.Module, Blocks]) -> None:
+    embedding = model.get_input_embeddings().weight  # the head is tied to it
+    embedding.copy_(_by_blocks(embedding, table, method))
+    for module, blocks in linears.items():
+        module.weight.copy_(_by_blocks(module.weight, blocks, method))
+
+
+# The linear layers of the decoder by what they are for, as their names begin and end in `model.layers.N`.
+PARTS = {
+    "none": (),
+    "convolutions": ("conv.in_proj", "conv.out_proj"),
+    "queries, keys and values": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "values": ("self_attn.v_proj",),
+    "gates of heads": ("self_attn.g_proj",),
+    "outputs of attention": ("self_attn.o_proj", "self_attn.out_proj"),
+    "w1 and w3": ("feed_forward.w1", "feed_forward.w3"),
+    "w2": ("feed_forward.w2",),
+}
+
+
+@torch.no_grad()
+def parts(checkpoint: Path, text: Path) -> None:
+    """Print the table of `parts`."""
+    wide = replace(SCHEMES["q4"].linear, bits=8)
+    print("| in 8 bits | size of the decoder | mean KL divergence | same top token |\n| --- | --- | --- | --- |")
+    variants = [(label, part, SCHEMES["q4"]) for label, part in PARTS.items()]
+    variants.append(("none, and the table in 4 bits", (), SCHEMES["q4s"]))
+    for label, part, scheme in variants:
+        model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+        linears = {n: m for n, m in model.base_model.layers.named_modules() if isinstance(m, torch.nn.Linear)}
+        if part and not any(name.endswith(part) for name in linears):
+            continue  # a kind that this member lacks
+        blocks = {name: wide if part and name.endswith(part) else scheme.linear for name in linears}
+        _round(model, scheme.table, ours, {module: blocks[name] for name, module in linears.items()})
+        size = sum(module.weight.numel() * blocks[name].bits for name, module in linears.items())
+        least = sum(module.weight.numel() * 4 for module in linears.values())
+        with tempfile.TemporaryDirectory() as folder:
+            model.save_pretrained(folder)
+            found = evaluate(folder, checkpoint, text)
+        divergence = f"{found.kl_divergence:.6f} ± {found.kl_divergence_error:.6f}"
+        print(f"| {label} | {size / least:.0%} | {divergence} | {found.top1_agreement:.2%} |", flush=True)
 
 
 def _by_blocks(weight: torch.Tensor, blocks: Blocks, method: Method) -> torch.Tensor:
@@ -185,7 +228,9 @@ def _export(checkpoint: Path, folder: Path, scheme: Scheme) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("quality", "speed", "cache"))
+    parser.add_argument("what", choices=("quality", "parts", "speed", "cache"))
+    parser.add_argument("--checkpoint", type=Path, default=DEMO / "checkpoint", help="of `parts`: a trained one")
+    parser.add_argument("--text", type=Path, default=DEMO / "heldout.txt", help="of `parts`, in UTF-8")
     parser.add_argument(
         "--work", type=Path, default=Path(".benchmarks"), help="folder for the models of `speed` (3 GB)"
     )
@@ -194,6 +239,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.what == "quality":
         quality()
+    elif args.what == "parts":
+        parts(args.checkpoint, args.text)
     elif args.what == "cache":
         cache()
     else:

@@ -41,7 +41,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--threads", type=int, default=2, help="for every system")
     chats = "tokens of a prompt and tokens after it; may be several (default: 512:48 4096:24)"
     add("--chats", type=_chat, nargs="+", default=[Chat(512, 48), Chat(4096, 24)], metavar="PROMPT:NEW", help=chats)
-    add("--loads", type=int, default=3, help="fresh processes for the time to load and the memory")
+    add("--loads", type=int, default=3, help="fresh processes for the time to load and the memory; 0 for none")
     quality = "chunks of 256 tokens on which the KL divergence of the demo checkpoint is measured; 0 for none"
     add("--quality", type=int, default=8, help=quality)
     long_prompt = f"tokens whose memory is measured on {' and '.join(LONG_PROMPT_SYSTEMS)}; 0 for none"
@@ -50,8 +50,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--python", type=_interpreter, action="append", default=[], metavar="PACKAGE=PATH", help=python)
     add("--write-docs", action="store_true", help="put the table into docs/performance.md, and the PNG beside it")
     args = parser.parse_args(argv)
-    if min(args.rounds, args.loads, args.threads) < 1:
-        parser.error("--rounds, --loads and --threads must be 1 at least")
+    if min(args.rounds, args.loads + 1, args.threads) < 1:
+        parser.error("--rounds and --threads must be 1 at least, and --loads 0")
     if args.checkpoint and args.shape != SHAPES[0]:
         parser.error("--checkpoint has a shape of its own: leave --shape out")
     if args.layers is not None and (args.layers < 1 or args.shape != "lfm2-8b-a1b"):

@@ -13,7 +13,7 @@ import optimum.exporters.onnx.__main__  # registers Optimum's own configs, which
 from optimum_lfm2.configs import Lfm2OnnxConfig
 from optimum_lfm2.vision_configs import Lfm2VlOnnxConfig, in_parts
 from optimum_lfm2.export.loading import Lfm2TasksManager, is_ours
-from optimum_lfm2.export.options import heeding_variant
+from optimum_lfm2.export.options import heeding_options
 from optimum_lfm2.export.validation import validated
 from optimum_lfm2.families import MEMBERS, MODEL_TYPES
 from optimum_lfm2.dispatch import dispatch
@@ -21,13 +21,13 @@ from optimum_lfm2.modeling import ORTLfm2ForCausalLM
 from optimum_lfm2.vision_modeling import ORTLfm2VlForConditionalGeneration
 
 
-TASKS = ("text-generation", "text-generation-with-past", "feature-extraction", "feature-extraction-with-past")
-PARTS_TASKS = ("image-text-to-text",)
-for _model_type, _member in MEMBERS.items():
-    _config, _tasks = (Lfm2OnnxConfig, TASKS) if _member.text is None else (Lfm2VlOnnxConfig, PARTS_TASKS)
-    TasksManager.create_register("onnx", overwrite_existing=True)(_model_type, *_tasks)(_config)
+for _member in MEMBERS:
+    for _name in (_member.export_type,) if _member.export_type else _member.model_types:
+        TasksManager.create_register("onnx", overwrite_existing=True)(_name, *_member.tasks)(
+            Lfm2OnnxConfig if _member.text is None else Lfm2VlOnnxConfig
+        )
 optimum.exporters.onnx.__main__.TasksManager = Lfm2TasksManager
-optimum.exporters.onnx.__main__.onnx_export_from_model = heeding_variant(
+optimum.exporters.onnx.__main__.onnx_export_from_model = heeding_options(
     optimum.exporters.onnx.__main__.onnx_export_from_model
 )
 optimum.exporters.onnx.convert.validate_model_outputs = validated(

@@ -68,9 +68,19 @@ class CacheTensor:
         """Whether axis 2 grows with the sequence. It does for keys and values; a conv state has a fixed width."""
         return self.kind != CONV and self.axes[1] is GROWS
 
+    @property
+    def columns(self) -> str:
+        """The name of the output for the columns that a call adds to a state. Only some graphs have it."""
+        return self.present.replace("present", "columns", 1)
+
     def shape(self, length: int | str) -> tuple[int | str, ...]:
         """Return the whole shape, batch axis included; `length` is the size or symbol of the axis that grows."""
         return (BATCH, *(length if size is GROWS else size for size in self.axes))
+
+    def columns_shape(self, new: int | str) -> tuple[int | str, ...]:
+        """Return the shape of `columns`, batch axis included, for so many new tokens."""
+        width, _, *rest = self.shape(new)[1:]
+        return (BATCH, width, new, *rest)
 
 
 # The naming conventions in use. They differ only in the names of a conv state's input and output.

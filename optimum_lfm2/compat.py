@@ -9,6 +9,7 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from functools import wraps
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
+from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING, get_tokenizer_config
@@ -37,8 +39,12 @@ Caches = Sequence[tuple[torch.Tensor, ...]]
 TRANSFORMERS_5 = int(transformers.__version__.split(".")[0]) >= 5
 # The name of the cache among a forward's arguments and outputs. transformers 5.24 renamed it. Goes with 5.23.
 CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+# Whether `Cache.crop` takes the number of tokens to remove, and 0 means none; that of 4.57 takes a length. Goes with 4.
+CROPS_BY_NUMBER = "tokens_to_remove" in signature(Cache.crop).parameters
 # Whether a forward over a filled cache takes several new tokens; that of 4.57 takes one. Goes with transformers 4.
 CONTINUES_WITH_SEVERAL_TOKENS = TRANSFORMERS_5
+# Whether transformers' forward takes `cache_position`. Goes with transformers 4.
+HEEDS_CACHE_POSITION = not TRANSFORMERS_5
 TOKENIZER_CONFIG = "tokenizer_config.json"
 TOKENIZER_CLASS_OF_5 = "TokenizersBackend"
 CHAT_TEMPLATE = "chat_template.jinja"

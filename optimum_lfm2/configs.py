@@ -31,12 +31,13 @@ from optimum_lfm2.export.finish import bind
 from optimum_lfm2.export.model_kwargs import ExportOptions
 from optimum_lfm2.export.patcher import GraphPatcher, Lfm2ModelPatcher
 from optimum_lfm2.export.validation import validate
-from optimum_lfm2.families import MEMBERS
+from optimum_lfm2.families import member_of
 from optimum_lfm2.genai_config import write_genai_config
 from optimum_lfm2.graph import ops
 from optimum_lfm2.graph.member import Member
 from optimum_lfm2.metadata import ANY_PADDING, IN_PLACE
 from optimum_lfm2.weights.blocks import SCHEMES, Scheme
+from optimum_lfm2.weights.modules import copy_modules
 
 
 Shapes = dict[str, tuple[int | str, ...] | None]
@@ -46,13 +47,15 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 
 
 class Lfm2OnnxConfig(TextDecoderOnnxConfig):
-    """The configuration of every member of the family, for `text-generation` and `feature-extraction`.
+    """The configuration of every member of the family.
 
-    Each task has a form with past and one without.
+    A decoder's tasks are `text-generation` and `feature-extraction`, each with past and without. An encoder's tasks are
+    those of its heads; it has no past.
 
     Inputs: `input_ids`, `attention_mask`, the caches in layer order, and for text-generation `num_logits_to_keep`.
-    Outputs: `logits` or `last_hidden_state`, then the present caches in the same order. `input_shapes` and
-    `output_shapes` give the shapes. Ids and masks are int64, everything else is of the dtype `float_dtype`.
+    Outputs: `logits` or `last_hidden_state`, then the present caches in the same order, then on request the columns
+    that the call adds to states. `input_shapes` and `output_shapes` give the shapes. Ids and masks are int64, all
+    else is of the dtype `float_dtype`.
     """
 
     NORMALIZED_CONFIG_CLASS = NormalizedTextConfig
@@ -75,7 +78,8 @@ class Lfm2OnnxConfig(TextDecoderOnnxConfig):
     @property
     def member(self) -> Member:
         """The record of the family member that the model belongs to."""
-        return MEMBERS[self._config.model_type]
+        member = member_of(self._config)
+        return member.growing or member if self._options.sliding_cache == "growing" else member
 
     @property
     def MIN_TRANSFORMERS_VERSION(self) -> version.Version:  # noqa: N802  Optimum's name
@@ -121,6 +125,11 @@ class Lfm2OnnxConfig(TextDecoderOnnxConfig):
         return self._options.cache_names
 
     @property
+    def gives_columns(self) -> bool:
+        """Whether the graph has outputs for the columns that a call adds to states."""
+        return self.use_past and self._options.rollback == "columns"
+
+    @property
     def weights(self) -> Mapping[str, torch.Tensor]:
         """Each parameter by its name in the checkpoint. It is empty until `patch_model_for_export` has the model."""
         return self._weights
@@ -143,10 +152,19 @@ class Lfm2OnnxConfig(TextDecoderOnnxConfig):
             Lfm2Error: the options are wrong, or the weights cannot be quantised as the variant says.
         """
         given = {name: value for name, value in (model_kwargs or {}).items() if name != "logits_to_keep"}
-        options = ExportOptions.read(given)
+        options = ExportOptions.read(given, quantized=self.variant in SCHEMES, encodes=self.member.encodes)
         if "num_logits_to_keep" in given and self.task != "text-generation":
             raise Lfm2Error(
                 f"--model-kwargs: num_logits_to_keep is no input of a graph for {self.task}. Leave the option out."
+            )
+        if "sliding_cache" in given and member_of(self._config).growing is None:
+            raise Lfm2Error(
+                f"--model-kwargs: {self._config.model_type} has no sliding attention. Leave sliding_cache out."
+            )
+        if options.rollback == "columns" and not self.use_past:
+            raise Lfm2Error(
+                f"--model-kwargs: rollback takes tokens back from a cache, and a graph for {self.task} has none. "
+                f"Use --task {self.task}-with-past."
             )
         self._options = options
         if self.scheme is not None:
@@ -201,12 +219,16 @@ class Lfm2OnnxConfig(TextDecoderOnnxConfig):
 
     def output_shapes(self) -> Shapes:
         """Return the shape of each output, in order. A symbol stands for an axis that varies."""
+        if head := self.member.heads.get(self.task):
+            return {head.output: (BATCH, *head.axes(self._config))}
         if self.task == "text-generation":
             shapes: Shapes = {"logits": (BATCH, "num_logits", self._config.vocab_size)}
         else:
             shapes = {"last_hidden_state": (BATCH, SEQUENCE, self._config.hidden_size)}
         if self.use_past:
             shapes |= {tensor.present: tensor.shape(TOTAL) for tensor in self.cache_tensors}
+        if self.gives_columns:
+            shapes |= {state.columns: state.columns_shape(SEQUENCE) for state in self.cache_tensors if not state.grows}
         return shapes
 
     def metadata(self) -> dict[str, str]:
@@ -216,7 +238,7 @@ class Lfm2OnnxConfig(TextDecoderOnnxConfig):
         buffer, so such a graph cannot write keys and values in place.
         """
         in_place = head_dim(self._config) % ops.HEAD_DIM_MULTIPLE == 0
-        return {ANY_PADDING: "true", IN_PLACE: str(in_place).lower()}
+        return {ANY_PADDING: "true"} | ({} if self.member.encodes else {IN_PLACE: str(in_place).lower()})
 
     def ordered_inputs(self, model: Any) -> dict[str, dict[int, str]]:
         """Return the inputs as declared. The patched model's forward takes them in this order."""
@@ -318,11 +340,15 @@ class Lfm2OnnxConfig(TextDecoderOnnxConfig):
     def post_process_exported_models(self, path: Path, models_and_onnx_configs: dict, onnx_files_subpaths: list[str]):
         """Make the tokenizer's files readable for every runtime, and write `genai_config.json`.
 
+        An encoder gets the files of sentence-transformers that its checkpoint has.
+
         Optimum would look for tied weights here. The file has one tensor for them already.
         """
         compat.spell_tokenizer_for_both(Path(path))
         compat.repeat_chat_template(Path(path))
-        ((_, config),) = models_and_onnx_configs.values()  # it has read --model-kwargs
+        ((model, config),) = models_and_onnx_configs.values()  # it has read --model-kwargs
+        if source := getattr(model, "source", None):
+            copy_modules(source.modules, Path(path))
         if config.task == "text-generation" and config.use_past:
             write_genai_config(Path(path), onnx_files_subpaths[0], config._config, config.cache_tensors)
         return models_and_onnx_configs, onnx_files_subpaths

@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from optimum_lfm2.errors import Lfm2Error
+
 
 @dataclass(frozen=True)
 class Field:
@@ -59,3 +61,8 @@ FLAG = Field(bool)
 POSITIVE = Field(float, 1e-30, 1e30)
 TOKEN = Field(int, -1, 2**31 - 1, optional=True)
 NUMBER_TYPES = ("float32", "float16", "bfloat16", "float64")
+
+
+def contradiction(name: str, one: str, other: str) -> Lfm2Error:
+    """The error for two fields of the file `name` that cannot both be right."""
+    return Lfm2Error(f"{name} contradicts itself: {one}, but {other}. Correct it, or copy the file again.")

@@ -7,7 +7,7 @@ loading such a folder reads the model's configuration from this file.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +18,14 @@ from transformers import Lfm2Config, PretrainedConfig
 from optimum_lfm2.caches import CONV, CacheTensor, head_dim
 from optimum_lfm2.errors import Lfm2Error, read_object
 from optimum_lfm2.export.config_check import check_fields
-from optimum_lfm2.families import MEMBERS
+from optimum_lfm2.families import member_of
 from optimum_lfm2.graph.editing import graph_cache_tensors
 
 
 GENAI_CONFIG = "genai_config.json"
 TOKENIZER = "tokenizer.json"
 LAYER = "%d"
+FULL_ATTENTION = "full_attention"
 MODEL_TYPE = "lfm2"
 # The operator that onnxruntime-genai's builder writes (0.18; onnxruntime has it since 1.25.1). Its conv state has
 # `conv_L_cache - 1` columns, one less than transformers keeps (tests/interop/test_others.py).
@@ -41,10 +42,11 @@ def write_genai_config(folder: Path, filename: str, config: PretrainedConfig, ca
         caches: the graph's cache tensors.
 
     Returns:
-        Whether the file was written. It is not written without a tokenizer, nor for a model that onnxruntime-genai
-        does not support.
+        Whether the file was written. It is not written without a tokenizer, nor for a model or for caches that
+        onnxruntime-genai does not support.
     """
-    if MEMBERS[config.model_type].genai_type is None or not (folder / TOKENIZER).is_file():
+    caches = list(caches)
+    if member_of(config).with_caches(caches).genai_type is None or not (folder / TOKENIZER).is_file():
         return False
     generation = _read(folder / "generation_config.json")
     text = json.dumps(genai_config(filename, config, caches, generation), indent=2) + "\n"
@@ -53,7 +55,7 @@ def write_genai_config(folder: Path, filename: str, config: PretrainedConfig, ca
 
 
 def genai_config(
-    filename: str, config: PretrainedConfig, caches: Iterable[CacheTensor], generation: Mapping[str, Any]
+    filename: str, config: PretrainedConfig, caches: Sequence[CacheTensor], generation: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Build the contents of `genai_config.json`.
 
@@ -69,6 +71,7 @@ def genai_config(
     """
     past: dict[str, str] = {}
     present: dict[str, str] = {}
+    growing = {tensor.layer for tensor in caches if tensor.grows}
     for tensor in caches:
         past[f"past_{tensor.kind}_names"] = _template(tensor.past, tensor.layer)
         present[f"present_{tensor.kind}_names"] = _template(tensor.present, tensor.layer)
@@ -81,7 +84,7 @@ def genai_config(
     if pad is None:
         pad = eos[0] if isinstance(eos, list) else eos
     model: dict[str, Any] = {
-        "type": MEMBERS[config.model_type].genai_type,
+        "type": member_of(config).with_caches(caches).genai_type,
         "bos_token_id": token("bos_token_id"),
         "eos_token_id": eos,
         "pad_token_id": pad,
@@ -95,7 +98,8 @@ def genai_config(
             "num_attention_heads": config.num_attention_heads,
             "num_key_value_heads": config.num_key_value_heads,
             "num_hidden_layers": config.num_hidden_layers,
-            "layer_types": list(config.layer_types),
+            # By what a layer keeps: all that onnxruntime-genai wants to know is which inputs it has.
+            "layer_types": [FULL_ATTENTION if layer in growing else CONV for layer in range(config.num_hidden_layers)],
             "inputs": {"input_ids": "input_ids", "attention_mask": "attention_mask", **past},
             "outputs": {"logits": "logits", **present},
         },

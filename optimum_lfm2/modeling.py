@@ -18,7 +18,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from optimum_lfm2 import compat
 from optimum_lfm2.errors import Lfm2Error
-from optimum_lfm2.runtime.arguments import check_ids, check_positions, is_empty
+from optimum_lfm2.runtime.arguments import check_columns, check_ids, check_kept, check_positions, is_empty, one_cache
+from optimum_lfm2.runtime.assisted import AssistedGeneration
 from optimum_lfm2.runtime.cache import Lfm2Cache
 from optimum_lfm2.runtime.files import FileIdentity, generation_config_of, only_file, refused_graphs
 from optimum_lfm2.runtime.layout import GraphLayout
@@ -32,7 +33,7 @@ PREALLOCATED = 32768  # columns at most, which take no memory before they are us
 WARNINGS_OFF = 3  # onnxruntime's severity "error": its warnings at load are about choices that were made on purpose
 
 
-class ORTLfm2ForCausalLM(compat.GenerationWithoutExperts, ORTModelForCausalLM):
+class ORTLfm2ForCausalLM(AssistedGeneration, compat.GenerationWithoutExperts, ORTModelForCausalLM):
     """LFM2 with a language modeling head on ONNX Runtime.
 
     `ORTModelForCausalLM.from_pretrained` returns this class for an LFM2 folder once `optimum_lfm2` is imported. It
@@ -95,8 +96,8 @@ class ORTLfm2ForCausalLM(compat.GenerationWithoutExperts, ORTModelForCausalLM):
 
         Args:
             input_ids: integers (batch_size, sequence_length): the new tokens alone if there is a cache.
-            attention_mask: int64 (batch_size, cached + sequence_length). A 0 hides a token wherever it is. The mask
-                alone decides positions, and `position_ids` that contradict it are refused.
+            attention_mask: int64 (batch_size, cached + sequence_length). A 0 hides a token wherever it is, anything
+                else shows it. The mask alone decides positions, and `position_ids` that contradict it are refused.
             past_key_values: the cache of an earlier call. The call changes it and returns it.
             use_cache: whether to return a cache; by default what the config says.
             logits_to_keep: the logits of the last so many tokens only (0: all), or of the tokens at these indices.
@@ -112,7 +113,7 @@ class ORTLfm2ForCausalLM(compat.GenerationWithoutExperts, ORTModelForCausalLM):
                 cache, or an argument that an exported graph cannot honour.
         """
         self._refuse(kwargs)
-        cache = past_key_values if cache is None else cache
+        cache = one_cache(past_key_values, cache)
         if cache is not None and not isinstance(cache, Lfm2Cache):
             raise Lfm2Error(
                 f"The cache is a {type(cache).__name__}; this model continues only the cache that it "
@@ -125,6 +126,9 @@ class ORTLfm2ForCausalLM(compat.GenerationWithoutExperts, ORTModelForCausalLM):
             )
         attention_mask = self._checked(input_ids, attention_mask, cache)
         check_positions(kwargs.get("position_ids"), attention_mask, input_ids.shape[1])
+        if compat.HEEDS_CACHE_POSITION:
+            check_columns(kwargs.get("cache_position"), attention_mask.shape[1], input_ids.shape[1])
+        check_kept(logits_to_keep)
         input_ids, rows = self._enter(input_ids.to(torch.int64), kwargs)
 
         if cache is None and self.can_use_cache:
@@ -149,7 +153,7 @@ class ORTLfm2ForCausalLM(compat.GenerationWithoutExperts, ORTModelForCausalLM):
     def _checked(self, ids: torch.Tensor, mask: torch.Tensor | None, cache: Lfm2Cache | None) -> torch.Tensor:
         """Check the arguments as `forward` promises, and return the attention mask as int64."""
         check_ids(ids)
-        past = 0 if cache is None else cache.length
+        past = 0 if cache is None else cache.get_seq_length()
         batch, length = ids.shape[0], past + ids.shape[1]
         least, most = map(int, ids.aminmax())
         if least < 0 or most >= self._text_config.vocab_size:
@@ -159,7 +163,8 @@ class ORTLfm2ForCausalLM(compat.GenerationWithoutExperts, ORTModelForCausalLM):
             )
         if cache is not None and cache.batch_size != batch:
             raise Lfm2Error(f"input_ids has {batch} rows, but the cache has {cache.batch_size}.")
-        if ids.shape[1] > 1 and length > self._text_config.max_position_embeddings:
+        prompt = past == 0 or cache.recording is None  # candidates go beyond the limit as single tokens do
+        if prompt and ids.shape[1] > 1 and length > self._text_config.max_position_embeddings:
             raise Lfm2Error(
                 f"The prompt has {length} tokens; the model takes {self._text_config.max_position_embeddings} "
                 "(max_position_embeddings in config.json). Shorten it."
@@ -171,7 +176,7 @@ class ORTLfm2ForCausalLM(compat.GenerationWithoutExperts, ORTModelForCausalLM):
                 f"attention_mask has the shape {tuple(mask.shape)}; it needs {(batch, length)}: a column for each of "
                 f"the {past} cached and {ids.shape[1]} new tokens."
             )
-        return mask.to(torch.int64)
+        return (mask != 0).to(torch.int64)
 
     def _refuse(self, kwargs: dict[str, Any]) -> None:
         for name in ("inputs_embeds", "labels"):
@@ -193,7 +198,7 @@ class ORTLfm2ForCausalLM(compat.GenerationWithoutExperts, ORTModelForCausalLM):
         """
         kwargs |= dict(zip(signature(super().generate).parameters, args, strict=False))
         past, cache = (kwargs.pop(name, None) for name in ("past_key_values", "cache"))
-        cache = past if cache is None else cache
+        cache = one_cache(past, cache)
         if cache is not None and not is_empty(cache):
             kwargs[compat.CACHE] = cache
         for name in ("inputs", "input_ids"):
@@ -216,10 +221,9 @@ class ORTLfm2ForCausalLM(compat.GenerationWithoutExperts, ORTModelForCausalLM):
         *_: Any,
     ) -> None:
         if generation_mode == GenerationMode.ASSISTED_GENERATION:
-            raise Lfm2Error(
-                "Assisted generation takes tokens back, and LFM2's convolution states cannot be undone. Leave it out."
-            )
-        if generation_config.cache_implementation not in (None, "dynamic"):
+            self._check_assisted(generation_config)
+        # transformers 4.57 asks a drafting model for the last one.
+        if generation_config.cache_implementation not in (None, "dynamic", "dynamic_full"):
             raise Lfm2Error(
                 f'cache_implementation="{generation_config.cache_implementation}" cannot be honoured: the exported '
                 "graph has one kind of cache. Leave it out."
@@ -236,7 +240,9 @@ class ORTLfm2ForCausalLM(compat.GenerationWithoutExperts, ORTModelForCausalLM):
         rows = batch_size * max(generation_config.num_beams, generation_config.num_return_sequences)
         capacity, cache = min(max_cache_length, PREALLOCATED), model_kwargs.get(compat.CACHE)
         if cache is None:
-            model_kwargs[compat.CACHE] = self._graph.new_cache(rows, capacity)
+            cache = model_kwargs[compat.CACHE] = self._graph.new_cache(rows, capacity)
+            if generation_config.is_assistant:  # the model that it drafts for takes back what it does not accept
+                cache.activate_past_recording()
         elif isinstance(cache, Lfm2Cache):
             self._graph.make_room(cache, capacity)
 
@@ -256,7 +262,7 @@ class ORTLfm2ForCausalLM(compat.GenerationWithoutExperts, ORTModelForCausalLM):
         if cache is not None:
             # The mask counts all tokens; the ids may be all of them or the new ones alone.
             length = (input_ids if attention_mask is None else attention_mask).shape[1]
-            input_ids = input_ids[:, cache.length - length :]
+            input_ids = input_ids[:, cache.get_seq_length() - length :]
         return {
             "input_ids": input_ids,
             compat.CACHE: cache,

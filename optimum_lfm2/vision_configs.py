@@ -26,7 +26,7 @@ from optimum_lfm2.export.model_kwargs import ExportOptions
 from optimum_lfm2.export.patcher import DecoderPatcher, EmbeddingPatcher, GraphPatcher, VisionPatcher
 from optimum_lfm2.export.vision_validation import sample_pictures, validate_embedding, validate_vision
 from optimum_lfm2.runtime.parts import DECODER, EMBEDDING, ONNX_FOLDER, VISION
-from optimum_lfm2.weights.blocks import VISION_SCHEME, Scheme
+from optimum_lfm2.weights.blocks import SCHEMES, VISION_SCHEME, Scheme
 from optimum_lfm2.weights.checkpoint import stored_tensors
 from optimum_lfm2.weights.companions import write_processor
 
@@ -49,7 +49,7 @@ class _PartOnnxConfig(Lfm2OnnxConfig):
 
     def patch_model_for_export(self, model: Any, model_kwargs: dict[str, Any] | None = None) -> GraphPatcher:
         given = {name: value for name, value in (model_kwargs or {}).items() if name != "logits_to_keep"}
-        self._options = ExportOptions.read(given)
+        self._options = ExportOptions.read(given, quantized=self.variant in SCHEMES, encodes=False)
         patcher = self._MODEL_PATCHER(self, model, model_kwargs)
         self._weights = patcher.weights
         return patcher

@@ -14,10 +14,11 @@ from optimum.onnxruntime.modeling import ORTModel
 from optimum.onnxruntime.utils import prepare_providers_and_provider_options
 from optimum.utils.file_utils import find_files_matching_pattern
 from transformers import AutoModelForImageTextToText, GenerationConfig, GenerationMixin, PretrainedConfig
+from transformers.generation import GenerationMode
 
 from optimum_lfm2 import compat
 from optimum_lfm2.errors import Lfm2Error
-from optimum_lfm2.families import MEMBERS
+from optimum_lfm2.families import MODEL_TYPES, member_of
 from optimum_lfm2.modeling import WARNINGS_OFF, ORTLfm2ForCausalLM
 from optimum_lfm2.runtime.arguments import check_ids, is_empty
 from optimum_lfm2.runtime.cache import Lfm2Cache
@@ -234,6 +235,8 @@ class ORTLfm2VlForConditionalGeneration(ORTLfm2ForCausalLM):
         self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any
     ) -> None:
         if "pictures" in model_kwargs:
+            if args and args[0] == GenerationMode.ASSISTED_GENERATION:
+                raise Lfm2Error("Assisted generation does not take pictures yet. Leave the assistant out.")
             # A chunk of ids would not say where in the prompt it is. `forward` reads long prompts in chunks of its own.
             generation_config.prefill_chunk_size = None
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
@@ -266,7 +269,7 @@ class ORTLfm2VlForConditionalGeneration(ORTLfm2ForCausalLM):
     def _save_pretrained(self, save_directory: str | Path) -> None:
         for part in (self, self._vision, self._embedding):
             part.save_session(Path(save_directory) / ONNX_FOLDER)
-        compat.spell_model_type(Path(save_directory), MEMBERS[self.config.model_type].model_type)
+        compat.spell_model_type(Path(save_directory), member_of(self.config).model_type)
 
     @classmethod
     def _export(cls, *args: Any, **kwargs: Any) -> ORTLfm2VlForConditionalGeneration:
@@ -287,8 +290,7 @@ class ORTLfm2VlForConditionalGeneration(ORTLfm2ForCausalLM):
         model_save_dir: str | Path | TemporaryDirectory | None = None,
         **kwargs: Any,
     ) -> ORTLfm2VlForConditionalGeneration:
-        member = MEMBERS.get(getattr(config, "model_type", None))
-        if member is None or member.text is None:
+        if getattr(config, "model_type", None) not in MODEL_TYPES or member_of(config).text is None:
             raise Lfm2Error(f"{model_id} is a model of text alone. Load it with ORTModelForCausalLM.")
         hub = {name: kwargs[name] for name in HUB if kwargs.get(name) is not None}
         where = {name: hub[name] for name in ("subfolder", "revision", "token") if name in hub}

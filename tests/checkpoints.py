@@ -10,7 +10,9 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from transformers import Lfm2Config, Lfm2ForCausalLM, PreTrainedModel
+from transformers import AutoConfig, Lfm2Config, Lfm2ForCausalLM, PreTrainedModel
+
+from optimum_lfm2.families.bidirectional import MODELS
 
 
 CONV, ATTENTION = "conv", "full_attention"
@@ -111,6 +113,59 @@ LFM3_CHECKPOINTS: dict[str, dict] = {
 CHECKPOINTS |= {name: LFM3 | options for name, options in LFM3_CHECKPOINTS.items()}
 
 
+# Encoders, on top of BASE. Each name begins with its task's class.
+ENCODERS: dict[str, dict] = {
+    "encoder": {},
+    "encoder_conv_width_5_and_bias": {"conv_L_cache": 5, "conv_bias": True},
+    "encoder_conv_width_4": {"conv_L_cache": 4, "hidden_size": 48, "num_key_value_heads": 1},
+    "encoder_full_attn_idxs": {
+        "layer_types": None,
+        "full_attn_idxs": [0, 3],
+        "block_auto_adjust_ff_dim": False,
+        "rope_theta": 500.0,
+    },
+    "masked_lm": {},
+    "masked_lm_untied": {"tie_word_embeddings": False, "conv_L_cache": 2},
+    "token_classifier": {"num_labels": 5},
+    "sequence_classifier": {"num_labels": 3},
+}
+ENCODER_TASKS = {"masked_lm": "fill-mask", "token": "token-classification", "sequence": "text-classification"}
+
+
+def encoder_task(name: str) -> str:
+    """Return the task of an encoder of the table."""
+    tasks = [task for start, task in ENCODER_TASKS.items() if name.startswith(start)]
+    return tasks[0] if tasks else "feature-extraction"
+
+
+def encoder_gold(folder: Path, task: str) -> PreTrainedModel:
+    """Load an encoder as validation's reference has it."""
+    model = MODELS[task](AutoConfig.from_pretrained(folder)).eval()
+    missing, unexpected = model.load_state_dict(load_file(folder / "model.safetensors"), strict=False)
+    assert set(missing) <= {"lm_head.weight"}
+    assert not unexpected
+    return model
+
+
+def make_encoder(name: str, folder: Path, **changes: object) -> Path:
+    """Save an encoder of the table under `folder`, with the spelling of classes that the vendor's checkpoints have."""
+    options, task, path = {**BASE, **ENCODERS[name], **changes}, encoder_task(name), folder / name
+    labels = options.pop("num_labels", 2)
+    torch.manual_seed(1)
+    model = MODELS[task](Lfm2Config(**options, num_labels=labels)).eval()
+    _vary(model)
+    config = model.config
+    config.architectures = [
+        {"token-classification": "Lfm2BidirP2ForTokenClassification"}.get(task, type(model).__name__)
+    ]
+    config.auto_map = {"AutoModel": "modeling_lfm2_bidirectional.Lfm2BidirectionalModel"}
+    config.save_pretrained(path)
+    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    tensors = {name: value.contiguous() for name, value in model.state_dict().items() if name not in tied}
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    return path
+
+
 def make_checkpoint(
     name: str, folder: Path, seed: int = 1, dtype: torch.dtype = torch.float32, **changes: object
 ) -> Path:
@@ -118,6 +173,13 @@ def make_checkpoint(
     options = {**BASE, **CHECKPOINTS[name], **changes}
     torch.manual_seed(seed)
     model = _model(name, options).eval()
+    _vary(model)
+    path = folder / name
+    model.to(dtype).save_pretrained(path)
+    return path
+
+
+def _vary(model: PreTrainedModel) -> None:
     for parameter_name, parameter in model.named_parameters():
         if "embed" in parameter_name or "lm_head" in parameter_name:
             torch.nn.init.normal_(parameter, std=0.1)
@@ -132,9 +194,6 @@ def make_checkpoint(
     for buffer_name, buffer in model.named_buffers():
         if buffer_name.endswith("expert_bias"):
             torch.nn.init.normal_(buffer, std=0.2)
-    path = folder / name
-    model.to(dtype).save_pretrained(path)
-    return path
 
 
 def _model(name: str, options: dict) -> PreTrainedModel:

@@ -11,9 +11,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test needs the Hub, and none may wait for it
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, wraps
 from pathlib import Path
+from typing import Any
 
+import onnxruntime
 import pytest
 import torch
 from checkpoints import make_checkpoint
@@ -24,7 +26,20 @@ from transformers.utils.logging import disable_progress_bar
 import optimum_lfm2  # noqa: F401
 
 
+def _one_thread(create: Callable[..., None]) -> Callable[..., None]:
+    """A second thread makes no tiny model faster: it spins, and takes a core from another worker of pytest-xdist."""
+
+    @wraps(create)
+    def init(self: Any, model: Any, sess_options: Any = None, *args: Any, **kwargs: Any) -> None:
+        sess_options = sess_options or onnxruntime.SessionOptions()
+        sess_options.intra_op_num_threads = sess_options.intra_op_num_threads or 1
+        create(self, model, sess_options, *args, **kwargs)
+
+    return init
+
+
 torch.set_num_threads(1)
+onnxruntime.InferenceSession.__init__ = _one_thread(onnxruntime.InferenceSession.__init__)
 disable_progress_bar()  # transformers 5 shows one for every checkpoint that a test saves
 
 TRAINED = Path(__file__).parent.parent / "demo" / "checkpoint"

@@ -14,6 +14,7 @@ Spoil = Callable[[Path], None]
 VALUES = (None, "seven", -1, 0, 10**9, 1e9, [], [1], True, {}, 0.5, "")
 GENAI = "genai_config.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
+NOTES = ("_from_model_config", "transformers_version")
 TEXTS = {"empty": "", "list": "[]", "null": "null", "object": "{}", "number": "7", "binary": "\ufffd\0"}
 
 
@@ -29,7 +30,8 @@ def mutations(checkpoint: Path) -> Iterator[tuple[str, Spoil]]:
             yield f"config.json {key}={value!r}", _json("config.json", _setting(key, value))
     generation = json.loads((checkpoint / "generation_config.json").read_text())
     for key in sorted({*generation, "temperature", "top_k", "do_sample"}):
-        for value in VALUES:
+        # Each value of a note, which nothing computes with, would be another right export.
+        for value in VALUES if key not in NOTES else VALUES[:2]:
             yield f"generation_config.json {key}={value!r}", _json("generation_config.json", _setting(key, value))
     for name in TOKENIZER_FILES:
         if (checkpoint / name).is_file():

@@ -11,14 +11,30 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import chunks, experts, graph_turns, kv_cache_bits, quantization, report, run, turns, worker
+from benchmarks import (
+    chunks,
+    experts,
+    graph_turns,
+    kv_cache_bits,
+    quantization,
+    report,
+    rounding,
+    run,
+    speculation,
+    turns,
+    windows,
+    worker,
+)
 from benchmarks.bench import Bench
 from benchmarks.checkpoint import add_tokenizer
 from benchmarks.systems import SYSTEMS
+from optimum_lfm2 import compat
 from optimum_lfm2.runtime import rows
 from optimum_lfm2.runtime.session import GraphSession
 from optimum_lfm2.weights.blocks import Blocks
 
+
+pytestmark = pytest.mark.once
 
 ROOT = Path(__file__).parent.parent
 OPTIONS = ["--rounds", "2", "--loads", "1", "--threads", "1", "--chats", "16:4", "40:3", "--quality", "2"]
@@ -208,6 +224,20 @@ def test_headroom_of_a_cache(monkeypatch, capsys):
         assert clipped > 3 * with_room > 0
 
 
+@pytest.mark.skipif("lfm3" in compat.STAND_INS, reason="this transformers has no lfm3")
+def test_a_layers_time_by_the_tokens_before_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(windows, "KINDS", ("sliding_attention",))
+    narrow = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
+    found = windows.times(tmp_path, [8, 40], rounds=2, threads=1, chunk=4, head_dim=16, sliding_window=4, **narrow)
+    calls = {call: (kind, times) for call, kind, times in found}
+    tokens = ["one token after 8", "one token after 40", "4 tokens after 8", "4 tokens after 40", "40 tokens at once"]
+    assert list(calls) == tokens
+    for kind, times in calls.values():
+        assert kind == "sliding_attention"
+        assert len(times) == 2
+        assert min(times) > 0
+
+
 def test_both_caches_in_turn(tmp_path, capsys):
     options = ["--lengths", "8", "40", "--rounds", "2", "--new", "2", "--threads", "1"]
     kv_cache_bits.main(["--checkpoint", str(ROOT / "demo" / "checkpoint"), "--work", str(tmp_path), *options])
@@ -233,6 +263,34 @@ def test_the_table_of_both_caches_has_medians_over_rounds():
         ["float", "40", "25.0 [25.0 to 25.0]", "0.50", "1.00"],
         ["8 bits", "40", "50.0 [25.0 to 100.0]", "1.00", "2.00"],
     ]
+
+
+def test_texts_of_candidates_right_and_wrong(tmp_path, capsys, monkeypatch):
+    """Every text is checked as it is measured."""
+    monkeypatch.setattr(speculation, "SHARES", (0.0, 0.8))
+    monkeypatch.setattr(speculation, "TOKENS", (1, 2))
+    options = ["--prompt", "48", "--new", "12", "--rounds", "1", "--threads", "1"]
+    speculation.main(["--checkpoint", str(ROOT / "demo" / "checkpoint"), "--work", str(tmp_path), *options])
+    rows = cells([line for line in capsys.readouterr().out.splitlines() if line.startswith("|")])
+    assert [row[0] for row in rows[2:]] == [
+        "plain",
+        *(f"{text}, {way}" for text in speculation.TEXTS for way in ("replay", "columns", "transformers' candidates")),
+        *(f"{share} right, {way}" for share in ("0%", "80%") for way in ("replay", "columns")),
+        "one call of",
+        "---",
+        "1 tokens",
+        "2 tokens",
+    ]
+
+
+def test_rounding_of_several_tokens(tmp_path, capsys, monkeypatch):
+    """In fp32 there is next to none; in q4 it is there, and less than that of the quantisation."""
+    monkeypatch.setattr(rounding, "SYSTEMS", ("ours-fp32", "ours-q4"))
+    rounding.main(["--work", str(tmp_path), "--chunks", "1", "--length", "32", "--tokens", "4"])
+    float_, four = cells(capsys.readouterr().out.splitlines()[2:])
+    assert float(float_[2]) < 1e-6
+    assert float_[4] == "0 of 1"
+    assert 0 <= float(four[2]) < float(four[1])
 
 
 def test_a_job_may_say_how_long_chunks_are(exported, monkeypatch):

@@ -65,6 +65,25 @@ def test_python_refuses_an_unknown_argument(checkpoint, tmp_path):
     main_export(str(checkpoint("hybrid")), tmp_path / "out", sequence_length=5, do_validation=False)
 
 
+@pytest.mark.parametrize(
+    ("option", "says"),
+    [
+        ({"opset": 17}, "18 to 20"),
+        ({"optimize": "O1"}, "--optimize"),
+        ({"no_dynamic_axes": True}, "grow its cache"),
+        ({"device": "cuda"}, "no GPU would help"),
+        ({"height": 3}, "no such axis"),
+        ({"sequence_length": 513}, "goes to 512"),
+        ({"atol": -1.0}, "a tolerance is a number"),
+    ],
+    ids=str,
+)
+def test_python_refuses_options_as_the_command_does(option, says, checkpoint, tmp_path):
+    with pytest.raises(Lfm2Error, match=says):
+        main_export(str(checkpoint("hybrid")), tmp_path / "out", **option)
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_export_while_loading_refuses_a_variant(checkpoint):
     with pytest.raises(Lfm2Error, match="variant"):
         ORTModelForCausalLM.from_pretrained(checkpoint("hybrid"), export=True, variant="q4")

@@ -70,10 +70,15 @@ def _each(
 VARIANTS = (
     ("fp32", "fp32", 32, 32), ("q8", "q8", 8, 8), ("q4", "q4, blocks of 128", 4, 8),
     ("q4-b32", "q4, blocks of 32", 4, 8), ("q4s", "q4s, blocks of 128", 4, 4),
-    ("q4-kv8", "q4, KV cache in 8 bits", 4, 8),
+    ("q4-kv8", "q4, KV cache in 8 bits", 4, 8), ("q4-columns", "q4, the columns of its states given", 4, 8),
 )  # fmt: skip
 OPTIMUM = ("optimum_lfm2", "optimum.onnxruntime")
 TORCH = ("torch", "transformers.models.lfm2.modeling_lfm2", "transformers.generation")
+
+
+def _transformers(precision: str, bits: int, head: int, dtype: str) -> Entry:
+    return Entry("transformers", precision, bits, head, None, "torch_", "transformers", TORCH, (("dtype", dtype),))
+
 
 _ours = _each("optimum-lfm2, generate()", "ours", "ours", "onnxruntime", OPTIMUM, "variant", VARIANTS)
 _loops = _each("optimum-lfm2, bare session loop", "loop", "loop", "onnxruntime", ("onnxruntime",), "variant", VARIANTS)
@@ -82,7 +87,9 @@ SYSTEMS: dict[str, Entry] = {
     **_ours,
     # The same files.
     **{name: replace(entry, files=entry.files.replace("loop", "ours")) for name, entry in _loops.items()},
-    "transformers-fp32": Entry("transformers", "fp32, sdpa", 32, 32, None, "torch_", "transformers", TORCH),
+    "transformers-fp32": _transformers("fp32, sdpa", 32, 32, "float32"),
+    # The smallest that it has without another library, so what our q4 replaces.
+    "transformers-bf16": _transformers("bf16, sdpa", 4, 16, "bfloat16"),
     **_each(
         "onnxruntime-genai", "genai", "genai", "onnxruntime-genai", ("onnxruntime_genai",), "precision",
         (

@@ -32,11 +32,11 @@ class System(base.System):
         self.kept = np.ones(1, np.int64)
         self.logits = np.empty(vocabulary, DTYPES[self.session.get_outputs()[0].type])
         self.caches = []
-        # Keys and values are updated in place. Conv states alternate between two buffers, so even and odd calls have a
-        # binding each.
+        # Keys and values that grow are updated in place. States alternate between two buffers, so even and odd calls
+        # have a binding each.
         self.bindings = [self.session.io_binding() for _ in range(2)]
         for value, present in zip(pasts, presents, strict=True):
-            grows = len(value.shape) == 4
+            grows = not isinstance(value.shape[2], int)
             shape = (1, value.shape[1], length, value.shape[3]) if grows else (1, *value.shape[1:])
             pair = [np.zeros(shape, DTYPES[value.type])]
             pair.append(pair[0] if grows else pair[0].copy())

@@ -15,8 +15,8 @@ def prepare(checkpoint: Path, folder: Path, variant: str) -> None:
     """Export the checkpoint.
 
     Args:
-        variant: fp32 or one of the export's; after it may come `-kv8`, for a KV cache in 8 bits, or `-b32`, for linear
-            layers in blocks of 32 as other systems have them.
+        variant: fp32 or one of the export's; after it may come `-kv8`, for a KV cache in 8 bits, `-b32`, for linear
+            layers in blocks of 32 as other systems have, or `-columns`, for a graph that gives the columns of states.
     """
     import optimum_lfm2  # noqa: F401  before anything of optimum: transformers 5 needs it so
 
@@ -31,7 +31,9 @@ def prepare(checkpoint: Path, folder: Path, variant: str) -> None:
     with patch.dict(SCHEMES):
         if change == "b32":
             SCHEMES[weights] = replace(SCHEMES[weights], linear=replace(SCHEMES[weights].linear, block_size=32))
-        main_export(str(checkpoint), folder, do_validation=False, _variant="default" if weights == "fp32" else weights)
+        options = {"model_kwargs": {"rollback": "columns"}} if change == "columns" else {}
+        name = "default" if weights == "fp32" else weights
+        main_export(str(checkpoint), folder, do_validation=False, _variant=name, **options)
     if change == "kv8":
         quantize_cache(folder, ROOT / "demo" / "heldout.txt", chunks=4)
 

@@ -10,13 +10,13 @@ from benchmarks.systems import base
 
 
 class System(base.System):
-    def __init__(self, folder: Path, threads: int, length: int) -> None:
+    def __init__(self, folder: Path, threads: int, length: int, dtype: str) -> None:
         import torch
         from transformers import AutoModelForCausalLM
 
         torch.set_num_threads(threads)
         self.model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, attn_implementation="sdpa"
+            folder, dtype=getattr(torch, dtype), attn_implementation="sdpa"
         ).eval()
 
     def run(self, ids: list[int], new: int) -> base.Timing:

@@ -10,8 +10,8 @@ from typing import Any
 from transformers import AutoConfig, PretrainedConfig
 
 from optimum_lfm2.errors import Lfm2Error
-from optimum_lfm2.families import MEMBERS
-from optimum_lfm2.fields import FLAG, NUMBER_TYPES, POSITIVE, SIZE, TOKEN, Field
+from optimum_lfm2.families import MODEL_TYPES, member_of
+from optimum_lfm2.fields import FLAG, NUMBER_TYPES, POSITIVE, SIZE, TOKEN, Field, contradiction
 
 
 # What all members have; a record adds its own. The limits keep a wrong number from taking all memory or time before
@@ -92,8 +92,7 @@ def check_fields(config: Mapping[str, Any], name: str = "config.json") -> None:
     Raises:
         Lfm2Error: for a field of another type or outside its range, and for fields that contradict each other.
     """
-    member = MEMBERS.get(config.get("model_type"))
-    own = member.fields if member else {}
+    own = member_of(config).fields if config.get("model_type") in MODEL_TYPES else {}
     _check_table(config, {**FIELDS, **own}, name)
     rope_fields = {field: own.get(field, rule) for field, rule in ROPE_FIELDS.items()}
     for field, rope in ropes(config):
@@ -108,10 +107,7 @@ def check_fields(config: Mapping[str, Any], name: str = "config.json") -> None:
     _check_heads(config, name)
     pad, words = config.get("pad_token_id"), config.get("vocab_size")
     if pad is not None and words is not None and pad >= words:
-        raise _contradiction(name, f"pad_token_id is {pad}", f"vocab_size {words}")
-    experts, used = config.get("num_experts"), config.get("num_experts_per_tok")
-    if experts and used and used > experts:
-        raise _contradiction(name, f"num_experts_per_tok is {used}", f"num_experts {experts}")
+        raise contradiction(name, f"pad_token_id is {pad}", f"vocab_size {words}")
 
 
 def loaded_config(model_name_or_path: str | Path, **where: Any) -> PretrainedConfig:
@@ -154,7 +150,7 @@ def _check_layers(config: Mapping[str, Any], name: str) -> None:
     layers, types = config.get("num_hidden_layers"), config.get("layer_types")
     if types is not None and layers != len(types):
         said = "is not there" if layers is None else f"is {layers}"
-        raise _contradiction(name, f"num_hidden_layers {said}", f"layer_types has {len(types)}")
+        raise contradiction(name, f"num_hidden_layers {said}", f"layer_types has {len(types)}")
 
 
 def _check_heads(config: Mapping[str, Any], name: str) -> None:
@@ -162,13 +158,7 @@ def _check_heads(config: Mapping[str, Any], name: str) -> None:
         config.get(field) for field in ("hidden_size", "num_attention_heads", "num_key_value_heads")
     )
     if heads and groups and heads % groups:
-        raise _contradiction(
-            name, f"num_attention_heads is {heads}", f"num_key_value_heads {groups} does not divide it"
-        )
+        raise contradiction(name, f"num_attention_heads is {heads}", f"num_key_value_heads {groups} does not divide it")
     size = config.get("head_dim") or (hidden // heads if hidden and heads else None)
     if size is not None and (size < 1 or size % 2):
-        raise _contradiction(name, f"heads are {size} wide", "rotary positions take an even width")
-
-
-def _contradiction(name: str, one: str, other: str) -> Lfm2Error:
-    return Lfm2Error(f"{name} contradicts itself: {one}, but {other}. Correct it, or copy the file again.")
+        raise contradiction(name, f"heads are {size} wide", "rotary positions take an even width")

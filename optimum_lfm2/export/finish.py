@@ -13,8 +13,9 @@ from onnx_ir.tensor_adapters import TorchTensor
 from tqdm import tqdm
 
 from optimum_lfm2.caches import LOGITS_TO_KEEP
+from optimum_lfm2.export.linears import place_linears
 from optimum_lfm2.export.quantize import Quantizer
-from optimum_lfm2.graph.editing import CONTRIB_DOMAIN, add_initializer
+from optimum_lfm2.graph.editing import CONTRIB_DOMAIN, add_initializer, parameter_name, read_parameter
 from optimum_lfm2.graph.member import GraphPass
 from optimum_lfm2.graph.ops import PLACEHOLDER_DOMAIN
 from optimum_lfm2.weights.blocks import Scheme
@@ -55,11 +56,11 @@ def bind(
         quantizer.run()
         views = quantizer.views
         model.opset_imports[CONTRIB_DOMAIN] = 1
+    place_linears(model.graph, weights)
     for finish in passes:
         finish(model.graph, weights, scheme)
     _replace_placeholders(model.graph, weights)
     _declare_shapes(model.graph, shapes)
-    _declare_linear_outputs(model.graph)
     if logits_default:
         _add_default(model.graph)
     model.metadata_props.update(metadata)
@@ -72,17 +73,17 @@ def _replace_placeholders(graph: ir.Graph, weights: Mapping[str, torch.Tensor]) 
     for node in list(graph):
         if node.domain != PLACEHOLDER_DOMAIN:
             continue
-        name, kernel = node.attributes.get_string("name"), bool(node.attributes.get_int("kernel"))
-        placeholder = node.outputs[0]
-        if placeholder.uses():  # a quantised weight's placeholder has none
-            read = partial(_read, weights, name, kernel)
+        placeholder, kernel = node.outputs[0], bool(node.attributes.get_int("kernel"))
+        if placeholder.uses():  # that of a placed linear layer's weight has none
+            read = partial(_read, weights, placeholder, kernel)
+            name = parameter_name(placeholder)
             tensor = ir.LazyTensor(read, dtype=placeholder.dtype, shape=placeholder.shape, name=name)
             placeholder.replace_all_uses_with(add_initializer(graph, tensor))
         graph.remove(node, safe=True)
 
 
-def _read(weights: Mapping[str, torch.Tensor], name: str, kernel: bool) -> ir.TensorProtocol:
-    weight = weights[name].detach()
+def _read(weights: Mapping[str, torch.Tensor], placeholder: ir.Value, kernel: bool) -> ir.TensorProtocol:
+    weight = read_parameter(weights, placeholder)
     return TorchTensor(weight[:, 0].T.contiguous() if kernel else weight)
 
 
@@ -91,18 +92,6 @@ def _declare_shapes(graph: ir.Graph, shapes: Mapping[str, Sequence[int | str] | 
     for value in (*graph.inputs, *graph.outputs):
         shape = shapes[value.name]
         value.shape = None if shape is None else ir.Shape(shape)
-
-
-def _declare_linear_outputs(graph: ir.Graph) -> None:
-    """Declare the types of linear layers' outputs, which `optimum-cli onnxruntime quantize` needs.
-
-    ONNX's shape inference cannot find them, since it stops at operators of other domains.
-    `test_optimum_quantizes_the_result` shows it.
-    """
-    for node in graph:
-        if node.op_type == "Gemm":
-            weight, output = node.inputs[1], node.outputs[0]
-            output.type, output.shape = ir.TensorType(weight.dtype), ir.Shape((None, weight.shape[0]))
 
 
 def _add_default(graph: ir.Graph) -> None:
@@ -131,8 +120,11 @@ def _save(model: ir.Model, path: Path, views: Mapping[ir.Value, str]) -> None:
         if isinstance(value.const_value, ir.LazyTensor):  # read now, since onnx-ir would wrap our error in its own
             value.const_value = ir.tensor(value.const_value.numpy(), name=value.name)
     for value, stored in views.items():
-        value.const_value = _view(model.graph.initializers[stored].const_value, value)
+        source = model.graph.initializers[stored]
+        value.const_value = _view(source.const_value, value)
         model.graph.register_initializer(value)
+        if not source.uses():  # onnxruntime warns of what nobody reads
+            del model.graph.initializers[stored]
     ir.save(model, path)
 
 

@@ -3,35 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from optimum.exporters.tasks import TasksManager
-from transformers import (
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    GenerationConfig,
-    PretrainedConfig,
-    PreTrainedModel,
-)
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from optimum_lfm2 import compat
 from optimum_lfm2.errors import Lfm2Error
 from optimum_lfm2.export.config_check import loaded_config
 from optimum_lfm2.export.supported import check_architecture
-from optimum_lfm2.families import MEMBERS, MODEL_TYPES
+from optimum_lfm2.families import MEMBERS, MODEL_TYPES, member_of
+from optimum_lfm2.graph.member import Member
 from optimum_lfm2.weights.checkpoint import find_tensors, stored_tensors
 from optimum_lfm2.weights.companions import check_tokenizer, generation_settings, processor_files
 from optimum_lfm2.weights.experts import is_part
-
-
-AUTO_CLASSES = {
-    "text-generation": AutoModelForCausalLM,
-    "feature-extraction": AutoModel,
-    "image-text-to-text": AutoModelForImageTextToText,
-}
+from optimum_lfm2.weights.modules import find_modules
 
 
 def is_ours(model_name_or_path: str | Path, **kwargs: Any) -> bool:
@@ -58,7 +47,7 @@ class Lfm2TasksManager(TasksManager):
 
     @classmethod
     def infer_task_from_model(cls, model: Any, *args: Any, **kwargs: Any) -> str:
-        """Return the task of the checkpoint's class, as its member's record says.
+        """Return the task of the checkpoint's class, such as `text-generation` for one with a language model's head.
 
         Raises:
             Lfm2Error: a checkpoint of ours cannot be exported.
@@ -66,6 +55,16 @@ class Lfm2TasksManager(TasksManager):
         if not _is_for_us(model, *args, **kwargs):
             return TasksManager.infer_task_from_model(model, *args, **kwargs)
         return task_of(_lfm2_config(model, **kwargs))
+
+    @staticmethod
+    def get_supported_tasks_for_model_type(model_type: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Return the tasks of all members of a model type. `get_model_from_task` refuses those of another member."""
+        supported = TasksManager.get_supported_tasks_for_model_type
+        tasks = dict(supported(model_type, *args, **kwargs))
+        for member in MEMBERS:
+            if member.model_type == model_type and member.export_type:
+                tasks = supported(member.export_type, *args, **kwargs) | tasks
+        return tasks
 
     @classmethod
     def infer_library_from_model(cls, model: Any, *args: Any, **kwargs: Any) -> str:
@@ -84,18 +83,24 @@ class Lfm2TasksManager(TasksManager):
         if not _is_for_us(model_name_or_path, *args, **kwargs):
             return TasksManager.get_model_from_task(task, model_name_or_path, *args, **kwargs)
         config, hub, dtype = _lfm2_config(model_name_or_path, **kwargs), _hub(kwargs), kwargs.get("torch_dtype")
+        member = member_of(config)
+        check_task(task, config)
         check_dtype(dtype)
-        member = MEMBERS[config.model_type]
-        task = task.removesuffix("-with-past")
-        if member.text is not None and task != task_of(config):
-            raise Lfm2Error(f"{model_name_or_path} takes pictures too. It is exported for {task_of(config)}.")
         files = find_tensors(model_name_or_path, **hub)
         check_tokenizer(model_name_or_path, **hub)
-        model: Any = weightless(config, task, dtype or torch.float32)
+        model: Any = weightless(config, task.removesuffix("-with-past"), dtype or torch.float32)
         if not config.architectures and member.text is None:
             _check_assumed(config, files)
         if model.can_generate():
             model.generation_config = _generation_config(model_name_or_path, config, hub)
+        if member.encodes:
+            _export_as(model, member)
+            model.source = Source(
+                str(model_name_or_path),
+                hub,
+                find_modules(model_name_or_path, **hub),
+                trusted=bool(kwargs.get("trust_remote_code")),
+            )
         model.checkpoint = member.checkpoint(files, model)
         if member.text is not None:
             model.processor_files = processor_files(model_name_or_path, **hub)
@@ -116,24 +121,65 @@ def weightless(config: PretrainedConfig, task: str, dtype: torch.dtype) -> PreTr
 
     Args:
         config: the model's configuration.
-        task: a key of `AUTO_CLASSES`.
+        task: a key of the member's `models`.
         dtype: the dtype of its parameters.
     """
     for part in getattr(config, "sub_configs", ()):  # transformers 4.57 makes each part in the dtype that it names
         getattr(config, part).dtype = dtype
     with torch.device("meta"):
-        return AUTO_CLASSES[task].from_config(config, dtype=dtype).eval()
+        return member_of(config).models[task](config, dtype=dtype).eval()
 
 
 def task_of(config: PretrainedConfig) -> str:
-    """Return the task of a checkpoint. The first class of a record is the one of a checkpoint that names none."""
-    tasks = MEMBERS[config.model_type].architectures
-    return next(tasks[name] for name in tasks if name in (config.architectures or tasks))
+    """Return the task of a checkpoint, without past. One saved without a head has `feature-extraction`."""
+    return member_of(config).task(config.architectures)
 
 
-def is_causal(config: PretrainedConfig) -> bool:
-    """Return whether a checkpoint is a language model with its head. One saved from the bare decoder has none."""
-    return task_of(config) == "text-generation"
+def check_task(task: str, config: PretrainedConfig | Mapping[str, Any]) -> None:
+    """Refuse a task that a checkpoint has no head for.
+
+    Args:
+        task: a task of Optimum, such as `text-generation-with-past`.
+        config: the checkpoint's configuration, or its `config.json`.
+
+    Raises:
+        Lfm2Error: the message lists the tasks that there are.
+    """
+    member = member_of(config)
+    names = config.get("architectures") if isinstance(config, Mapping) else config.architectures
+    # A decoder's head is tied to its embedding, or its tensors are missed.
+    known = list(dict.fromkeys((member.task(names), "feature-extraction"))) if member.encodes else member.tasks
+    if task not in known:
+        what = names[0] if member.encodes else "LFM2"
+        raise Lfm2Error(f"--task {task}: {what} is exported for {', '.join(known)}.")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a checkpoint is.
+
+    Attributes:
+        name: its folder, or its id on the Hub.
+        hub: arguments of `transformers.utils.cached_file`, such as `revision`.
+        modules: the files of sentence-transformers beside it (`find_modules`).
+        trusted: whether the user trusts the code that it brings.
+    """
+
+    name: str
+    hub: Mapping[str, Any]
+    modules: Mapping[str, Path]
+    trusted: bool
+
+
+def _export_as(model: PreTrainedModel, member: Member) -> None:
+    """Let Optimum find the exporter by `export_type`, and keep what names the checkpoint's code out of config.json.
+
+    Optimum reads the type from the class of the configuration: what an instance holds would be saved.
+    """
+    config: Any = model.config
+    config.__class__ = type(type(config).__name__, (type(config),), {"export_model_type": member.export_type})
+    config.auto_map = None
+    del config.auto_map
 
 
 def materialize_buffers(model: PreTrainedModel) -> None:

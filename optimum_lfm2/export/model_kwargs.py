@@ -17,7 +17,10 @@ VALUES: dict[str, tuple[str, ...]] = {
     "embedding": EMBEDDINGS,
     "cache_names": tuple(CACHE_NAMES),
     "num_logits_to_keep": ("optional", "required"),
+    "sliding_cache": ("window", "growing"),
+    "rollback": ("replay", "columns"),
 }
+OF_ENCODERS = ("embedding",)
 
 
 @dataclass(frozen=True)
@@ -28,30 +31,45 @@ class ExportOptions:
         embedding: how a quantised graph reads the embedding, one of `EMBEDDINGS`.
         cache_names: the naming convention of the caches, a key of `CACHE_NAMES`.
         num_logits_to_keep: `optional` gives this graph input the default 0, `required` gives it none.
+        sliding_cache: what layers of sliding attention keep. `window` is the tokens that they see, `growing` is all.
+        rollback: how our runtime takes tokens back. `replay` needs nothing of the graph: those tokens of the last call
+            that stay are run again. `columns` adds an output for each state, with the columns that a call adds to it.
+            Then no token is run again.
     """
 
     embedding: str = "fused"
     cache_names: str = "hub"
     num_logits_to_keep: str = "optional"
+    sliding_cache: str = "window"
+    rollback: str = "replay"
 
     @classmethod
-    def read(cls, model_kwargs: Any) -> ExportOptions:
+    def read(cls, model_kwargs: Any, quantized: bool, encodes: bool = False) -> ExportOptions:
         """Read the options. Those that are left out have their defaults.
 
         Args:
             model_kwargs: the parsed JSON of `--model-kwargs`, or None.
+            quantized: whether the weights are quantised.
+            encodes: whether they are for an encoder, which has no caches and gives all logits.
 
         Raises:
-            Lfm2Error: it is no object, names an unknown option, or gives an option an unknown value.
+            Lfm2Error: it is no object, names an unknown option, gives an option an unknown value, or gives one that
+                has no effect.
         """
         given = {} if model_kwargs is None else model_kwargs
-        listed = ", ".join(f"{name} ({', '.join(values)})" for name, values in VALUES.items())
-        known = f"LFM2 knows {listed}."
+        options = {name: values for name, values in VALUES.items() if name in OF_ENCODERS or not encodes}
+        listed = ", ".join(f"{name} ({', '.join(values)})" for name, values in options.items())
+        known = f"{'An encoder' if encodes else 'LFM2'} knows {listed}."
         if not isinstance(given, Mapping):
             raise Lfm2Error(f"--model-kwargs {given}: give a JSON object. {known}")
-        if unknown := sorted(map(str, given.keys() - VALUES.keys())):
+        if unknown := sorted(map(str, given.keys() - options.keys())):
             raise Lfm2Error(f"--model-kwargs: nothing knows {', '.join(unknown)}. {known}")
         for name, value in given.items():
             if value not in VALUES[name]:
                 raise Lfm2Error(f"--model-kwargs: {name} is {json.dumps(value, default=str)}. {known}")
+        if "embedding" in given and not quantized:
+            raise Lfm2Error(
+                "--model-kwargs: embedding says how a quantised graph reads its embedding, and this export is not "
+                "quantised. Leave it out, or give a --variant that quantises."
+            )
         return cls(**given)

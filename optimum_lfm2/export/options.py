@@ -13,9 +13,11 @@ from optimum.exporters.tasks import TasksManager
 from optimum.utils import DEFAULT_DUMMY_SHAPES
 
 from optimum_lfm2.errors import Lfm2Error
+from optimum_lfm2.export.loading import check_task
 from optimum_lfm2.export.model_kwargs import ExportOptions
 from optimum_lfm2.export.supported import check_architecture
-from optimum_lfm2.families import MEMBERS, MODEL_TYPES
+from optimum_lfm2.families import MODEL_TYPES, member_of
+from optimum_lfm2.weights.blocks import SCHEMES
 
 
 OPSETS = range(18, 21)  # below 18 torch writes older forms of some operators; its TorchScript exporter ends at 20
@@ -36,9 +38,12 @@ def check(args: Namespace, config: Mapping[str, Any]) -> None:
     _check_library(args)
     _check_task(args, config)
     _check_precision(args)
+    _check_computation(args)
     _check_variant(args, config)
     _check_rewrites(args)
     _check_inputs(args, config)
+    if args.pad_token_id is not None:
+        raise Lfm2Error("--pad_token_id: LFM2 takes padding from attention_mask alone. Leave it out.")
 
 
 def check_model(model: str, config: Mapping[str, Any]) -> None:
@@ -59,18 +64,21 @@ def check_model(model: str, config: Mapping[str, Any]) -> None:
     check_architecture(config)
 
 
-def heeding_variant(export: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap Optimum's `onnx_export_from_model` so that `variant` means `_variant` for our models.
+def heeding_options(export: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap Optimum's `onnx_export_from_model` so that Python's `main_export` refuses for our models what `check` does.
 
-    optimum-onnx 0.1.0 takes an unknown keyword for a shape, and ignores it silently.
+    `variant` means `_variant` there. optimum-onnx 0.1.0 takes an unknown keyword for a shape, and ignores it silently.
 
     Args:
         export: Optimum's function.
 
     Raises:
-        Lfm2Error: from the wrapper, for a model of ours and a keyword that nothing takes.
+        Lfm2Error: from the wrapper, for a model of ours: a keyword that nothing takes, or an option that would fail,
+            give a wrong file or have no effect.
     """
-    known = {*signature(export).parameters, *DEFAULT_DUMMY_SHAPES}
+    parameters = signature(export).parameters
+    known = {*parameters, *DEFAULT_DUMMY_SHAPES}
+    defaults = {name: parameter.default for name, parameter in parameters.items()} | DEFAULT_DUMMY_SHAPES
 
     @wraps(export)
     def wrapped(model: Any, *args: Any, **kwargs: Any) -> Any:
@@ -80,6 +88,10 @@ def heeding_variant(export: Callable[..., Any]) -> Callable[..., Any]:
                 kwargs["_variant"] = variant
             if unknown := sorted(kwargs.keys() - known):
                 raise Lfm2Error(f"main_export knows no {', '.join(unknown)}. Leave it out, or correct its name.")
+            options = Namespace(**{**defaults, **kwargs})
+            _check_computation(options)
+            _check_rewrites(options)
+            _check_inputs(options, vars(model.config))
         return export(model, *args, **kwargs)
 
     return wrapped
@@ -97,13 +109,10 @@ def _check_library(args: Namespace) -> None:
 
 
 def _check_task(args: Namespace, config: Mapping[str, Any]) -> None:
-    supported = TasksManager.get_supported_tasks_for_model_type(
-        config["model_type"], "onnx", library_name="transformers"
-    )
     task = TasksManager.map_from_synonym(args.task)
-    if task != "auto" and task not in supported:
-        raise Lfm2Error(f"--task {args.task}: LFM2 is exported for {', '.join(supported)}.")
-    if args.monolith and MEMBERS[config["model_type"]].text is not None:
+    if task != "auto":
+        check_task(task, config)
+    if args.monolith and member_of(config).text is not None:
         raise Lfm2Error("--monolith means one file, and this model has three. Leave it out.")
     if args.monolith and task.endswith("-with-past"):
         raise Lfm2Error(
@@ -117,6 +126,9 @@ def _check_precision(args: Namespace) -> None:
             "--dtype bf16: onnxruntime has no bfloat16 kernels for these operators on the CPU. "
             "Use --dtype fp32, or fp16 for a file of the same size."
         )
+
+
+def _check_computation(args: Namespace) -> None:
     check_atol(args.atol)
     if args.device != "cpu":
         raise Lfm2Error(
@@ -126,13 +138,13 @@ def _check_precision(args: Namespace) -> None:
 
 
 def _check_variant(args: Namespace, config: Mapping[str, Any]) -> None:
-    model_type = config["model_type"]
-    (task, *_) = TasksManager.get_supported_tasks_for_model_type(model_type, "onnx", library_name="transformers")
+    member = member_of(config)
+    task = "text-generation" if member.text is None else member.tasks[0]
     constructor = TasksManager.get_exporter_config_constructor(
-        "onnx", model_type=model_type, task=task, library_name="transformers"
+        "onnx", model_type=config["model_type"], task=task, library_name="transformers"
     )
     constructor.func.check_variant(args.variant)
-    ExportOptions.read(args.model_kwargs)
+    ExportOptions.read(args.model_kwargs, quantized=args.variant in SCHEMES, encodes=member.encodes)
 
 
 def _check_rewrites(args: Namespace) -> None:
@@ -151,15 +163,13 @@ def _check_rewrites(args: Namespace) -> None:
 
 
 def _check_inputs(args: Namespace, config: Mapping[str, Any]) -> None:
-    if args.pad_token_id is not None:
-        raise Lfm2Error("--pad_token_id: LFM2 takes padding from attention_mask alone. Leave it out.")
     for name, default in DEFAULT_DUMMY_SHAPES.items():
         value = getattr(args, name, default)
         if name in TEXT_SHAPES and value < 1:
             raise Lfm2Error(f"--{name} {value}: an example input has at least one. Leave it out for the default.")
         if name not in TEXT_SHAPES and value != default:
             raise Lfm2Error(f"--{name}: LFM2's inputs have no such axis. Leave it out.")
-    text = MEMBERS[config["model_type"]].text
-    longest = (config if text is None else config.get(text, {})).get("max_position_embeddings")
+    text = config.get("text_config") or config
+    longest = (text if isinstance(text, Mapping) else vars(text)).get("max_position_embeddings")
     if longest and args.sequence_length > longest:
         raise Lfm2Error(f"--sequence_length {args.sequence_length}: the model goes to {longest} tokens. Use fewer.")

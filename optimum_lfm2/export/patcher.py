@@ -9,7 +9,8 @@ import torch
 from transformers import PreTrainedModel
 
 from optimum_lfm2.caches import flatten
-from optimum_lfm2.graph import ops, shapes
+from optimum_lfm2.graph import ops
+from optimum_lfm2.graph.call import read_call
 from optimum_lfm2.graph.decoder import Decoder, language_model
 from optimum_lfm2.graph.vision import image_features
 from optimum_lfm2.weights.checkpoint import stored_tensors, tied_names
@@ -49,10 +50,11 @@ class GraphPatcher:
         if self._own_forward is not None:
             self._model.forward = self._own_forward
 
-    def _placeholder(self, name: str, kernel: bool = False) -> torch.Tensor:
-        shape = self._shapes[name]
-        shape = (shape[2], shape[0]) if kernel else shape
-        return ops.parameter(self._tied[name], shape, self._parameters[name].dtype, kernel)
+    def _placeholder(self, *names: str, kernel: bool = False) -> torch.Tensor:
+        rows, *others = self._shapes[names[0]]
+        shape = (others[1], rows) if kernel else (sum(self._shapes[name][0] for name in names), *others)
+        dtype = self._parameters[names[0]].dtype
+        return ops.parameter([self._tied[name] for name in names], shape, dtype, kernel)
 
 
 class Lfm2ModelPatcher(GraphPatcher):
@@ -63,6 +65,7 @@ class Lfm2ModelPatcher(GraphPatcher):
         prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
         member = config.member
         self._decoder = Decoder(member, model.config, member.rotary(model), prefix)
+        self._head = member.heads.get(config.task)
 
     def forward(
         self,
@@ -71,7 +74,9 @@ class Lfm2ModelPatcher(GraphPatcher):
         past_key_values: Caches | None = None,
         num_logits_to_keep: torch.Tensor | None = None,
     ) -> Any:
-        """Return the graph's outputs in order: logits or hidden states, then with past the present caches.
+        """Return the graph's outputs in order: the head's, then with past the present caches.
+
+        After them come the columns that the call adds to states, if the options ask for them.
 
         Args:
             input_ids: int64 (batch_size, sequence_length).
@@ -79,8 +84,12 @@ class Lfm2ModelPatcher(GraphPatcher):
             past_key_values: a tuple of caches a layer, or None for a graph without cache inputs.
             num_logits_to_keep: an int64 scalar, or None for a graph without logits. 0 means all.
         """
-        enter = self._decoder.embed
-        return self._run(input_ids, attention_mask, past_key_values, num_logits_to_keep, enter)
+        if self._head is not None:
+            call = read_call(input_ids, attention_mask, self._model.dtype)
+            hidden = self._decoder.embed(input_ids, self._placeholder)
+            hidden, *_ = self._decoder.layers(hidden, call, None, None, self._placeholder)
+            return self._head.forward(hidden, call, self._placeholder, self._model.config)
+        return self._run(input_ids, attention_mask, past_key_values, num_logits_to_keep, self._decoder.embed)
 
     def _run(
         self,
@@ -91,8 +100,10 @@ class Lfm2ModelPatcher(GraphPatcher):
         enter: Callable[..., torch.Tensor],
     ) -> Any:
         weight, dtype = self._placeholder, self._model.dtype
-        output, present = language_model(self._decoder, tokens, mask, past, keep, weight, dtype, enter)
-        return (output, *flatten(present)) if self._onnx_config.use_past else output
+        output, present, columns = language_model(self._decoder, tokens, mask, past, keep, weight, dtype, enter)
+        if not self._onnx_config.use_past:
+            return output
+        return (output, *flatten(present), *(flatten(columns) if self._onnx_config.gives_columns else ()))
 
 
 class DecoderPatcher(Lfm2ModelPatcher):
@@ -115,8 +126,7 @@ class EmbeddingPatcher(Lfm2ModelPatcher):
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
         """Int64 (batch_size, sequence_length) → float32 (batch_size, sequence_length, hidden_size)."""
-        hidden = self._decoder.embed(input_ids, self._placeholder).to(torch.float32)
-        return shapes.batched(hidden, input_ids)
+        return self._decoder.embed(input_ids, self._placeholder).to(torch.float32)
 
 
 class VisionPatcher(GraphPatcher):

@@ -31,8 +31,8 @@ class Cut:
 
     Attributes:
         name: the name of the norm's module in transformers' model.
-        normed: the output of the norm, (tokens, hidden_size).
-        hidden: its input, the residual stream, (tokens, hidden_size).
+        normed: the output of the norm, (batch_size, sequence_length, hidden_size).
+        hidden: its input, the residual stream, of the same shape.
     """
 
     name: str
@@ -58,7 +58,7 @@ def find_cuts(graph: ir.Graph, norms: Sequence[str]) -> list[Cut]:
     cuts = []
     for node in graph:
         if "SimplifiedLayerNormalization" in node.op_type:
-            weight = next(value.name for value in node.inputs if value is not None and value.is_initializer())
+            weight = next((value.name for value in node.inputs if value is not None and value.is_initializer()), "")
             if (name := weight.removesuffix(WEIGHT)) in norms:
                 cuts.append(Cut(name, node.outputs[0], node.inputs[0] if len(node.outputs) == 1 else node.outputs[3]))
     if [cut.name for cut in cuts] != list(norms):
@@ -70,7 +70,7 @@ def find_cuts(graph: ir.Graph, norms: Sequence[str]) -> list[Cut]:
 def split(graph: ir.Graph, cuts: Sequence[Cut], caches: Sequence[CacheTensor]) -> Iterator[ir.Graph]:
     """Yield the pieces in order: from the inputs to the first cut, between cuts, from the last cut to the first output.
 
-    The piece with a layer's mixer also has the layer's present caches as outputs.
+    The piece with a layer's mixer also has the layer's present caches as outputs, and the columns that its states gain.
 
     Args:
         graph: the exported graph. It stays as it is.
@@ -82,7 +82,7 @@ def split(graph: ir.Graph, cuts: Sequence[Cut], caches: Sequence[CacheTensor]) -
         outputs = after.values if after else [graph.outputs[0]]
         if after and after.name.endswith("ffn_norm"):
             layer = int(after.name.split(".")[-2])
-            names = [tensor.present for tensor in caches if tensor.layer == layer]
+            names = [name for tensor in caches if tensor.layer == layer for name in (tensor.present, tensor.columns)]
             outputs = [*outputs, *(value for value in graph.outputs if value.name in names)]
         yield ir.convenience.extract(graph, inputs, outputs)
 
@@ -107,7 +107,7 @@ class Piece:
     ) -> None:
         for value in graph.inputs:
             if value.name in fed:
-                value.shape = ir.Shape((None, fed[value.name].shape[-1]))
+                value.shape = ir.Shape((None, None, fed[value.name].shape[-1]))
                 value.type = ir.TensorType(tensor_adapters.from_torch_dtype(dtype))
         if exact:
             for node in graph:
@@ -129,7 +129,7 @@ class Piece:
         inputs = {}
         for value in self._session.get_inputs():
             if value.name in gold:
-                inputs[value.name] = gold[value.name].flatten(0, 1).nan_to_num().to(self._dtype).numpy()
+                inputs[value.name] = gold[value.name].nan_to_num().to(self._dtype).numpy()
             else:
                 inputs[value.name] = feeds[value.name].numpy()
         return outputs_of(self._session, inputs, gold)

@@ -114,7 +114,7 @@ def streamed(
     """
     decoder = model.base_model
     units = [decoder.embed_tokens, *decoder.layers, decoder.embedding_norm]
-    units += [model.lm_head] if decoder is not model else []
+    units += [head for head in model.children() if decoder is not model and head is not decoder]
     names = {module: name for name, module in model.named_modules()}
     gates: list[threading.Barrier] = []
     with ExitStack() as stack:

@@ -8,7 +8,7 @@ from typing import Any
 from optimum_lfm2 import compat
 from optimum_lfm2.errors import Lfm2Error
 from optimum_lfm2.export.config_check import check_fields, ropes
-from optimum_lfm2.families import MEMBERS
+from optimum_lfm2.families import MEMBERS, member_of
 
 
 # Those whose frequencies depend on nothing but the configuration; `dynamic` and `longrope` change them with the prompt.
@@ -30,7 +30,7 @@ def check_architecture(config: Mapping[str, Any], file: str = "config.json") -> 
     check_fields(config, file)
     _check_classes(config)
     _check_quantized(config)
-    member = MEMBERS[config["model_type"]]
+    member = member_of(config)
     if member.text is not None:
         _check_text(config.get(member.text), f"{member.text} of {file}")
     known = member.layer_kinds
@@ -53,21 +53,24 @@ def check_architecture(config: Mapping[str, Any], file: str = "config.json") -> 
 def _check_text(text: Mapping[str, Any] | None, file: str) -> None:
     """Refuse the decoder of a model that has other parts too."""
     text = {"model_type": "lfm2", **(text or {})}
-    known = [name for name, member in MEMBERS.items() if member.text is None]
-    if text["model_type"] not in known:
-        raise Lfm2Error(f"model_type in the {file} is {text['model_type']}; it has to be {' or '.join(known)}.")
+    known = [member.model_type for member in MEMBERS if member.text is None and not member.encodes]
+    if text["model_type"] not in known or member_of(text).encodes:
+        raise Lfm2Error(
+            f"model_type in the {file} is {text['model_type']}; it has to be {' or '.join(known)}, of a decoder."
+        )
     check_architecture(text, f"the {file}")
 
 
 def _check_classes(config: Mapping[str, Any]) -> None:
-    known = tuple(MEMBERS[config["model_type"]].architectures)
+    member = member_of(config)
+    known = tuple(member.architectures)
     names = config.get("architectures") or []
-    if unknown := [name for name in names if name not in known]:
+    if unknown := [name for name in names if (member.spelled(name) or name) not in known]:
         raise Lfm2Error(
             f"The checkpoint is a {', '.join(unknown)} (architectures in config.json), which computes something else "
             f"than {' and '.join(known)}: these are exported."
         )
-    if auto_map := config.get("auto_map"):
+    if (auto_map := config.get("auto_map")) and not member.own_code:
         # Whatever the classes are called, what they compute is in the checkpoint's own code.
         classes = sorted({str(name) for name in auto_map.values()})
         raise Lfm2Error(

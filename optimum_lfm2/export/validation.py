@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 from optimum_lfm2.errors import Lfm2Error
 from optimum_lfm2.export.pieces import Cut, Piece, Values, find_cuts, open_session, outputs_of, split
 from optimum_lfm2.export.reference import Reference, norm_names
+from optimum_lfm2.export.trusted import compare_trusted
 
 
 # The relative error of the median token that the whole file may have. Errors of 8-bit activations add up over the
@@ -77,7 +78,8 @@ def validate(
         The relative error of each compared value, by the name of its module or output.
 
     Raises:
-        Lfm2Error: the file differs, or cannot be compared.
+        Lfm2Error: the file differs, or cannot be compared. A checkpoint whose code the user trusts computes otherwise
+            than its reference here.
     """
     atol = config.ATOL_FOR_VALIDATION if atol is None else atol
     file = ir.load(path)
@@ -102,6 +104,9 @@ def validate(
         raise Lfm2Error(f"The file is wrong and was not kept: {missing[0]} could not be compared with transformers.")
     judge(differences, atol)
     _check_whole(config, path, calls, gold)
+    source: Any = getattr(model, "source", None)
+    if source and source.trusted:
+        compare_trusted(config, model, source, calls)
     return differences
 
 
@@ -178,13 +183,19 @@ def _check_whole(config: Any, path: Path, calls: Sequence[Mapping[str, Any]], go
 
 
 def _token_axis(config: Any, name: str) -> int:
-    """The axis of a value that counts tokens: 2 for caches, whose columns are tokens, else 1."""
-    return 2 if any(name == tensor.present for tensor in config.cache_tensors) else 1
+    """The axis of a value that counts tokens: 2 for caches, whose columns are tokens, else 1.
+
+    It is 0 for an output of one vector a row.
+    """
+    if any(name in (tensor.present, tensor.columns) for tensor in config.cache_tensors):
+        return 2
+    return 0 if len(config.output_shapes().get(name, (0, 0, 0))) == 2 else 1
 
 
 def _lengths(values: torch.Tensor, axis: int) -> torch.Tensor:
     """The length of each token's vector, (batch_size, tokens)."""
-    return values.movedim(axis, 1).flatten(2).norm(dim=2)
+    tokens = values.movedim(axis, 1) if axis else values[:, None]
+    return tokens.flatten(2).norm(dim=2)
 
 
 def available_memory() -> float:

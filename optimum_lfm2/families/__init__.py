@@ -2,12 +2,35 @@
 
 from __future__ import annotations
 
-from optimum_lfm2.families import lfm2, lfm2_moe, lfm3, vision
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import PretrainedConfig
+
+from optimum_lfm2.families import encoder, lfm2, lfm2_moe, lfm3, vision
 from optimum_lfm2.graph.member import Member
 
 
-RECORDS = (lfm2.MEMBER, lfm2_moe.MEMBER, lfm3.MEMBER, vision.MEMBER)
-MEMBERS: dict[str, Member] = {
-    name: record for record in RECORDS for name in (record.model_type, *record.other_spellings)
-}
-MODEL_TYPES = tuple(MEMBERS)
+# Of several members of one model type, the first has the checkpoints that no other member claims.
+MEMBERS: tuple[Member, ...] = (lfm2.MEMBER, encoder.MEMBER, lfm2_moe.MEMBER, lfm3.MEMBER, vision.MEMBER)
+MODEL_TYPES = tuple(dict.fromkeys(name for record in MEMBERS for name in record.model_types))
+
+
+def member_of(config: PretrainedConfig | Mapping[str, Any]) -> Member:
+    """Return the record of the member that a model belongs to.
+
+    Args:
+        config: the model's configuration, or the contents of its `config.json`.
+
+    Raises:
+        KeyError: the model type is none of `MODEL_TYPES`.
+    """
+    model_type, names = (
+        config.get(field) if isinstance(config, Mapping) else getattr(config, field, None)
+        for field in ("model_type", "architectures")
+    )
+    members = [record for record in MEMBERS if model_type in record.model_types]
+    if not members:
+        raise KeyError(model_type)
+    named = [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
+    return next((record for record in members if any(map(record.spelled, named))), members[0])

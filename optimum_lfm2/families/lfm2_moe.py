@@ -5,13 +5,14 @@ The reference is transformers' `modeling_lfm2_moe.py`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import Any
 
 from transformers import PretrainedConfig
 
 from optimum_lfm2.families import lfm2
-from optimum_lfm2.fields import FLAG, POSITIVE, SIZE, Field
+from optimum_lfm2.fields import FLAG, POSITIVE, SIZE, Field, contradiction
 from optimum_lfm2.graph.blocks import feed_forward
 from optimum_lfm2.graph.experts import expert_blocks, place_experts, sparse_feed_forward
 from optimum_lfm2.graph.member import FeedForward, Member
@@ -39,6 +40,13 @@ def tolerance(scheme: Scheme) -> float:
     return 0.1 if scheme.linear.bits == 8 else 0.0
 
 
+def check_experts(config: Mapping[str, Any]) -> None:
+    """Raise `Lfm2Error` where a token uses more experts than there are."""
+    experts, used = config.get("num_experts"), config.get("num_experts_per_tok")
+    if experts and used and used > experts:
+        raise contradiction("config.json", f"num_experts_per_tok is {used}", f"num_experts {experts}")
+
+
 FIELDS = {
     "moe_intermediate_size": SIZE,
     "num_experts": Field(int, 1, 4096),
@@ -61,6 +69,7 @@ MEMBER = Member(
     checkpoint=MoeCheckpoint,
     check_scheme=check_scheme,
     fields=FIELDS,
+    check=check_experts,
     passes=(place_experts,),
     tolerance=tolerance,
     genai_type="lfm2_moe",

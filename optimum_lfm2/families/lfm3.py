@@ -18,9 +18,9 @@ from optimum_lfm2.errors import Lfm2Error
 from optimum_lfm2.families import lfm2
 from optimum_lfm2.fields import FLAG, Field
 from optimum_lfm2.graph.blocks import AttentionParts, attention
-from optimum_lfm2.graph.call import Call, Rotary
-from optimum_lfm2.graph.member import LayerKind, Member, Weight
-from optimum_lfm2.graph.sliding import SlidingCall, sliding_call
+from optimum_lfm2.graph.call import AttentionCall, Call, Rotary
+from optimum_lfm2.graph.member import LayerKind, Member, Mixed, Weight
+from optimum_lfm2.graph.sliding import SlidingCall, masked_attention_call, sliding_call
 from optimum_lfm2.weights.checkpoint import Checkpoint
 
 
@@ -34,7 +34,7 @@ def gated_attention(
     weight: Weight,
     name: str,
     config: PretrainedConfig,
-) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+) -> Mixed:
     """LFM2's attention under other names, with the parts that the configuration asks for."""
     gate = "g_proj" if config.use_attention_gate else None
     parts = AttentionParts(norm="norm", out="o_proj", bias=config.attention_bias, gate=gate)
@@ -97,10 +97,15 @@ def whole_text(config: PretrainedConfig) -> LayerKind | None:
     return FULL if config.sliding_window >= config.max_position_embeddings else None
 
 
+def prepare_masked(call: Call, config: PretrainedConfig, rotary: Rotary | None) -> AttentionCall:
+    return masked_attention_call(call, rotary, config.sliding_window)
+
+
 FULL = replace(lfm2.LAYER_KINDS[lfm2.FULL_ATTENTION], mixer=gated_attention)
 SLIDING = LayerKind(
     gated_attention, FULL.module, window_state, prepare_sliding, take_window, fill_window, instead=whole_text
 )
+SLIDING_OVER_ALL_KEYS = replace(FULL, prepare=prepare_masked)
 LAYER_KINDS = {CONV: lfm2.LAYER_KINDS[CONV], lfm2.FULL_ATTENTION: FULL, SLIDING_ATTENTION: SLIDING}
 
 FIELDS = {
@@ -125,4 +130,8 @@ MEMBER = Member(
     check=check_window,
     post_norms=sandwich_norms,
     transformers_js=False,
+)
+MEMBER = replace(
+    MEMBER,
+    growing=replace(MEMBER, layer_kinds=LAYER_KINDS | {SLIDING_ATTENTION: SLIDING_OVER_ALL_KEYS}, genai_type="lfm2"),
 )

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from transformers import AutoModelForImageTextToText
+
 from optimum_lfm2.errors import Lfm2Error
 from optimum_lfm2.families import lfm2
 from optimum_lfm2.fields import FLAG, SIZE, Field
@@ -84,6 +86,7 @@ MEMBER = replace(
     model_type="lfm2_vl",
     other_spellings=("lfm2-vl",),  # as transformers 4.57 writes it
     architectures={"Lfm2VlForConditionalGeneration": "image-text-to-text"},
+    models={"image-text-to-text": AutoModelForImageTextToText.from_config},
     min_transformers="4.57.0",
     text="text_config",
     fields=FIELDS,

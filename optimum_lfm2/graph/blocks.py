@@ -14,7 +14,7 @@ from transformers import PretrainedConfig
 from optimum_lfm2.caches import head_dim
 from optimum_lfm2.graph import ops, shapes
 from optimum_lfm2.graph.call import AttentionCall, ConvCall
-from optimum_lfm2.graph.member import Weight
+from optimum_lfm2.graph.member import Mixed, Weight
 from optimum_lfm2.graph.sliding import SlidingCall
 
 
@@ -25,7 +25,7 @@ def short_conv(
     weight: Weight,
     name: str,
     config: PretrainedConfig,
-) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+) -> Mixed:
     """The gated short convolution, channel last: windows of columns, multiplied and summed.
 
     Its cache is the conv state (batch_size, hidden_size, conv_L_cache): the last columns of `B * x`. The new state ends
@@ -36,20 +36,19 @@ def short_conv(
     bias = (lambda part: weight(f"{name}.{part}.bias")) if config.conv_bias else (lambda part: None)
 
     gates = ops.linear(hidden, weight(f"{name}.in_proj.weight"), bias("in_proj"))
-    input_gate, output_gate, x = shapes.split_in_three(gates, width)
+    input_gate, output_gate, x = shapes.parts(gates, width, width, width)
     gated = torch.where(shared.visible, input_gate * x, torch.zeros((), dtype=hidden.dtype))
-    gated = shapes.rows(gated, shared.shape)
     if past is None:
         columns = shapes.pad(gated, axis=1, before=taps)
     else:
         columns = torch.cat([past[0].transpose(1, 2), gated], dim=1)
 
-    mixed = (shapes.windows(columns, shared.windows) * weight(f"{name}.conv.weight", kernel=True)).sum(2)
+    mixed = (shapes.picked(columns, shared.windows, axis=1) * weight(f"{name}.conv.weight", kernel=True)).sum(2)
     if config.conv_bias:
         mixed = mixed + bias("conv")
 
-    out = ops.linear(output_gate * shapes.flat(mixed, width), weight(f"{name}.out_proj.weight"), bias("out_proj"))
-    return out, (shapes.columns_at(columns, shared.end, taps),)
+    out = ops.linear(output_gate * mixed, weight(f"{name}.out_proj.weight"), bias("out_proj"))
+    return out, (shapes.columns_at(columns, shared.kept),), (gated.transpose(1, 2),)
 
 
 @dataclass(frozen=True)
@@ -80,40 +79,39 @@ def attention(
     name: str,
     config: PretrainedConfig,
     parts: AttentionParts = LFM2_PARTS,
-) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+) -> Mixed:
     """Grouped-query attention, with a norm of each head of query and key before RoPE.
+
+    One product computes query, key and value. Query and key stay together until they are rotated.
 
     Its caches are keys and values, (batch_size, kv_heads, columns, head_dim) each. Which columns a token sees, and
     which are kept, `shared` decides.
     """
-    dim, rotation = head_dim(config), shared.rotation
+    dim, heads, kv_heads = head_dim(config), config.num_attention_heads, config.num_key_value_heads
 
-    def project(x: torch.Tensor, part: str) -> torch.Tensor:
-        bias = weight(f"{name}.{part}.bias") if parts.bias else None
-        return ops.linear(x, weight(f"{name}.{part}.weight"), bias)
+    def project(x: torch.Tensor, *projections: str) -> torch.Tensor:
+        bias = weight(*(f"{name}.{part}.bias" for part in projections)) if parts.bias else None
+        return ops.linear(x, weight(*(f"{name}.{part}.weight" for part in projections)), bias)
 
-    def rotated(part: str, heads: int) -> torch.Tensor:
-        projected = shapes.flat(project(hidden, f"{part}_proj"), dim)
-        normed = ops.rms_norm(projected, weight(f"{name}.{part}_{parts.norm}.weight"), config.norm_eps)
-        return rotation.rotate(normed, heads)
+    def norm(part: str) -> torch.Tensor:
+        return weight(f"{name}.{part}_{parts.norm}.weight")
 
-    context, present = shared.attend(
-        rotated("q", config.num_attention_heads),
-        rotated("k", config.num_key_value_heads),
-        shapes.rows(project(hidden, "v_proj"), rotation.shape),
-        past,
-        config,
+    together, value = shapes.parts(
+        project(hidden, "q_proj", "k_proj", "v_proj"), (heads + kv_heads) * dim, kv_heads * dim
     )
+    normed = ops.head_norm(together, config.norm_eps, (norm("q"), heads), (norm("k"), kv_heads))
+    query, key = shapes.parts(shared.rotation.rotate(normed, heads + kv_heads), heads * dim, kv_heads * dim)
+    context, present, columns = shared.attend(query, key, value, past, config)
     if parts.gate:
         context = gated_heads(context, ops.linear(hidden, weight(f"{name}.{parts.gate}.weight")), config)
-    return project(context, parts.out), present
+    return project(context, parts.out), present, columns
 
 
 def gated_heads(context: torch.Tensor, gate: torch.Tensor, config: PretrainedConfig) -> torch.Tensor:
-    """Scale each head by the sigmoid of its gate: (tokens, heads * head_dim) and (tokens, heads)."""
-    dim = head_dim(config)
-    width = config.num_attention_heads * dim
-    return shapes.flat(shapes.flat(context, dim) * shapes.flat(gate, 1).sigmoid(), width)
+    """Scale each head by the sigmoid of its gate: (..., heads * head_dim) and (..., heads)."""
+    heads, dim = config.num_attention_heads, head_dim(config)
+    scaled = shapes.resized(context, (0, 0, heads, dim)) * shapes.resized(gate.sigmoid(), (0, 0, heads, 1))
+    return shapes.resized(scaled, (0, 0, heads * dim))
 
 
 def feed_forward(hidden: torch.Tensor, weight: Weight, name: str) -> torch.Tensor:

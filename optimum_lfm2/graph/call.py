@@ -23,15 +23,13 @@ class Call:
     """One call of the graph.
 
     Attributes:
-        shape: int64 (3), [batch_size, sequence_length, -1].
         mask: int64 (batch_size, past_sequence_length + sequence_length).
         new: the mask of the new tokens, int64 (batch_size, sequence_length).
         positions: of the new tokens, int64 (batch_size, sequence_length): a row counts its unmasked tokens.
-        columns: int64 (sequence_length), 0 to sequence_length - 1.
+        columns: int64 (sequence_length), the new columns counted from 1.
         dtype: of the hidden states.
     """
 
-    shape: torch.Tensor
     mask: torch.Tensor
     new: torch.Tensor
     positions: torch.Tensor
@@ -41,7 +39,7 @@ class Call:
     @property
     def end(self) -> torch.Tensor:
         """How many new columns a row has up to its last unmasked token, int64 (batch_size, 1)."""
-        return (self.new * (self.columns + 1)).amax(1, keepdim=True)
+        return (self.new * self.columns).amax(1, keepdim=True)
 
 
 def read_call(token_shape: torch.Tensor, attention_mask: torch.Tensor, dtype: torch.dtype) -> Call:
@@ -51,14 +49,11 @@ def read_call(token_shape: torch.Tensor, attention_mask: torch.Tensor, dtype: to
         token_shape: a tensor whose first two axes are batch_size and sequence_length: ids or embeddings.
         attention_mask: int64 (batch_size, past_sequence_length + sequence_length), 0 hides a token.
     """
-    sequence = token_shape.shape[1]
-    first = attention_mask.shape[1] - sequence
     return Call(
-        shape=shapes.row_shape(token_shape),
         mask=attention_mask,
-        new=attention_mask[:, first:],
-        positions=(attention_mask.cumsum(1) - 1).clamp(min=0)[:, first:],
-        columns=torch.arange(sequence),
+        new=shapes.last(attention_mask, token_shape),
+        positions=shapes.last((attention_mask.cumsum(1) - 1).clamp(min=0), token_shape),
+        columns=shapes.counted(token_shape),
         dtype=dtype,
     )
 
@@ -68,25 +63,23 @@ class ConvCall:
     """What convolutions share.
 
     Attributes:
-        shape: int64 (3), [batch_size, sequence_length, -1].
-        visible: bool (tokens, 1), whether a new token is unmasked.
-        end: int64 (batch_size, 1), how many new columns the row has up to its last unmasked token.
+        visible: bool (batch_size, sequence_length, 1), whether a new token is unmasked.
         windows: int64 (sequence_length, conv_L_cache): which columns, of state and new tokens, a new token mixes.
+        kept: int64 (batch_size, conv_L_cache, 1): which of them become the row's next state.
     """
 
-    shape: torch.Tensor
     visible: torch.Tensor
-    end: torch.Tensor
     windows: torch.Tensor
+    kept: torch.Tensor
 
 
 def conv_call(call: Call, taps: int) -> ConvCall:
     """What convolutions of `taps` columns share."""
+    width = torch.arange(taps)
     return ConvCall(
-        shape=call.shape,
-        visible=call.new.reshape(-1, 1) != 0,
-        end=call.end,
-        windows=call.columns[:, None] + torch.arange(1, taps + 1),
+        visible=call.new[:, :, None].to(torch.bool),
+        windows=call.columns[:, None] + width,
+        kept=(call.end + width)[:, :, None],
     )
 
 
@@ -95,26 +88,38 @@ class Rotation:
     """The angles of the new tokens, for the layers of one rotary table.
 
     Attributes:
-        shape: int64 (3), [batch_size, sequence_length, -1].
         index: int64 (batch_size, sequence_length), counts the tokens of the call: where `cos` and `sin` are read.
         cos, sin: (tokens, head_dim / 2).
     """
 
-    shape: torch.Tensor
     index: torch.Tensor
     cos: torch.Tensor
     sin: torch.Tensor
 
     def rotate(self, x: torch.Tensor, heads: int) -> torch.Tensor:
-        """Any shape of tokens * heads * head_dim elements → rows, rotated."""
-        return ops.rotary_embedding(shapes.rows(x, self.shape), self.index, self.cos, self.sin, heads)
+        """Rotate (batch_size, sequence_length, heads * head_dim)."""
+        return ops.rotary_embedding(x, self.index, self.cos, self.sin, heads)
 
 
 def rotation(call: Call, rotary: Rotary) -> Rotation:
     """The angles of the new tokens of a call."""
-    batch, sequence = call.new.shape
-    cos, sin = ops.rotary_table(call.positions, *rotary, call.dtype)
-    return Rotation(call.shape, torch.arange(batch * sequence).reshape(batch, sequence), cos, sin)
+    return Rotation(shapes.numbered(call.new), *ops.rotary_table(call.positions, *rotary, call.dtype))
+
+
+def padded_heads(x: torch.Tensor, dim: int) -> torch.Tensor:
+    """Widen heads with zeros to a width that GroupQueryAttention takes: (batch_size, sequence_length, heads * dim)."""
+    padding = -dim % ops.HEAD_DIM_MULTIPLE
+    if not padding:
+        return x
+    return shapes.resized(shapes.pad(shapes.resized(x, (0, 0, -1, dim)), axis=3, after=padding), (0, 0, -1))
+
+
+def narrowed_heads(x: torch.Tensor, heads: int, dim: int) -> torch.Tensor:
+    """Undo `padded_heads` for so many heads."""
+    padding = -dim % ops.HEAD_DIM_MULTIPLE
+    if not padding:
+        return x
+    return shapes.resized(shapes.resized(x, (0, 0, heads, dim + padding))[..., :dim], (0, 0, heads * dim))
 
 
 @dataclass(frozen=True)
@@ -140,28 +145,23 @@ class AttentionCall:
         value: torch.Tensor,
         past: tuple[torch.Tensor, ...] | None,
         config: PretrainedConfig,
-    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
-        """Causal attention over all columns: the context, (tokens, heads * head_dim), and the present caches.
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...], tuple[()]]:
+        """Causal attention over all columns: the context, as wide as the query, the present caches, no state.
 
         Args:
-            query, key: rotated rows.
-            value: rows.
+            query: (batch_size, sequence_length, heads * head_dim), rotated.
+            key, value: (batch_size, sequence_length, kv_heads * head_dim), the key rotated.
             past: keys and values, (batch_size, kv_heads, past_sequence_length, head_dim) each, or None.
         """
         heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, head_dim(config)
         padding = -dim % ops.HEAD_DIM_MULTIPLE  # zeros that nobody outside sees
 
-        def padded(x: torch.Tensor) -> torch.Tensor:
-            if not padding:
-                return x
-            return shapes.rows(shapes.pad(shapes.flat(x, dim), axis=1, after=padding), self.rotation.shape)
-
         if padding and past is not None:
             past = tuple(shapes.pad(x, axis=3, after=padding) for x in past)
         context, keys, values = ops.group_query_attention(
-            padded(query),
-            padded(key),
-            padded(value),
+            padded_heads(query, dim),
+            padded_heads(key, dim),
+            padded_heads(value, dim),
             past,
             self.last,
             self.total,
@@ -171,13 +171,12 @@ class AttentionCall:
             dim**-0.5,
         )
         if padding:
-            context, keys, values = (shapes.flat(context, dim + padding)[:, :dim], keys[..., :dim], values[..., :dim])
-        return shapes.flat(context, heads * dim), (keys, values)
+            keys, values = keys[..., :dim], values[..., :dim]
+        return narrowed_heads(context, heads, dim), (keys, values), ()
 
 
 def attention_call(call: Call, rotary: Rotary) -> AttentionCall:
     """What layers of full attention share."""
-    sequence = call.new.shape[1]
     nothing = torch.zeros((), dtype=call.dtype)
     masked = torch.where(call.mask == 0, torch.full((), ops.MASKED, dtype=call.dtype), nothing)
     last, total = shapes.lengths(call.mask)
@@ -185,5 +184,5 @@ def attention_call(call: Call, rotary: Rotary) -> AttentionCall:
         rotation=rotation(call, rotary),
         last=last,
         total=total,
-        bias=masked[:, None, None, :].expand(-1, 1, sequence, -1),
+        bias=shapes.repeated(masked, call.new),
     )

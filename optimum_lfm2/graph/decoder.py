@@ -40,36 +40,38 @@ class Decoder:
         self._post_norms = member.post_norms(config) or (None, None)
 
     def embed(self, input_ids: torch.Tensor, weight: Weight) -> torch.Tensor:
-        """Ids (batch_size, sequence_length) → hidden states (tokens, hidden_size)."""
+        """Ids (batch_size, sequence_length) → hidden states (batch_size, sequence_length, hidden_size)."""
         return ops.embedding(weight(f"{self._prefix}embed_tokens.weight"), input_ids)
 
     def enter(self, inputs_embeds: torch.Tensor, weight: Weight) -> torch.Tensor:
-        """Embeddings (batch_size, sequence_length, hidden_size), made elsewhere → hidden states, as `embed` gives."""
-        return shapes.flat(inputs_embeds, self._config.hidden_size)
+        """Embeddings that were made elsewhere, as hidden states."""
+        return shapes.named(inputs_embeds)
 
     def layers(
         self, hidden: torch.Tensor, call: Call, past: Caches | None, keep: torch.Tensor | None, weight: Weight
-    ) -> tuple[torch.Tensor, list[tuple[torch.Tensor, ...]]]:
+    ) -> tuple[torch.Tensor, list[tuple[torch.Tensor, ...]], list[tuple[torch.Tensor, ...]]]:
         """All layers and the final norm.
 
         Args:
-            hidden: (tokens, hidden_size).
+            hidden: (batch_size, sequence_length, hidden_size).
             past: the caches of `Member.cache_tensors`, one tuple a layer; None for a graph without cache inputs.
             keep: int64, of how many of each row's last tokens the result is wanted, 0 for all; None for all.
             weight: gives a parameter by its name in the checkpoint.
 
         Returns:
-            Normed hidden states (batch_size * kept, hidden_size), and the present caches, one tuple a layer.
+            Normed hidden states (batch_size, kept, hidden_size), and for each layer a tuple of the present caches, and
+            one of the columns that the call adds to its states (see `member.Mixed`).
         """
         config, epsilon = self._config, self._config.norm_eps
         last_layer = config.num_hidden_layers - 1
         shared = self._shared(call)
         present: list[tuple[torch.Tensor, ...]] = []
+        columns: list[tuple[torch.Tensor, ...]] = []
 
         normed = ops.rms_norm(hidden, self._norm(weight, "layers.0.operator_norm"), epsilon)
         for i in range(config.num_hidden_layers):
             kind, name = self._kinds[i], f"layers.{i}"
-            out, caches = kind.mixer(
+            out, caches, added = kind.mixer(
                 normed,
                 None if past is None else past[i],
                 shared(config.layer_types[i]),
@@ -78,16 +80,17 @@ class Decoder:
                 config,
             )
             present.append(caches)
+            columns.append(added)
             if i == last_layer and keep is not None:
                 # Nothing after this point mixes tokens: the rest runs on the tokens whose logits are asked for.
-                out, hidden = (self._last_tokens(x, call, keep) for x in (out, hidden))
+                out, hidden = (shapes.last_tokens(x, keep) for x in (out, hidden))
             out = self._post_norm(out, weight, name, 0)
             normed, hidden = ops.skip_rms_norm(out, hidden, self._norm(weight, f"{name}.ffn_norm"), epsilon)
             out = self._feed_forwards[i](normed, weight, f"{self._prefix}{name}.feed_forward")
             out = self._post_norm(out, weight, name, 1)
             next_norm = "embedding_norm" if i == last_layer else f"layers.{i + 1}.operator_norm"
             normed, hidden = ops.skip_rms_norm(out, hidden, self._norm(weight, next_norm), epsilon)
-        return normed, present
+        return normed, present, columns
 
     def _shared(self, call: Call) -> Callable[[str], Any]:
         """What all layers of a kind share, computed once, when its first layer asks."""
@@ -108,9 +111,6 @@ class Decoder:
             return out
         return ops.rms_norm(out, self._norm(weight, f"{layer}.{norm}"), self._config.norm_eps)
 
-    def _last_tokens(self, x: torch.Tensor, call: Call, keep: torch.Tensor) -> torch.Tensor:
-        return shapes.flat(shapes.last_tokens(shapes.rows(x, call.shape), keep), self._config.hidden_size)
-
 
 def language_model(
     decoder: Decoder,
@@ -121,7 +121,7 @@ def language_model(
     weight: Weight,
     dtype: torch.dtype,
     enter: Callable[[torch.Tensor, Weight], torch.Tensor],
-) -> tuple[torch.Tensor, list[tuple[torch.Tensor, ...]]]:
+) -> tuple[torch.Tensor, list[tuple[torch.Tensor, ...]], list[tuple[torch.Tensor, ...]]]:
     """A decoder between its entry and, where `num_logits_to_keep` is given, its head.
 
     Args:
@@ -133,10 +133,10 @@ def language_model(
 
     Returns:
         Logits (batch_size, num_logits, vocab_size) or hidden states (batch_size, sequence_length, hidden_size), and the
-        present caches, one tuple a layer.
+        present caches and the columns that the call adds to states, one tuple a layer each.
     """
     call = read_call(tokens, attention_mask, dtype)
-    hidden, present = decoder.layers(enter(tokens, weight), call, past, num_logits_to_keep, weight)
-    if num_logits_to_keep is not None:
-        hidden = ops.linear(hidden, weight("lm_head.weight"))
-    return shapes.batched(hidden, tokens), present
+    hidden, present, columns = decoder.layers(enter(tokens, weight), call, past, num_logits_to_keep, weight)
+    if num_logits_to_keep is None:
+        return shapes.named(hidden), present, columns
+    return ops.linear(hidden, weight("lm_head.weight")), present, columns

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import onnx_ir as ir
+import torch
 
 from optimum_lfm2.caches import CacheTensor, read_cache_tensors
-from optimum_lfm2.graph.ops import PLACEHOLDER_DOMAIN
+from optimum_lfm2.graph.ops import LINEAR_OP, PLACEHOLDER_DOMAIN
+from optimum_lfm2.weights.blocks import TABLES
 
 
 CONTRIB_DOMAIN = "com.microsoft"
@@ -19,9 +22,27 @@ def is_parameter(value: ir.Value | None) -> bool:
     return node is not None and node.domain == PLACEHOLDER_DOMAIN
 
 
+def parameter_names(value: ir.Value) -> list[str]:
+    """Return the checkpoint's names of the weights that a placeholder stands for, which it joins in this order."""
+    return list(value.producer().attributes.get_strings("names"))
+
+
 def parameter_name(value: ir.Value) -> str:
-    """Return the checkpoint's name of the weight that a placeholder stands for."""
-    return value.producer().attributes.get_string("name")
+    """Return the name of the weight that a placeholder stands for: that of the checkpoint, or one for joined weights.
+
+    The weights `attention.q.weight` and `attention.k.weight` are joined as `attention.q+k.weight`.
+    """
+    first, *others = parameter_names(value)
+    if not others:
+        return first
+    parts = [name.rpartition(".")[0].rpartition(".")[2] for name in (first, *others)]
+    return first.replace(f".{parts[0]}.", f".{'+'.join(parts)}.")
+
+
+def read_parameter(weights: Mapping[str, Any], value: ir.Value) -> torch.Tensor:
+    """Read the weight that a placeholder stands for. Joined weights are read one after the other."""
+    first, *others = (weights[name].detach() for name in parameter_names(value))
+    return torch.cat([first, *others]) if others else first
 
 
 def add_initializer(graph: ir.Graph, tensor: Any) -> ir.Value:
@@ -37,11 +58,44 @@ def add_initializer(graph: ir.Graph, tensor: Any) -> ir.Value:
     return graph.initializers[tensor.name]
 
 
+def is_linear(node: ir.Node) -> bool:
+    """Return whether a node is the placeholder of a linear layer."""
+    return (node.domain, node.op_type) == (PLACEHOLDER_DOMAIN, LINEAR_OP)
+
+
+def embeddings(graph: ir.Graph) -> list[ir.Node]:
+    """Return the nodes that read rows of an embedding."""
+    return [node for node in graph if node.op_type == "Gather" and is_parameter(node.inputs[0])]
+
+
+def table_names(graph: ir.Graph) -> set[str]:
+    """Return the names of the matrices with a row for each id: of the head and of the embedding, tied or not.
+
+    A head that is tied to an embedding has its name, also in a graph without embedding.
+    """
+    linear = (parameter_name(node.inputs[1]) for node in graph if is_linear(node))
+    tables = (parameter_name(node.inputs[0]) for node in embeddings(graph))
+    return {*tables, *(name for name in linear if name.endswith(TABLES))}
+
+
+def insert(
+    before: ir.Node,
+    operator: str,
+    inputs: Sequence[ir.Value | None],
+    attributes: Mapping[str, int] | None = None,
+    domain: str = "",
+) -> ir.Value:
+    """Insert a new node before another, and return its output."""
+    node = ir.node(operator, inputs, attributes, domain=domain)
+    before.graph.insert_before(before, node)
+    return node.outputs[0]
+
+
 def substitute(node: ir.Node, result: ir.Value) -> None:
     """Replace the only output of a node by `result`, and remove the node."""
     output = node.outputs[0]
     result.name, result.type, result.shape = output.name, output.type, output.shape
-    output.replace_all_uses_with(result)
+    output.replace_all_uses_with(result, replace_graph_outputs=True)
     node.graph.remove(node, safe=True)
 
 

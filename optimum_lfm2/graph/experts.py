@@ -1,6 +1,6 @@
 """The feed-forward of experts: the router, the experts, and the operators that run them.
 
-What it must equal is `Lfm2MoeSparseMoeBlock` of transformers' `modeling_lfm2_moe.py`.
+What it must equal is transformers' `Lfm2MoeSparseMoeBlock`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from transformers import PretrainedConfig
 
 from optimum_lfm2.errors import Lfm2Error
+from optimum_lfm2.graph import shapes
 from optimum_lfm2.graph.editing import CONTRIB_DOMAIN, add_initializer, parameter_name, substitute
 from optimum_lfm2.graph.member import Weight
 from optimum_lfm2.graph.ops import ONNX_TYPE, PLACEHOLDER_DOMAIN
@@ -33,10 +34,11 @@ SWIGLU = {"activation_type": "swiglu", "swiglu_fusion": 1}
 
 
 def sparse_feed_forward(hidden: torch.Tensor, weight: Weight, name: str, config: PretrainedConfig) -> torch.Tensor:
-    """Each token through the experts that its router chooses, (tokens, hidden_size) → the same."""
+    """Each token through the experts that its router chooses: (batch_size, sequence_length, hidden_size) → the same."""
+    tokens = shapes.resized(hidden, (-1, config.hidden_size))
     bias = weight(f"{name}.expert_bias") if config.use_expert_bias else None
     routing = route(
-        hidden,
+        tokens,
         weight(f"{name}.gate.weight"),
         bias,
         config.num_experts_per_tok,
@@ -44,7 +46,8 @@ def sparse_feed_forward(hidden: torch.Tensor, weight: Weight, name: str, config:
         config.routed_scaling_factor,
     )
     gate_up, down = (weight(f"{name}.experts.{kind}") for kind in (GATE_UP, DOWN))
-    return mix_experts(hidden, routing, gate_up, down, config.num_experts_per_tok)
+    mixed = mix_experts(tokens, routing, gate_up, down, config.num_experts_per_tok)
+    return shapes.sized_like(mixed, hidden)
 
 
 class _Route(Node):
@@ -153,8 +156,8 @@ def place_experts(graph: ir.Graph, weights: Mapping[str, Any], scheme: Scheme | 
 def _float_experts(node: ir.Node, weights: Mapping[str, Any]) -> list[ir.Node]:
     """MoE takes the softmax of what it is given: so the logarithms of the shares, and their sum afterwards."""
     hidden, routing, gate_up, down = node.inputs
-    smallest = {ir.DataType.FLOAT: 1e-37, ir.DataType.FLOAT16: 6e-8}[hidden.dtype]  # its logarithm is finite
-    floor = add_initializer(node.graph, ir.tensor(smallest, dtype=hidden.dtype, name="smallest_share"))
+    smallest = {ir.DataType.FLOAT: 1e-37, ir.DataType.FLOAT16: 6e-8}[gate_up.dtype]  # its logarithm is finite
+    floor = add_initializer(node.graph, ir.tensor(smallest, dtype=gate_up.dtype, name="smallest_share"))
     axis = add_initializer(node.graph, ir.tensor([1], name="axis_of_experts"))
     names = [parameter_name(x) for x in (gate_up, down)]
     matrices = [
@@ -191,7 +194,7 @@ def _quantized_experts(node: ir.Node, weights: Mapping[str, Any], scheme: Scheme
         "weights_prepacked": 0,
         **SWIGLU,
     }
-    if hidden.dtype == ir.DataType.FLOAT:
+    if matrices[0].dtype == ir.DataType.FLOAT:
         attributes["accuracy_level"] = INT8_ACTIVATIONS
     absent = [None] * 6  # a third matrix and zero points
     return [ir.node("QMoE", [hidden, routing, *arguments, *absent, routing], attributes, domain=CONTRIB_DOMAIN)]

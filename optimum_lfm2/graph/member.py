@@ -5,31 +5,40 @@ The exporter, the runtime and the tools ask the record about a member. Nothing e
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import onnx_ir as ir
 import torch
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from optimum_lfm2.caches import CacheTensor, Kept, cache_tensors
+from optimum_lfm2.caches import CONV, CacheTensor, Kept, cache_tensors
 from optimum_lfm2.fields import Field
 from optimum_lfm2.graph.call import Call, Rotary
 from optimum_lfm2.weights.blocks import Scheme
 from optimum_lfm2.weights.checkpoint import Checkpoint
 
 
-# Gives a parameter by its name in the checkpoint. With `kernel=True`, a depthwise kernel stored as (width, 1, taps)
-# comes as (taps, width).
+# Gives a parameter by its name in the checkpoint, or several joined along their first axis. With `kernel=True`, a
+# depthwise kernel stored as (width, 1, taps) comes as (taps, width).
 Weight = Callable[..., torch.Tensor]
 
-# Takes hidden states (tokens, hidden_size), the weights and the name of the layer's feed-forward in the checkpoint.
-# Returns hidden states (tokens, hidden_size).
+# Takes hidden states (batch_size, sequence_length, hidden_size), the weights and the name of the layer's feed-forward
+# in the checkpoint. Returns hidden states of the same shape.
 FeedForward = Callable[[torch.Tensor, Weight, str], torch.Tensor]
+
+# Makes a model of transformers from its configuration. It takes the configuration and, by name, the dtype.
+ModelMaker = Callable[..., PreTrainedModel]
 
 # Changes the traced graph. It gets the graph, the weights by name, and how they are quantised (None: not at all).
 GraphPass = Callable[[ir.Graph, Mapping[str, Any], Scheme | None], None]
+
+
+# What a block gives: its output, (batch_size, sequence_length, hidden_size); the present caches of the layer; and the
+# columns that the call adds to each state of the layer, (batch_size, ..., sequence_length, ...). A state is a cache of
+# fixed size.
+Mixed = tuple[torch.Tensor, tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]
 
 
 class Mixer(Protocol):
@@ -43,16 +52,22 @@ class Mixer(Protocol):
         weight: Weight,
         name: str,
         config: PretrainedConfig,
-    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
-        """Return the block's output, (tokens, hidden_size), and the layer's present caches.
+    ) -> Mixed:
+        """Return the block's output, the layer's present caches, and the columns that its states gain.
 
         Args:
-            hidden: hidden states after the norm, float (tokens, hidden_size).
+            hidden: hidden states after the norm, float (batch_size, sequence_length, hidden_size).
             past: the layer's caches in the order of `LayerKind.caches`, or None for a graph without cache inputs.
             shared: the result of `LayerKind.prepare`.
             weight: gives a parameter by its name.
             name: the name of the layer's mixer in the checkpoint, such as `model.layers.0.conv`.
         """
+
+
+TRANSFORMERS_MODELS: Mapping[str, ModelMaker] = {
+    "text-generation": AutoModelForCausalLM.from_config,
+    "feature-extraction": AutoModel.from_config,
+}
 
 
 @dataclass(frozen=True)
@@ -82,13 +97,29 @@ class LayerKind:
 
 
 @dataclass(frozen=True)
+class Head:
+    """What follows the final norm of an encoder.
+
+    Attributes:
+        output: the name of the graph's output.
+        axes: takes a configuration and returns the axes of the output after the batch axis.
+        forward: takes final hidden states (tokens, hidden_size), the call, the weights and the configuration; returns
+            the output.
+    """
+
+    output: str
+    axes: Callable[[PretrainedConfig], tuple[int | str, ...]]
+    forward: Callable[[torch.Tensor, Call, Weight, PretrainedConfig], torch.Tensor]
+
+
+@dataclass(frozen=True)
 class Member:
     """The record of a member of the family.
 
     Attributes:
         model_type: as in config.json.
-        architectures: the classes of transformers whose checkpoints are exported. Each has its task:
-            `text-generation` with a head, `feature-extraction` without.
+        architectures: the classes whose checkpoints are exported, each with its task: `text-generation` with a
+            language model's head, `feature-extraction` without a head.
         min_transformers: the first release of transformers that has the model.
         layer_kinds: the kinds of layers, by their names in `layer_types`.
         feed_forwards: takes a configuration and returns the feed-forward of each layer.
@@ -101,8 +132,16 @@ class Member:
         check_scheme: raises `Lfm2Error` for a quantisation that the member's operators cannot compute.
         passes: passes over the traced graph that this member needs, besides those for all members.
         tolerance: takes a scheme and returns the relative error that validation accepts. 0 leaves the common tolerance.
+        spelled: takes the name of a class and returns how `architectures` spells it. None if it is no class of this
+            member. Among members of one model type, it decides which one a checkpoint belongs to.
+        models: for each task, what makes the model of transformers that is the reference.
+        heads: the heads of an encoder by their tasks. A decoder has none: its head is a part of the decoder.
+        export_type: what Optimum's `TasksManager` calls the member, where that is not its model type.
+        own_code: whether checkpoints bring code of their own, which says what is known here. It is not run.
         genai_type: the model type in `genai_config.json`. None if onnxruntime-genai cannot run the member.
         transformers_js: whether Transformers.js (4.3.1) has the model.
+        growing: the member with another cache for some kinds of layers: keys and values of all columns, which runtimes
+            know that know no window. None for a member whose attention keeps all columns anyway.
         text: the field of config.json that has the configuration of the decoder, which is another member. None if the
             decoder is all there is.
         other_spellings: of the model type, in files that other releases of transformers wrote.
@@ -121,10 +160,45 @@ class Member:
     check_scheme: Callable[[Scheme, PretrainedConfig], None] = lambda scheme, config: None
     passes: Sequence[GraphPass] = ()
     tolerance: Callable[[Scheme], float] = lambda scheme: 0.0
+    spelled: Callable[[str], str | None] = lambda name: None
+    models: Mapping[str, ModelMaker] = field(default_factory=lambda: TRANSFORMERS_MODELS)
+    heads: Mapping[str, Head] = field(default_factory=dict)
+    export_type: str | None = None
+    own_code: bool = False
     genai_type: str | None = None
     transformers_js: bool = True
+    growing: Member | None = None
     text: str | None = None
     other_spellings: tuple[str, ...] = ()
+
+    @property
+    def model_types(self) -> tuple[str, ...]:
+        """The model type in all its spellings."""
+        return (self.model_type, *self.other_spellings)
+
+    def with_caches(self, caches: Iterable[CacheTensor]) -> Member:
+        """The record for a graph with these cache tensors: `growing` where all its keys and values grow."""
+        grows = all(tensor.kind == CONV or tensor.grows for tensor in caches)
+        return self.growing if self.growing and grows else self
+
+    @property
+    def encodes(self) -> bool:
+        """Whether it is an encoder. An encoder has no caches, and its layers see all unmasked tokens of a row."""
+        return bool(self.heads)
+
+    @property
+    def tasks(self) -> list[str]:
+        """The tasks that Optimum knows the member's models by. A decoder's have a form with past."""
+        if self.encodes:
+            return list(self.heads)
+        if self.text is not None:
+            return list(self.models)
+        return [form for task in self.models for form in (task, f"{task}-with-past")]
+
+    def task(self, architectures: Sequence[str] | None) -> str:
+        """Return the task of a checkpoint by the `architectures` of its config.json. The first known class decides."""
+        known = (self.architectures.get(self.spelled(name) or name) for name in architectures or ())
+        return next(filter(None, known), next(iter(self.architectures.values())))
 
     def kind(self, config: PretrainedConfig, layer_type: str) -> LayerKind:
         """The kind of layer that `layer_types` means by a name."""

@@ -3,11 +3,12 @@
 `forward` runs while torch traces, where only shapes and dtypes count.
 
 Operators of `com.microsoft` are described in onnxruntime's docs/ContribOperators.md. Hidden states are
-two-dimensional, (tokens, width), tokens being batch_size * sequence_length: `Gemm` reads a Linear's weight as torch
-stores it. "Rows" are the same values as (batch_size, sequence_length, width).
+(batch_size, sequence_length, width) from the embedding to the logits.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -15,42 +16,46 @@ import torch.nn.functional as F
 from optimum_lfm2.graph.tracing import Node, constant, none, typed
 
 
-# The placeholder domain: `weights.py` replaces every node of it, so no exported file mentions it.
+# The domain of placeholders. `export/finish.py` replaces every node of it, so no exported file mentions it.
 PLACEHOLDER_DOMAIN = "optimum_lfm2"
+LINEAR_OP = "Linear"
 HEAD_DIM_MULTIPLE = 8  # of the heads that GroupQueryAttention takes
 MASKED = -1e4  # finfo.min overflows to -inf in fp16, and a row without any key then becomes NaN
 
 
 class _Parameter(Node):
     @staticmethod
-    def forward(ctx, name, kernel, shape, dtype):
+    def forward(ctx, names, kernel, shape, dtype):
         # A stride-0 view: the trace needs a shape, never the values.
         return torch.zeros((), dtype=dtype).expand(shape)
 
     @staticmethod
-    def symbolic(g, name, kernel, shape, dtype):
-        node = g.op(f"{PLACEHOLDER_DOMAIN}::Parameter", name_s=name, kernel_i=kernel)
+    def symbolic(g, names, kernel, shape, dtype):
+        node = g.op(f"{PLACEHOLDER_DOMAIN}::Parameter", names_s=list(names), kernel_i=kernel)
         return node.setType(torch._C.TensorType.create_from_tensor(torch.zeros((), dtype=dtype).expand(shape)))
 
 
-def parameter(name: str, shape: tuple[int, ...], dtype: torch.dtype, kernel: bool = False) -> torch.Tensor:
-    """A weight by its name in the checkpoint. A depthwise `kernel`, there (width, 1, taps), becomes (taps, width)."""
-    return _Parameter.apply(name, kernel, shape, dtype)
+def parameter(names: Sequence[str], shape: tuple[int, ...], dtype: torch.dtype, kernel: bool = False) -> torch.Tensor:
+    """A weight by its name in the checkpoint, or several joined along their first axis.
+
+    A depthwise `kernel`, in the checkpoint (width, 1, taps), becomes (taps, width).
+    """
+    return _Parameter.apply(tuple(names), kernel, shape, dtype)
 
 
 class _Embedding(Node):
     @staticmethod
     def forward(ctx, table, ids):
-        return F.embedding(ids.reshape(-1), table)
+        return F.embedding(ids, table)
 
     @staticmethod
-    @typed(2)
+    @typed(3)
     def symbolic(g, table, ids):
-        return g.op("Gather", table, g.op("Reshape", ids, constant(g, [-1])), axis_i=0)
+        return g.op("Gather", table, ids, axis_i=0)
 
 
 def embedding(table: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """(vocabulary, width), (batch, sequence) → (tokens, width)."""
+    """(vocabulary, width), (batch_size, sequence_length) → (batch_size, sequence_length, width)."""
     return _Embedding.apply(table, ids)
 
 
@@ -63,17 +68,17 @@ class _Linear(Node):
     @staticmethod
     def forward(ctx, x, weight, bias):
         if is_placeholder(weight):
-            return x.new_zeros(x.shape[0], weight.shape[0])
+            return x.new_zeros(*x.shape[:-1], weight.shape[0])
         return F.linear(x, weight, bias)
 
     @staticmethod
-    @typed(2)
+    @typed(None)
     def symbolic(g, x, weight, bias):
-        return g.op("Gemm", x, weight, *(() if bias is None else (bias,)), transB_i=1)
+        return g.op(f"{PLACEHOLDER_DOMAIN}::{LINEAR_OP}", x, weight, *(() if bias is None else (bias,)))
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """(tokens, in), (out, in), (out) → (tokens, out)."""
+    """(..., in), (out, in), (out) → (..., out). How the product is computed, the form of the stored weight decides."""
     return _Linear.apply(x, weight, bias)
 
 
@@ -84,7 +89,7 @@ class _RMSNorm(Node):
         return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)).to(x.dtype)
 
     @staticmethod
-    @typed(2)
+    @typed(None)
     def symbolic(g, x, weight, epsilon):
         return g.op("SimplifiedLayerNormalization", x, weight, axis_i=-1, epsilon_f=epsilon, stash_type_i=1)
 
@@ -94,6 +99,36 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Ten
     return _RMSNorm.apply(x, weight, epsilon)
 
 
+class _HeadNorm(Node):
+    @staticmethod
+    def forward(ctx, x, epsilon, heads, *weights):
+        scale = torch.cat([weight.expand(count, -1) for weight, count in zip(weights, heads, strict=True)])
+        return _RMSNorm.forward(ctx, x.unflatten(2, scale.shape), scale, epsilon).flatten(2)
+
+    @staticmethod
+    @typed(3)
+    def symbolic(g, x, epsilon, heads, *weights):
+        kind, (dim,) = x.type().dtype(), weights[0].type().sizes()
+        ones = g.op("Constant", value_t=torch.ones(dim, dtype=kind))
+        scales = [g.op("Expand", w, constant(g, [count, 1])) for w, count in zip(weights, heads, strict=True)]
+        split = g.op("Reshape", x, constant(g, [0, 0, sum(heads), dim]))
+        normed = g.op("SimplifiedLayerNormalization", split, ones, axis_i=-1, epsilon_f=epsilon, stash_type_i=1)
+        scaled = g.op("Mul", normed, g.op("Concat", *scales, axis_i=0))
+        return g.op("Reshape", scaled, constant(g, [0, 0, sum(heads) * dim]))
+
+
+def head_norm(x: torch.Tensor, epsilon: float, *groups: tuple[torch.Tensor, int]) -> torch.Tensor:
+    """`rms_norm` of each head, in one pass over groups of heads whose weights differ.
+
+    Args:
+        x: (batch_size, sequence_length, heads * head_dim).
+        groups: the weight (head_dim) and the number of heads of each group. onnxruntime makes one constant of the
+            weights when it loads the graph.
+    """
+    weights, heads = zip(*groups, strict=True)
+    return _HeadNorm.apply(x, epsilon, heads, *weights)
+
+
 class _SkipRMSNorm(Node):
     @staticmethod
     def forward(ctx, x, skip, weight, epsilon):
@@ -101,7 +136,7 @@ class _SkipRMSNorm(Node):
         return _RMSNorm.forward(ctx, total, weight, epsilon), total
 
     @staticmethod
-    @typed(2, 2)
+    @typed(None, None)
     def symbolic(g, x, skip, weight, epsilon):
         normed, _mean, _inverse, total = g.op(
             "com.microsoft::SkipSimplifiedLayerNormalization", x, skip, weight, epsilon_f=epsilon, outputs=4
@@ -122,7 +157,7 @@ class _SiLU(Node):
         return F.silu(x)
 
     @staticmethod
-    @typed(2)
+    @typed(None)
     def symbolic(g, x):
         return g.op("Mul", x, g.op("Sigmoid", x))
 

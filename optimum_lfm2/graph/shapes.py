@@ -8,54 +8,6 @@ import torch.nn.functional as F
 from optimum_lfm2.graph.tracing import Node, constant, typed
 
 
-class _RowShape(Node):
-    @staticmethod
-    def forward(ctx, ids):
-        return torch.tensor([*ids.shape[:2], -1])
-
-    @staticmethod
-    @typed(1, dtype=torch.int64)
-    def symbolic(g, ids):
-        return g.op("Concat", g.op("Shape", ids, end_i=2), constant(g, [-1]), axis_i=0)
-
-
-def row_shape(ids: torch.Tensor) -> torch.Tensor:
-    """The shape (batch_size, sequence_length, -1) as a tensor, of anything with these two axes first."""
-    return _RowShape.apply(ids)
-
-
-class _Rows(Node):
-    @staticmethod
-    def forward(ctx, x, shape):
-        return x.reshape(*shape.tolist())
-
-    @staticmethod
-    @typed(3)
-    def symbolic(g, x, shape):
-        return g.op("Reshape", x, shape)
-
-
-def rows(x: torch.Tensor, shape: torch.Tensor) -> torch.Tensor:
-    """Anything with batch_size * sequence_length * width elements → (batch_size, sequence_length, width)."""
-    return _Rows.apply(x, shape)
-
-
-class _Flat(Node):
-    @staticmethod
-    def forward(ctx, x, width):
-        return x.reshape(-1, width)
-
-    @staticmethod
-    @typed(2)
-    def symbolic(g, x, width):
-        return g.op("Reshape", x, constant(g, [-1, width]))
-
-
-def flat(x: torch.Tensor, width: int) -> torch.Tensor:
-    """Anything whose elements come in runs of `width` → (runs, width)."""
-    return _Flat.apply(x, width)
-
-
 class _Resized(Node):
     @staticmethod
     def forward(ctx, x, sizes):
@@ -71,38 +23,53 @@ def resized(x: torch.Tensor, sizes: tuple[int, ...]) -> torch.Tensor:
     return _Resized.apply(x, sizes)
 
 
-class _Batched(Node):
+class _SizedLike(Node):
     @staticmethod
-    def forward(ctx, x, ids):
-        return x.reshape(ids.shape[0], -1, x.shape[1])
-
-    @staticmethod
-    @typed(3)
-    def symbolic(g, x, ids):
-        batch = g.op("Shape", ids, end_i=1)
-        width = g.op("Shape", x, start_i=1)
-        return g.op("Reshape", x, g.op("Concat", batch, constant(g, [-1]), width, axis_i=0))
-
-
-def batched(x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """(batch_size * any, width) → (batch_size, any, width)."""
-    return _Batched.apply(x, ids)
-
-
-class _Split(Node):
-    @staticmethod
-    def forward(ctx, x, width):
-        return tuple(part.contiguous() for part in x.split(width, dim=-1))
+    def forward(ctx, x, like):
+        return x.reshape(like.shape)
 
     @staticmethod
-    @typed(2, 2, 2)
-    def symbolic(g, x, width):
-        return tuple(g.op("Split", x, constant(g, [width] * 3), axis_i=-1, outputs=3))
+    def symbolic(g, x, like):
+        return typed(like.type().dim())(lambda g, x: g.op("Reshape", x, g.op("Shape", like)))(g, x)
 
 
-def split_in_three(x: torch.Tensor, width: int) -> tuple[torch.Tensor, ...]:
-    """(tokens, 3 * width) → three of (tokens, width)."""
-    return _Split.apply(x, width)
+def sized_like(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """The same values in the shape of another tensor."""
+    return _SizedLike.apply(x, like)
+
+
+class _Named(Node):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    @typed(None)
+    def symbolic(g, x):
+        return g.op("Identity", x)
+
+
+def named(x: torch.Tensor) -> torch.Tensor:
+    """The same values under another name, for an output of the graph that is also compared by itself."""
+    return _Named.apply(x)
+
+
+class _Parts(Node):
+    @staticmethod
+    def forward(ctx, x, widths):
+        return tuple(part.contiguous() for part in x.split(list(widths), dim=-1))
+
+    @staticmethod
+    def symbolic(g, x, widths):
+        def split(g, x):
+            return tuple(g.op("Split", x, constant(g, list(widths)), axis_i=-1, outputs=len(widths)))
+
+        return typed(*[None] * len(widths))(split)(g, x)
+
+
+def parts(x: torch.Tensor, *widths: int) -> tuple[torch.Tensor, ...]:
+    """(..., width) → parts of it, (..., widths[i]) each."""
+    return _Parts.apply(x, widths)
 
 
 class _Pad(Node):
@@ -146,6 +113,23 @@ def lengths(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return _Lengths.apply(mask)
 
 
+class _Last(Node):
+    @staticmethod
+    def forward(ctx, x, like):
+        return x[:, -like.shape[1] :].contiguous()
+
+    @staticmethod
+    @typed(None)
+    def symbolic(g, x, like):
+        start = g.op("Neg", g.op("Shape", like, start_i=1, end_i=2))
+        return g.op("Slice", x, start, constant(g, [torch.iinfo(torch.int64).max]), constant(g, [1]))
+
+
+def last(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """The last columns of each row, as many as `like` has: (batch_size, any, ...) and (batch_size, columns, ...)."""
+    return _Last.apply(x, like)
+
+
 class _LastTokens(Node):
     @staticmethod
     def forward(ctx, x, count):
@@ -167,42 +151,72 @@ def last_tokens(x: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
     return _LastTokens.apply(x, count)
 
 
-class _Windows(Node):
+class _Numbered(Node):
     @staticmethod
-    def forward(ctx, columns, index):
-        return columns[:, index]
+    def forward(ctx, x):
+        return torch.arange(x.shape[0] * x.shape[1]).reshape(x.shape[:2])
+
+    @staticmethod
+    @typed(2)
+    def symbolic(g, x):
+        count = g.op("Range", constant(g, 0), g.op("Size", x), constant(g, 1))
+        return g.op("Reshape", count, g.op("Shape", x))
+
+
+def numbered(x: torch.Tensor) -> torch.Tensor:
+    """The tokens of a call counted through all rows: int64, in the shape of `x`, (batch_size, sequence_length)."""
+    return _Numbered.apply(x)
+
+
+class _Counted(Node):
+    @staticmethod
+    def forward(ctx, x):
+        return torch.arange(1, x.shape[1] + 1)
+
+    @staticmethod
+    @typed(1, dtype=torch.int64)
+    def symbolic(g, x):
+        columns = g.op("Gather", g.op("Shape", x), constant(g, 1))
+        return g.op("Range", constant(g, 1), g.op("Add", columns, constant(g, 1)), constant(g, 1))
+
+
+def counted(x: torch.Tensor) -> torch.Tensor:
+    """1 to the number of columns of `x`, int64 (columns)."""
+    return _Counted.apply(x)
+
+
+class _Repeated(Node):
+    @staticmethod
+    def forward(ctx, x, like):
+        return x[:, None, None].expand(-1, -1, like.shape[1], -1)
 
     @staticmethod
     @typed(4)
-    def symbolic(g, columns, index):
-        return g.op("Gather", columns, index, axis_i=1)
+    def symbolic(g, x, like):
+        sequence = g.op("Shape", like, start_i=1, end_i=2)
+        shape = g.op("Concat", constant(g, [1, 1]), sequence, constant(g, [1]), axis_i=0)
+        return g.op("Expand", g.op("Unsqueeze", x, constant(g, [1, 2])), shape)
 
 
-def windows(columns: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """(batch_size, columns, width), int64 (windows, taps) → (batch_size, windows, taps, width)."""
-    return _Windows.apply(columns, index)
+def repeated(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """What all tokens of a row share: (batch_size, any) → (batch_size, 1, columns of `like`, any)."""
+    return _Repeated.apply(x, like)
 
 
 class _ColumnsAt(Node):
     @staticmethod
-    def forward(ctx, columns, end, count):
-        index = end + torch.arange(count)
-        return columns.gather(1, index.unsqueeze(2).expand(-1, -1, columns.shape[2])).transpose(1, 2).contiguous()
+    def forward(ctx, columns, index):
+        return columns.gather(1, index.expand(-1, -1, columns.shape[2])).transpose(1, 2).contiguous()
 
     @staticmethod
     @typed(3)
-    def symbolic(g, columns, end, count):
-        index = g.op("Add", end, constant(g, list(range(count))))
-        picked = g.op("GatherND", columns, g.op("Unsqueeze", index, constant(g, [2])), batch_dims_i=1)
-        return g.op("Transpose", picked, perm_i=[0, 2, 1])
+    def symbolic(g, columns, index):
+        return g.op("Transpose", g.op("GatherND", columns, index, batch_dims_i=1), perm_i=[0, 2, 1])
 
 
-def columns_at(columns: torch.Tensor, end: torch.Tensor, count: int) -> torch.Tensor:
-    """`count` columns of each row from its own `end` on.
-
-    (batch_size, columns, width), int64 (batch_size, 1) → (batch_size, width, count).
-    """
-    return _ColumnsAt.apply(columns, end, count)
+def columns_at(columns: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Columns of each row: (batch_size, columns, width), int64 (batch_size, count, 1) → (batch_size, width, count)."""
+    return _ColumnsAt.apply(columns, index)
 
 
 class _Gathered(Node):
@@ -222,3 +236,45 @@ def gathered(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     (batch_size, heads, columns, width), int64 (batch_size, heads, count, 1) → (batch_size, heads, count, width).
     """
     return _Gathered.apply(x, index)
+
+
+class _Picked(Node):
+    @staticmethod
+    def forward(ctx, x, index, axis):
+        return x[(slice(None),) * axis + (index,)]
+
+    @staticmethod
+    def symbolic(g, x, index, axis):
+        rank = x.type().dim() + index.type().dim() - 1
+        return typed(rank)(lambda g, x: g.op("Gather", x, index, axis_i=axis))(g, x)
+
+
+def picked(x: torch.Tensor, index: torch.Tensor, axis: int) -> torch.Tensor:
+    """The entries of one axis at int64 indices, the same for every row. The axes of `index` replace that axis."""
+    return _Picked.apply(x, index, axis)
+
+
+class _Blocks(Node):
+    @staticmethod
+    def forward(ctx, columns, longest):
+        block = min(len(columns), longest)
+        count = -(-len(columns) // block)
+        return torch.arange(count * block).reshape(count, block)
+
+    @staticmethod
+    @typed(2)
+    def symbolic(g, columns, longest):
+        length, one = g.op("Shape", columns), constant(g, [1])
+        block = g.op("Min", length, constant(g, [longest]))
+        count = g.op("Div", g.op("Sub", g.op("Add", length, block), one), block)
+        end = g.op("Squeeze", g.op("Mul", count, block))
+        numbers = g.op("Range", constant(g, 0), end, constant(g, 1))
+        return g.op("Reshape", numbers, g.op("Concat", count, block, axis_i=0))
+
+
+def blocks(columns: torch.Tensor, longest: int) -> torch.Tensor:
+    """Cut columns, counted from 0, into blocks of one length: int64 (length) → int64 (blocks, block).
+
+    A block is `longest`, or as long as all columns where these are fewer. The last may count beyond the last column.
+    """
+    return _Blocks.apply(columns, longest)

@@ -1,37 +1,47 @@
 """Sliding attention: a token sees the last `sliding_window` tokens of its row, itself among them.
 
 The cache is a window of fixed width, as a conv state is: the keys and values of the row's own last tokens, whatever
-padding lies between them. So a layer costs the same after any number of tokens. Which columns of the window hold a
-token follows from the mask alone: where the row has seen fewer than the window takes, the first columns hold none.
+padding lies between them. Which columns of the window hold a token follows from the mask alone: where the row has seen
+fewer tokens than the window takes, the first columns hold none.
+
+The new tokens are cut into blocks no longer than the window. A block sees the columns of its own tokens and as many
+columns before it as the window has. So the work of a token does not grow with the tokens before it, whether they are in
+the cache or in the same call.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from transformers import PretrainedConfig
 
 from optimum_lfm2.caches import head_dim
 from optimum_lfm2.graph import ops, shapes
-from optimum_lfm2.graph.call import Call, Rotary, Rotation, rotation
+from optimum_lfm2.graph.call import AttentionCall, Call, Rotary, Rotation, attention_call, rotation
 
 
 @dataclass(frozen=True)
 class SlidingCall:
     """What layers of sliding attention share.
 
-    The columns are those of the window, then the new tokens.
+    The columns are those of the window, then the new tokens. A block that is not full ends in copies of the last token,
+    which no token sees and whose context is dropped. A group is the query heads that share a head of keys.
 
     Attributes:
         rotation: the angles of the new tokens.
-        bias: (batch_size, 1, groups * sequence_length, window + sequence_length), 0 on visible columns and
-            `ops.MASKED` on others. A group is one of the query heads that share a head of keys.
+        tokens: int64 (blocks, block), the new tokens of each block.
+        seen: int64 (blocks, window + block), the columns that a block sees.
+        bias: (batch_size, 1, blocks, group * block, window + block), 0 on visible columns and `ops.MASKED` on others.
+        columns: int64 (sequence_length), 0 to sequence_length - 1.
         kept: int64 (batch_size, kv_heads, window, 1), the columns that become the next window.
     """
 
     rotation: Rotation
+    tokens: torch.Tensor
+    seen: torch.Tensor
     bias: torch.Tensor
+    columns: torch.Tensor
     kept: torch.Tensor
 
     def attend(
@@ -41,49 +51,79 @@ class SlidingCall:
         value: torch.Tensor,
         past: tuple[torch.Tensor, ...] | None,
         config: PretrainedConfig,
-    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
-        """Attention over the window and the new tokens: the context, (tokens, heads * head_dim), and the next window.
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
+        """Attention over the window and the new tokens.
+
+        Returns the context, as wide as the query, the next window, and the new keys and values, each (batch_size,
+        kv_heads, sequence_length, head_dim).
 
         Standard operators: `GroupQueryAttention` refuses several rows with several new tokens on a cache that is not
         empty (onnxruntime 1.32, CPU), and this cache never is.
 
         Args:
-            query, key: rotated rows.
-            value: rows.
+            query: (batch_size, sequence_length, heads * head_dim), rotated.
+            key, value: (batch_size, sequence_length, kv_heads * head_dim), the key rotated.
             past: keys and values, (batch_size, kv_heads, window, head_dim) each, or None for an empty window.
         """
         heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, head_dim(config)
+        group = heads // kv_heads
 
-        def by_head(rows: torch.Tensor, count: int) -> torch.Tensor:
-            return shapes.resized(rows, (0, 0, count, dim)).transpose(1, 2)
-
-        new = by_head(key, kv_heads), by_head(value, kv_heads)
+        new = [shapes.resized(rows, (0, 0, kv_heads, dim)).transpose(1, 2) for rows in (key, value)]
         if past is None:
             keys, values = (shapes.pad(x, axis=2, before=config.sliding_window) for x in new)
         else:
             keys, values = (torch.cat(pair, dim=2) for pair in zip(past, new, strict=True))
-        grouped = shapes.resized(by_head(query, heads), (0, kv_heads, -1, dim))
-        scores = grouped @ keys.transpose(2, 3) * dim**-0.5 + self.bias
-        context = shapes.resized(scores.softmax(-1) @ values, (0, heads, -1, dim)).transpose(1, 2)
-        return shapes.flat(context, heads * dim), (shapes.gathered(keys, self.kept), shapes.gathered(values, self.kept))
+
+        # (batch_size, kv_heads, blocks, group * block, head_dim)
+        split = shapes.resized(shapes.picked(query * dim**-0.5, self.tokens, axis=1), (0, 0, 0, kv_heads, group, dim))
+        blocks = shapes.resized(split.permute(0, 3, 1, 4, 2, 5), (0, 0, 0, -1, dim))
+        scores = blocks @ shapes.picked(keys, self.seen, axis=2).transpose(3, 4) + self.bias
+        context = scores.softmax(-1) @ shapes.picked(values, self.seen, axis=2)
+        joined = shapes.resized(context, (0, 0, 0, group, -1, dim)).permute(0, 2, 4, 1, 3, 5)
+        rows = shapes.picked(shapes.resized(joined, (0, -1, heads * dim)), self.columns, axis=1)
+        window = shapes.gathered(keys, self.kept), shapes.gathered(values, self.kept)
+        return rows, window, tuple(new)
 
 
 def sliding_call(call: Call, rotary: Rotary, config: PretrainedConfig) -> SlidingCall:
     """What layers of sliding attention share."""
     window, kv_heads = config.sliding_window, config.num_key_value_heads
     slots = torch.arange(window)
-    seen = call.mask.sum(1, keepdim=True) - call.new.sum(1, keepdim=True)
-    nowhere = torch.full((), -window)  # as a key's position: too far back for every token
+    columns = call.columns - 1  # from 0 on
+    blocks = shapes.blocks(columns, window)  # int64 (blocks, block); may end after the last token
+    last = columns.amax()
+    tokens = blocks.clamp(max=last)
 
-    past = seen - window + slots  # the token at the end of the window is the last that the row has seen
-    positions = torch.cat(
-        [torch.where(past < 0, nowhere, past), torch.where(call.new == 0, nowhere, call.positions)], dim=1
-    )
-    distance = call.positions[:, :, None] - positions[:, None, :]
-    visible = (distance >= 0) & (distance < window)
+    # The position of each column's token, (batch_size, window + sequence_length). A column without a token gets one
+    # that is too far back for every token. The window ends in the last token that the row saw before this call.
+    nowhere = torch.full((), -window)
+    past = call.mask.sum(1, keepdim=True) - call.new.sum(1, keepdim=True) - window + slots
+    past, new = torch.where(past < 0, nowhere, past), torch.where(call.new == 0, nowhere, call.positions)
+    positions = torch.cat([past, new], dim=1)
+
+    seen = torch.cat([blocks[:, :1] + slots, window + blocks], dim=1)
+    exists = seen <= window + last
+    seen = seen.clamp(max=window + last)
+    queries, keys = shapes.picked(call.positions, tokens, axis=1), shapes.picked(positions, seen, axis=1)
+    distance = queries[..., None] - keys[:, :, None]  # (batch_size, blocks, block, window + block)
+    visible = (distance >= 0) & (distance < window) & exists[:, None]
     bias = torch.where(visible, torch.zeros((), dtype=call.dtype), torch.full((), ops.MASKED, dtype=call.dtype))
     return SlidingCall(
         rotation=rotation(call, rotary),
-        bias=bias[:, None].repeat(1, 1, config.num_attention_heads // kv_heads, 1),
+        tokens=tokens,
+        seen=seen,
+        bias=bias[:, None].repeat(1, 1, 1, config.num_attention_heads // kv_heads, 1),
+        columns=columns,
         kept=(call.end + slots)[:, None, :, None].expand(-1, kv_heads, -1, -1),
     )
+
+
+def masked_attention_call(call: Call, rotary: Rotary, window: int) -> AttentionCall:
+    """What layers of sliding attention share where their cache keeps all columns: full attention under another bias.
+
+    Only the tokens differ in what they see. The time and the cache of a layer are those of full attention.
+    """
+    full = attention_call(call, rotary)
+    distance = call.positions[:, :, None] - (call.mask.cumsum(1) - 1)[:, None, :]
+    hidden = torch.full((), ops.MASKED, dtype=call.dtype)
+    return replace(full, bias=torch.where((distance < window)[:, None], full.bias, hidden))

@@ -44,13 +44,13 @@ def none(g):
     return value
 
 
-def typed(*ranks: int, like: int = 0, dtype: torch.dtype | None = None):
+def typed(*ranks: int | None, like: int = 0, dtype: torch.dtype | None = None):
     """Decorate a `symbolic` so that it declares the types of its outputs.
 
     torch knows the types of its own operators alone, and warns once for every other node (torch 2.13).
 
     Args:
-        ranks: the rank of each output.
+        ranks: the rank of each output. None stands for the rank of the first argument.
         like: the index of the argument whose dtype the outputs have.
         dtype: the dtype of the outputs, in place of an argument's.
     """
@@ -62,8 +62,9 @@ def typed(*ranks: int, like: int = 0, dtype: torch.dtype | None = None):
             source = dtype or args[like]
             seen = source if isinstance(source, torch.dtype) else source.type().dtype()
             for value, rank in zip(emitted if isinstance(emitted, tuple) else (emitted,), ranks, strict=True):
-                example = torch._C.TensorType.create_from_tensor(torch.empty([1] * rank, dtype=seen))
-                value.setType(example.with_sizes([None] * rank))
+                count = args[0].type().dim() if rank is None else rank
+                example = torch._C.TensorType.create_from_tensor(torch.empty([1] * count, dtype=seen))
+                value.setType(example.with_sizes([None] * count))
             return emitted
 
         return wrapper

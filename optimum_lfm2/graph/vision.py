@@ -26,7 +26,6 @@ class Tiles:
     Attributes:
         height, width: the patches of each tile, int64 (tiles, 1).
         row, column: where each patch is in its tile, int64 (tiles, patches). Those of padding mean nothing.
-        shape: int64 (3), [tiles, patches, -1].
         bias: added to attention's scores, (tiles, 1, patches, patches).
     """
 
@@ -34,7 +33,6 @@ class Tiles:
     width: torch.Tensor
     row: torch.Tensor
     column: torch.Tensor
-    shape: torch.Tensor
     bias: torch.Tensor
 
 
@@ -68,8 +66,7 @@ def image_features(
     tiles = read_tiles(pixel_values, mask, spatial_shapes, dtype)
 
     name = f"{tower}embeddings."
-    width = settings.num_channels * settings.patch_size**2
-    patches = shapes.flat(pixel_values, width).to(dtype)
+    patches = pixel_values.to(dtype)
     hidden = ops.linear(patches, weight(f"{name}patch_embedding.weight"), weight(f"{name}patch_embedding.bias"))
     hidden = hidden + positions(tiles, weight(f"{name}position_embedding.weight"), settings).to(dtype)
     for i in range(settings.num_hidden_layers):
@@ -92,13 +89,12 @@ def read_tiles(
         width=width,
         row=row,
         column=column,
-        shape=shapes.row_shape(pixel_values),
         bias=masked[:, None, None, :].expand(-1, 1, patches, -1),
     )
 
 
 def positions(tiles: Tiles, table: torch.Tensor, settings: PretrainedConfig) -> torch.Tensor:
-    """The position embedding of each patch, float32 (tiles * patches, width): the table, resized to each tile's grid.
+    """The position embedding of each patch, float32 (tiles, patches, width): the table, resized to each tile's grid.
 
     As `F.interpolate(mode="bilinear", align_corners=False, antialias=True)`, which is linear: the weights of an axis
     are a triangle around the patch's place in the table.
@@ -122,19 +118,15 @@ def _axis_weights(index: torch.Tensor, count: torch.Tensor, size: int) -> torch.
 def encoder_layer(
     hidden: torch.Tensor, tiles: Tiles, weight: Weight, name: str, settings: PretrainedConfig
 ) -> torch.Tensor:
-    """One layer: (tiles * patches, width) → the same. The norms come before the blocks."""
-    width = settings.hidden_size
+    """One layer: (tiles, patches, width) → the same. The norms come before the blocks."""
 
     def linear(x: torch.Tensor, part: str) -> torch.Tensor:
         return ops.linear(x, weight(f"{name}.{part}.weight"), weight(f"{name}.{part}.bias"))
 
-    def rows(x: torch.Tensor, part: str) -> torch.Tensor:
-        return shapes.rows(linear(x, f"self_attn.{part}_proj"), tiles.shape)
-
     normed = _norm(hidden, weight, f"{name}.layer_norm1", settings.layer_norm_eps)
-    query, key, value = (rows(normed, part) for part in "qkv")
+    query, key, value = (linear(normed, f"self_attn.{part}_proj") for part in "qkv")
     context = vision.attention(query, key, value, tiles.bias, settings.num_attention_heads)
-    hidden = hidden + linear(shapes.flat(context, width), "self_attn.out_proj")
+    hidden = hidden + linear(context, "self_attn.out_proj")
 
     normed = _norm(hidden, weight, f"{name}.layer_norm2", settings.layer_norm_eps)
     return hidden + linear(vision.ACTIVATIONS[settings.hidden_act](linear(normed, "mlp.fc1")), "mlp.fc2")
@@ -159,7 +151,8 @@ def project(hidden: torch.Tensor, tiles: Tiles, weight: Weight, name: str, confi
         bias = weight(f"{name}{part}.bias") if config.projector_bias else None
         return ops.linear(x, weight(f"{name}{part}.weight"), bias)
 
-    joined = vision.gathered(hidden, index)
+    patches = shapes.resized(hidden, (-1, config.vision_config.hidden_size))
+    joined = vision.gathered(patches, index)
     if getattr(config, "projector_use_layernorm", True):  # a switch since transformers 5
         joined = _norm(joined, weight, f"{name}layer_norm", PROJECTOR_EPSILON)
     return linear(vision.ACTIVATIONS[config.projector_hidden_act](linear(joined, "linear_1")), "linear_2")

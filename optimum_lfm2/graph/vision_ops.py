@@ -15,13 +15,13 @@ class _LayerNorm(Node):
         return F.layer_norm(x, x.shape[-1:], weight, bias, epsilon)
 
     @staticmethod
-    @typed(2)
+    @typed(None)
     def symbolic(g, x, weight, bias, epsilon):
         return g.op("LayerNormalization", x, weight, bias, axis_i=-1, epsilon_f=epsilon, stash_type_i=1)
 
 
 def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, epsilon: float) -> torch.Tensor:
-    """Layer norm over the last axis of (tokens, width), computed in float32."""
+    """Layer norm over the last axis, computed in float32."""
     return _LayerNorm.apply(x, weight, bias, epsilon)
 
 
@@ -31,7 +31,7 @@ class _Gelu(Node):
         return F.gelu(x)
 
     @staticmethod
-    @typed(2)
+    @typed(None)
     def symbolic(g, x):
         return g.op("com.microsoft::Gelu", x)
 
@@ -42,7 +42,7 @@ class _TanhGelu(Node):
         return F.gelu(x, approximate="tanh")
 
     @staticmethod
-    @typed(2)
+    @typed(None)
     def symbolic(g, x):
         return g.op("com.microsoft::FastGelu", x)
 
@@ -66,7 +66,7 @@ class _Attention(Node):
 def attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor, heads: int
 ) -> torch.Tensor:
-    """Attention of all tokens to all: rows, each (tiles, patches, width) → (tiles, patches, width).
+    """Attention of all patches to all: (tiles, patches, width) each → (tiles, patches, width).
 
     Args:
         bias: added to the scores, (tiles, 1, patches, patches).
@@ -125,15 +125,15 @@ def gathered(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
 class _Weighted(Node):
     @staticmethod
     def forward(ctx, weights, table):
-        return weights.reshape(-1, table.shape[0]) @ table.float()
+        return weights.flatten(2) @ table.float()
 
     @staticmethod
-    @typed(2, dtype=torch.float32)
+    @typed(3, dtype=torch.float32)
     def symbolic(g, weights, table):
-        flat = g.op("Reshape", weights, constant(g, [-1, table.type().sizes()[0]]))
+        flat = g.op("Reshape", weights, constant(g, [0, -1, table.type().sizes()[0]]))
         return g.op("MatMul", flat, g.op("Cast", table, to_i=ONNX_TYPE[torch.float32]))
 
 
 def weighted(weights: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    """Sums of the rows of a table: float32 (…, rows), (rows, width) → float32 (…, width) with flat leading axes."""
+    """Sums of a table's rows: float32 (tiles, patches, ...) of as many weights as rows → (tiles, patches, width)."""
     return _Weighted.apply(weights, table)

@@ -13,7 +13,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 from transformers.utils import CONFIG_NAME, cached_file
 
-from optimum_lfm2.families import MEMBERS
+from optimum_lfm2.families import member_of
 from optimum_lfm2.graph.member import Member
 from optimum_lfm2.publish.precisions import PRECISIONS, Published, preferred
 
@@ -114,7 +114,8 @@ console.log(generated_text);
 {% if unread %}
 It cannot run {{ unread }}: their experts need onnxruntime 1.31, and Transformers.js 4.3 has 1.30.
 {% endif %}{% endif %}
-{% if unknown %}{{ unknown }} no {{ model_type }}, and cannot run these files.
+{% if unknown %}{{ unknown }} no {{ model_type }}, so these files do not run there as they are. The
+changes that they need are in docs/{{ model_type }}.md of optimum-lfm2.
 
 {% endif -%}
 With `onnxruntime` alone. The caches start out empty, and each `present` output is the next call's `past` input.
@@ -190,7 +191,7 @@ def write_card(folder: Path, files: list[Published], old: Path, model: str, opti
 
 
 def _member(folder: Path) -> Member:
-    return MEMBERS[json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))["model_type"]]
+    return member_of(json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8")))
 
 
 def _tags(member: Member) -> list[str]:

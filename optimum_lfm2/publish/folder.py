@@ -21,11 +21,11 @@ from optimum_lfm2.caches import CACHE_NAMES
 from optimum_lfm2.configs import DTYPES
 from optimum_lfm2.errors import Lfm2Error, read_object
 from optimum_lfm2.export.js_config import JS_CONFIG, declare_external_data
-from optimum_lfm2.export.loading import Lfm2TasksManager, is_causal
+from optimum_lfm2.export.loading import Lfm2TasksManager, task_of
 from optimum_lfm2.export.options import check_atol, check_model
 from optimum_lfm2.export.staging import staged
 from optimum_lfm2.export.validation import validate
-from optimum_lfm2.families import MEMBERS
+from optimum_lfm2.families import member_of
 from optimum_lfm2.genai_config import write_genai_config
 from optimum_lfm2.metadata import CHECKPOINT, COMPARED, DIFFERENCE, QUALITY, TEXT
 from optimum_lfm2.publish.card import CardOptions, write_card
@@ -89,7 +89,7 @@ class Job:
             Lfm2Error: the request cannot work. It is refused before any work.
         """
         check_model(args.model, config)
-        if MEMBERS[config["model_type"]].text is not None:
+        if member_of(config).text is not None:
             raise Lfm2Error(
                 f"{args.model} takes pictures too, which optimum-cli export lfm2 does not write yet. "
                 "Use optimum-cli export onnx."
@@ -149,7 +149,7 @@ def _save_configuration(job: Job, folder: Path) -> PretrainedConfig:
     """Write config.json, generation_config.json and the tokenizer's files, in a form that every runtime reads."""
     config = AutoConfig.from_pretrained(job.model, cache_dir=job.cache_dir)
     compat.spell_rope_for_both(config)
-    if not is_causal(config):
+    if task_of(config) != TASK:
         raise Lfm2Error(
             f"{job.model} has no language modelling head. Use optimum-cli export onnx --task feature-extraction."
         )
@@ -242,8 +242,9 @@ def _write_file(job: Job, model: Any, precision: Precision, path: Path) -> dict[
     # Transformers.js 4.3 and onnxruntime-genai 0.18 feed `num_logits_to_keep` only where it has no default. With a
     # default, a browser would compute the logits of the whole prompt and run out of memory.
     options = {"num_logits_to_keep": "required", "cache_names": job.cache_names}
-    # Builds of onnxruntime for the browser have no kernel for the fused embedding (see `EMBEDDINGS`).
-    options["embedding"] = "portable"
+    if config.scheme is not None:
+        # Builds of onnxruntime for the browser have no kernel for the fused embedding (see `EMBEDDINGS`).
+        options["embedding"] = "portable"
     convert.export(model, config, path, dtype=precision.dtype, input_shapes=dict(TRACED), model_kwargs=dict(options))
     differences = validate(config, model, path, job.atol)
     return {DIFFERENCE: repr(max(differences.values())), COMPARED: COMPARISON}

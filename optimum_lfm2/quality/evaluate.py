@@ -19,6 +19,7 @@ from transformers import AutoTokenizer
 
 from optimum_lfm2.errors import Lfm2Error, first_line
 from optimum_lfm2.quality.scoring import Model, load
+from optimum_lfm2.quality.similarity import Similarity, compare_encoders, encodes, load_encoder
 
 
 TOKENS_AT_ONCE = 64  # tokens compared at a time in double precision; bounds the memory of the comparison
@@ -63,8 +64,8 @@ class Quality:
 
 def evaluate(
     model: str | Path, reference: str | Path, text: str | Path, chunks: int = 64, length: int = 512
-) -> Quality:
-    """Compare two models on a text file.
+) -> Quality | Similarity:
+    """Compare two models on a text file: decoders by what they predict, encoders by their vectors.
 
     Args:
         model, reference: an ONNX file, a folder with one ONNX file, or a checkpoint that transformers loads.
@@ -77,6 +78,8 @@ def evaluate(
     """
     model, reference = Path(model), Path(reference)
     pieces = read_chunks(text, find_tokenizer(reference, model), chunks, length)
+    if encodes(reference) or encodes(model):
+        return compare_encoders(load_encoder(model), load_encoder(reference), pieces)
     return measure(load(model), load(reference), pieces)
 
 

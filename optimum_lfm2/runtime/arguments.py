@@ -40,6 +40,31 @@ def check_positions(positions: torch.Tensor | None, mask: torch.Tensor, new: int
         )
 
 
+def check_columns(columns: torch.Tensor | None, total: int, new: int) -> None:
+    """Raise `Lfm2Error` for a `cache_position`, int64 (new), that is not the cache's next `new` columns up to `total`.
+
+    Only transformers 4 heeds it.
+    """
+    if columns is not None and columns.tolist() != list(range(total - new, total)):
+        raise Lfm2Error(
+            f"cache_position has to be {total - new} to {total - 1}: the exported graph writes new tokens behind the "
+            "cached ones. Leave cache_position out."
+        )
+
+
+def check_kept(logits_to_keep: int | torch.Tensor) -> None:
+    """Raise `Lfm2Error` for a negative number of logits to keep."""
+    if isinstance(logits_to_keep, int) and logits_to_keep < 0:
+        raise Lfm2Error(f"logits_to_keep is {logits_to_keep}: give a number of tokens, or 0 for all.")
+
+
+def one_cache(past_key_values: Any, cache: Any) -> Any:
+    """Return the cache, which has two names in transformers. Raise `Lfm2Error` for two different ones."""
+    if None not in (past_key_values, cache) and past_key_values is not cache:
+        raise Lfm2Error("past_key_values and cache are two names for one argument. Give one of them.")
+    return past_key_values if cache is None else cache
+
+
 def is_empty(cache: Any) -> bool:
     """Return whether this is a cache of transformers itself, and holds no token."""
     if isinstance(cache, Lfm2Cache) or not isinstance(cache, Cache):

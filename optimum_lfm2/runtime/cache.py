@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,12 +13,13 @@ from optimum_lfm2.caches import GROWS
 from optimum_lfm2.errors import Lfm2Error
 from optimum_lfm2.runtime.files import FileIdentity
 from optimum_lfm2.runtime.layout import GraphLayout
+from optimum_lfm2.runtime.rollback import Rollback
 
 
 MIN_CAPACITY = 64
 
 
-class Lfm2Cache(Cache):
+class Lfm2Cache(Rollback, Cache):
     """The cache that `forward` and `generate` take and return. It holds both kinds of caches of all layers.
 
     Keys and values lie in buffers (batch_size, kv_heads, capacity, head_dim). Their first `get_seq_length()` columns
@@ -29,12 +29,13 @@ class Lfm2Cache(Cache):
     `forward` changes the cache that it is given. Copy it with `copy.deepcopy` to continue twice from one point. Any
     session of the model's file can continue it, and no other model can. It can be pickled. A loaded cache belongs to
     the first model that takes it and has the same layers.
+
+    `crop` takes tokens back that the cache has recorded. Reordering rows and copying the cache forget the record.
     """
 
     is_compileable = False  # type: ignore[assignment]  # properties of transformers' class, which ask its layers
     is_initialized = True  # type: ignore[assignment]
     is_linear = (False,)  # not all layers: so `generate` asks how many columns were seen
-    is_croppable = False  # type: ignore[assignment]
     batch_size = 0  # type: ignore[assignment]
 
     def __init__(self, layout: GraphLayout, batch_size: int, device: torch.device, capacity: int = 0) -> None:
@@ -55,6 +56,7 @@ class Lfm2Cache(Cache):
                 self.spare[cache.past] = torch.empty_like(self.tensors[cache.past])
         # For graphs that are wrong on masked tokens: a cache for each row, without its masked tokens.
         self.alone: list[Lfm2Cache] | None = None
+        self.pending = self.recording = self.columns = None
         # Set while rows change places within the buffers: an interrupt then leaves nothing to go on from.
         self.broken = False
         # What a session prepared for these very buffers: dropped when they are replaced, or another session comes.
@@ -62,10 +64,6 @@ class Lfm2Cache(Cache):
         self.bound_to: object = None
         # The model whose cache it is; None before a model takes it.
         self.made_by: FileIdentity | None = None
-
-    def get_seq_length(self, layer_idx: int | None = 0) -> int:
-        """Number of columns seen, padding included, the same for every layer."""
-        return self.length
 
     def get_max_cache_shape(self, layer_idx: int | None = 0) -> int:
         """-1: it grows as it must."""
@@ -87,7 +85,7 @@ class Lfm2Cache(Cache):
 
     def has_previous_state(self, *_: Any) -> bool:
         """Whether it has seen a token."""
-        return self.length > 0
+        return self.get_seq_length() > 0
 
     def update(self, *_: Any, **__: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """Raises `Lfm2Error`: the graph itself writes keys and values."""
@@ -125,40 +123,6 @@ class Lfm2Cache(Cache):
                 self.tensors[name][:, :, self.length : self.length + columns] = 0
             self.length += columns
 
-    @contextmanager
-    def unchanged_on_failure(self, several_tokens: bool) -> Iterator[None]:
-        """Restore the cache if the `with` block ends with an exception.
-
-        A call of the graph writes new columns after those in use, and a new state to the state's other buffer. So the
-        old values are still there. Several calls overwrite the first buffer again: with `several_tokens`, which may
-        take several calls, the states are copied first.
-        """
-        before = self._snapshot(several_tokens)
-        try:
-            yield
-        except BaseException:
-            self._restore(before)
-            raise
-
-    def _snapshot(self, several_tokens: bool) -> dict[str, Any]:
-        kept = {name: tensor.clone() for name, tensor in self.tensors.items() if name in self.spare and several_tokens}
-        alone = None if self.alone is None else [(row, row._snapshot(several_tokens)) for row in self.alone]
-        return {
-            "tensors": {**self.tensors, **kept},
-            "spare": self.spare,
-            "length": self.length,
-            "capacity": self.capacity,
-            "alone": alone,
-        }
-
-    def _restore(self, before: dict[str, Any]) -> None:
-        rows = before["alone"]
-        for row, state in rows or ():
-            row._restore(state)
-        self.__dict__.update(before, alone=None if rows is None else [row for row, _ in rows])
-        # Buffers that a clone replaced are bound no longer.
-        self.bindings.clear()
-
     def swap(self) -> None:
         """Exchange the two buffers of each state after a call has written the present one."""
         self.tensors, self.spare = {**self.tensors, **self.spare}, {name: self.tensors[name] for name in self.spare}
@@ -168,6 +132,9 @@ class Lfm2Cache(Cache):
         chosen = beam_idx.tolist()
         if chosen == list(range(self.batch_size)):
             return
+        self.recording = None if self.recording is None else []
+        if self.pending is not None:
+            self.pending = self.pending[beam_idx.to(self.pending.device)]
         if self.alone is not None:
             self.alone = [copy.deepcopy(self.alone[i]) for i in chosen]
             self.batch_size = len(chosen)
@@ -197,20 +164,6 @@ class Lfm2Cache(Cache):
             columns = tensor[:, :, start : start + order.shape[1]]
             index = order.to(self.device)[:, None, :, None].expand_as(columns)
             columns.copy_(columns.gather(2, index))
-
-    def crop(self, max_length: int) -> None:
-        """Accept a length that the cache has not passed. A conv state holds only its last columns, and cannot go back.
-
-        Raises:
-            Lfm2Error: tokens would have to be taken back.
-        """
-        if max_length < 0:
-            max_length += self.length
-        if max_length < self.length:
-            raise Lfm2Error(
-                f"An LFM2 cache of {self.length} tokens cannot be cropped to {max_length}: its convolution states "
-                "cannot be undone. Copy the cache beforehand, or run the shorter prompt again."
-            )
 
     def separate(self) -> list[Lfm2Cache]:
         """Replace the cache by one for each row, each of its own length, and return them."""
@@ -248,7 +201,15 @@ class Lfm2Cache(Cache):
 
     def _twin(self, **changes: Any) -> Lfm2Cache:
         twin = object.__new__(Lfm2Cache)
-        twin.__dict__ = {**self.__dict__, "layers": [], "bindings": {}, "bound_to": None, **changes}
+        fresh: dict[str, Any] = {
+            "layers": [],
+            "bindings": {},
+            "bound_to": None,
+            "pending": None,
+            "recording": None,
+            "columns": None,
+        }
+        twin.__dict__ = {**self.__dict__, **fresh, **changes}
         return twin
 
     def __getstate__(self) -> dict[str, Any]:
@@ -266,7 +227,7 @@ class Lfm2Cache(Cache):
         spare = {name: torch.empty_like(tensors[name]) for name in self.spare}
         capacity = self.length if tensors else self.capacity
         changes = {"tensors": tensors, "spare": spare, "capacity": capacity, "bindings": {}, "bound_to": None}
-        return {**self.__dict__, **changes}
+        return {**self.__dict__, **changes, "recording": None, "columns": None}
 
     def __deepcopy__(self, memo: dict) -> Lfm2Cache:
         twin = object.__new__(Lfm2Cache)
@@ -277,4 +238,4 @@ class Lfm2Cache(Cache):
         return len({cache.layer for cache in self.layout.caches})
 
     def __repr__(self) -> str:
-        return f"Lfm2Cache(batch_size={self.batch_size}, length={self.length}, capacity={self.capacity})"
+        return f"Lfm2Cache(batch_size={self.batch_size}, length={self.get_seq_length()}, capacity={self.capacity})"

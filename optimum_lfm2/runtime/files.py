@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import onnx_ir as ir
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 from optimum.onnxruntime.constants import ONNX_WEIGHTS_NAME
 from transformers import GenerationConfig
@@ -17,6 +18,7 @@ from optimum_lfm2.errors import Lfm2Error, first_line
 from optimum_lfm2.weights.companions import generation_settings
 
 
+LARGEST_WITHOUT_WEIGHTS = 2**26  # bytes of a graph; to read a larger one for the names of its weights' files takes long
 # What onnxruntime raises for a file that is no graph, or not one that it can run.
 GRAPH_ERRORS = tuple(
     getattr(ort_errors, name)
@@ -26,18 +28,36 @@ GRAPH_ERRORS = tuple(
 
 @dataclass(frozen=True)
 class FileIdentity:
-    """Tells one model from another: where its graph lies, and what a newer export there would change."""
+    """Tells one model from another: where its files lie, and what a newer export there would change.
 
-    path: Path
-    size: int
-    written: int
+    Fine-tunes share a graph, byte for byte, so the files of the weights count too.
+
+    Attributes:
+        files: path, size and time of change in ns, of the graph first and then of the weights beside it.
+    """
+
+    files: tuple[tuple[Path, int, int], ...]
 
     @classmethod
     def of(cls, path: str | Path) -> FileIdentity:
         """Links lead to one identity, as between a snapshot and the blobs of the Hub's cache."""
-        path = Path(path).resolve()
-        found = path.stat()
-        return cls(path, found.st_size, found.st_mtime_ns)
+        path = Path(path)
+        found = [file.resolve() for file in (path, *_weight_files(path))]
+        return cls(tuple((file, file.stat().st_size, file.stat().st_mtime_ns) for file in found))
+
+    @property
+    def path(self) -> Path:
+        """The graph."""
+        return self.files[0][0]
+
+
+def _weight_files(path: Path) -> list[Path]:
+    """The files beside a graph that hold its weights; none for a large graph, which holds them itself."""
+    if path.stat().st_size > LARGEST_WITHOUT_WEIGHTS:
+        return []
+    values = (value.const_value for value in ir.load(path).graph.initializers.values())
+    names = {str(value.location) for value in values if isinstance(value, ir.ExternalTensor)}
+    return [file for name in sorted(names) if (file := path.parent / name).is_file()]
 
 
 def only_file(folder: Path) -> str | None:

@@ -18,7 +18,7 @@ from optimum_lfm2.caches import (
     read_cache_tensors,
 )
 from optimum_lfm2.errors import Lfm2Error
-from optimum_lfm2.families import MEMBERS
+from optimum_lfm2.families import member_of
 from optimum_lfm2.metadata import ANY_PADDING, IN_PLACE
 
 
@@ -49,9 +49,24 @@ class GraphLayout:
     def keeps_logits(self) -> bool:
         return LOGITS_TO_KEEP in self.inputs
 
+    @property
+    def states(self) -> list[CacheTensor]:
+        """The caches of fixed size."""
+        return [cache for cache in self.caches if not cache.grows]
+
+    @property
+    def gives_columns(self) -> bool:
+        """Whether the graph gives the columns that a call adds to each state."""
+        return all(state.columns in self.outputs for state in self.states)
+
     @classmethod
     def read(cls, session: InferenceSession, config: PretrainedConfig) -> GraphLayout:
-        """Read a session. Raise `Lfm2Error` for a graph whose caches are not LFM2's."""
+        """Read a session. Raise `Lfm2Error` for an encoder, and for a graph whose caches are not LFM2's."""
+        if member_of(config).encodes:
+            raise Lfm2Error(
+                f"The model is an encoder ({', '.join(config.architectures)} in config.json), which generates nothing. "
+                "Load it with ORTModelForFeatureExtraction, ORTModelForMaskedLM or the class of its head."
+            )
         inputs = {value.name: value for value in session.get_inputs()}
         inputs |= {value.name: value for value in session.get_overridable_initializers()}
         outputs = {value.name: value for value in session.get_outputs()}
@@ -88,7 +103,8 @@ class GraphLayout:
         if not self.caches:
             return
         declared = {(c.layer, c.kind): c for c in self.caches}
-        expected = {(c.layer, c.kind): c for c in MEMBERS[config.model_type].cache_tensors(config)}
+        member = member_of(config).with_caches(self.caches)
+        expected = {(c.layer, c.kind): c for c in member.cache_tensors(config)}
         if missing := expected.keys() - declared.keys():
             raise Lfm2Error(
                 f"{path} has no input {expected[min(missing)].past}, which its config.json asks for. "

@@ -11,6 +11,9 @@ from optimum_lfm2.runtime.session import GraphSession
 
 
 PREFILL_CHUNK = 512
+# A cache that records runs the last tokens of a call, whose logits are asked for, apart from more tokens than these.
+# So taking the last ones back does not mean to run a whole prompt again, or ever more tokens where candidates fail.
+RUN_AGAIN = 8
 
 logger = logging.get_logger(__name__)
 
@@ -30,7 +33,20 @@ class RowRunner:
         if cache is None:
             return self._run(ids, mask, None, keep, io_binding)
         self._graph.check_cache(cache)
-        with cache.unchanged_on_failure(several_tokens=ids.shape[1] > 1):
+        new, pending = ids.shape[1], cache.pending is not None
+        keep = min(keep or new, new) if pending else keep
+        with cache.unchanged_on_failure(several_tokens=pending or new > 1):
+            ids = cache.take_pending(ids)
+            before = ids.shape[1] - keep if cache.recording is not None and keep > 1 else 0
+            if before > RUN_AGAIN:
+                self._run_recorded(ids[:, :before], mask[:, : before - ids.shape[1]], cache, 1, io_binding)
+                ids = ids[:, before:]
+            return self._run_recorded(ids, mask, cache, keep, io_binding)
+
+    def _run_recorded(
+        self, ids: torch.Tensor, mask: torch.Tensor, cache: Lfm2Cache, keep: int, io_binding: bool
+    ) -> torch.Tensor:
+        with cache.recorded(ids, mask):
             return self._run(ids, mask, cache, keep, io_binding)
 
     def run_to_last(
@@ -41,8 +57,7 @@ class RowRunner:
         Raises:
             Lfm2Error: a row has no unmasked token among the new ones.
         """
-        past = 0 if cache is None else cache.length
-        visible = (mask[:, past:] != 0).to(torch.int64)
+        visible = (mask[:, -ids.shape[1] :] != 0).to(torch.int64)
         if not bool(visible.any(1).all()):
             row = int(visible.any(1).to(torch.int64).argmin())
             raise Lfm2Error(f"attention_mask hides every new token of row {row}. Leave the row out of the batch.")
@@ -50,13 +65,16 @@ class RowRunner:
             return self._run_padding_first(ids, mask, visible, None, io_binding)
         self._graph.check_cache(cache)
         with cache.unchanged_on_failure(several_tokens=True):
-            if not self._any_padding:
-                logits = self._run(ids, mask, cache, 0, io_binding)
-                last = ids.shape[1] - 1 - visible.flip(1).argmax(1)
-                return logits[torch.arange(len(ids)), last.to(logits.device)][:, None]
-            if past == 0:
-                return self._run_padding_first(ids, mask, visible, cache, io_binding)
-            return self._run_tokens_first(ids, mask, visible, cache, io_binding)
+            ids = cache.take_pending(ids)
+            visible = (mask[:, cache.length :] != 0).to(torch.int64)
+            with cache.recorded(ids, mask):
+                if not self._any_padding:
+                    logits = self._run(ids, mask, cache, 0, io_binding)
+                    last = ids.shape[1] - 1 - visible.flip(1).argmax(1)
+                    return logits[torch.arange(len(ids)), last.to(logits.device)][:, None]
+                if cache.length == 0:
+                    return self._run_padding_first(ids, mask, visible, cache, io_binding)
+                return self._run_tokens_first(ids, mask, visible, cache, io_binding)
 
     def _run_padding_first(
         self, ids: torch.Tensor, mask: torch.Tensor, visible: torch.Tensor, cache: Lfm2Cache | None, io_binding: bool

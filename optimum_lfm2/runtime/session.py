@@ -99,25 +99,47 @@ class GraphSession:
         batch, total = inputs["attention_mask"].shape
         sequence = total - cache.length
         cache.reserve(cache.length + sequence)
-        binding = self._prepared(cache, keep)
+        # A single token stays or goes: the states before and after it are at hand.
+        columns = self._columns(batch, sequence) if cache.recording is not None and sequence > 1 else None
+        binding = self._prepared(cache, keep, columns is not None)
         inputs = {name: tensor.to(self._device) for name, tensor in inputs.items()}  # they must outlive the run
         for name, tensor in inputs.items():
             self._bind(binding.bind_input, name, tensor)
         kept = (min(keep, sequence) or sequence) if self._layout.keeps_logits else sequence
         logits = torch.empty((batch, kept, self._layout.vocab_size), dtype=self._logits_dtype, device=self._device)
         self._bind(binding.bind_output, "logits", logits)
+        for state in self._layout.states if columns else ():
+            self._bind(binding.bind_output, state.columns, columns[state.past])
         binding.synchronize_inputs()
         self._session.run_with_iobinding(binding)
         binding.synchronize_outputs()
         cache.swap()
+        cache.columns = columns
         return logits
 
-    def _prepared(self, cache: Lfm2Cache, keep: int) -> IOBinding:
-        """Return a binding of all that does not change between calls. Each turn of the state buffers has one."""
+    def _columns(self, batch: int, sequence: int) -> dict[str, torch.Tensor] | None:
+        """Room for the columns that a call adds to each state; None if the graph does not give them."""
+        if not self._layout.gives_columns:
+            return None
+        sizes = self._layout.shapes
+        return {
+            name: torch.empty(
+                (batch, sizes[name][0], sequence, *sizes[name][2:]),
+                dtype=self._layout.dtypes[name],
+                device=self._device,
+            )
+            for name in (state.past for state in self._layout.states)
+        }
+
+    def _prepared(self, cache: Lfm2Cache, keep: int, columns: bool) -> IOBinding:
+        """Return a binding of all that does not change between calls. Each turn of the state buffers has one.
+
+        An output that is bound is computed, so calls with columns have bindings of their own.
+        """
         if cache.bound_to is not self._session:  # a cache of another session of the same graph, or loaded from a file
             cache.bindings.clear()
             cache.bound_to = self._session
-        key = (keep, *(tensor.data_ptr() for tensor in cache.spare.values()))[:2]
+        key = (keep, columns, *(tensor.data_ptr() for tensor in cache.spare.values()))[:3]
         if key not in cache.bindings:
             binding = IOBinding(self._session)
             for tensor in self._layout.caches:
@@ -159,6 +181,8 @@ class GraphSession:
                 cache.tensors[tensor.past] = outputs[tensor.present]
             cache.capacity = inputs["attention_mask"].shape[1]
             cache.bindings.clear()
+            if cache.recording is not None and self._layout.gives_columns:
+                cache.columns = {state.past: outputs[state.columns] for state in self._layout.states}
         return outputs["logits"]
 
 

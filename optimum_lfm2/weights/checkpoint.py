@@ -20,7 +20,6 @@ from transformers.utils import (
 from optimum_lfm2.errors import Lfm2Error, read_object
 
 
-BASE_PREFIX = "model."
 # What transformers reads besides: pickles, to which it adds random weights where a tensor is missing.
 OTHER_WEIGHTS = (WEIGHTS_INDEX_NAME, WEIGHTS_NAME)
 
@@ -38,6 +37,8 @@ class Checkpoint(Mapping[str, torch.Tensor]):
             the values are not finite in the wanted dtype.
     """
 
+    # What the names of a decoder begin with where it is stored together with its head.
+    PREFIXES: ClassVar[tuple[str, ...]] = ("model.",)
     # Parts of names that transformers changes when it reads a checkpoint: its own, and as files have it too.
     RENAMED: ClassVar[Mapping[str, str]] = {}
 
@@ -50,13 +51,16 @@ class Checkpoint(Mapping[str, torch.Tensor]):
     def _stored_name(self, name: str) -> str:
         """Find the name under which a parameter is stored.
 
-        A decoder that was saved together with its head has the prefix `model.`, one saved alone has not.
+        A decoder that was saved together with its head has a prefix, one saved alone has not.
         """
         renamed = name
         for own, stored in self.RENAMED.items():
             renamed = renamed.replace(own, stored)
         for spelled in (name, renamed):
-            for candidate in (spelled, BASE_PREFIX + spelled, spelled.removeprefix(BASE_PREFIX)):
+            bare = spelled
+            for prefix in self.PREFIXES:
+                bare = bare.removeprefix(prefix)
+            for candidate in (spelled, *(prefix + bare for prefix in self.PREFIXES), bare):
                 if candidate in self._files:
                     return candidate
         raise Lfm2Error(

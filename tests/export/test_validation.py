@@ -63,7 +63,11 @@ WEIGHTS: dict[str, tuple[dict, str, Callable[[np.ndarray], np.ndarray]]] = {
         "model.layers.0.feed_forward.w2.weight.scales",
         lambda w: scaled_row(w, 5, 1.5),
     ),
-    "codes": ({"_variant": "q8"}, "model.layers.2.self_attn.v_proj.weight.q8", lambda w: w ^ 4),
+    "codes": (
+        {"_variant": "q8"},
+        "model.layers.2.self_attn.q_proj+k_proj+v_proj.weight.q8",
+        lambda w: np.concatenate([w[:-32], w[-32:] ^ 4]),  # those of v alone
+    ),
     "not a number": ({}, "model.layers.4.feed_forward.w1.weight", lambda w: scaled_row(w, 0, np.nan)),
 }
 

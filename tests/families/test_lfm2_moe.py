@@ -17,6 +17,7 @@ from test_modeling import GREEDY, NEW, decode, pad
 from benchmarks.checkpoint import add_tokenizer
 from optimum_lfm2 import ORTLfm2ForCausalLM, compat
 from optimum_lfm2.errors import Lfm2Error
+from optimum_lfm2.families import lfm2_moe
 from optimum_lfm2.quality.evaluate import evaluate
 from optimum_lfm2.quality.scoring import load, scored
 from optimum_lfm2.weights.experts import MoeCheckpoint
@@ -131,18 +132,7 @@ def test_onnxruntime_genai(variant, checkpoint, golds, tmp_path):
         assert generator.get_sequence(0)[len(row) :].tolist() == gold
 
 
-@pytest.mark.skipif(compat.TRANSFORMERS_5, reason="of transformers 4")
-def test_transformers_4_runs_an_export_and_refuses_to_make_one(exported, gold_model, tmp_path):
-    folder = shutil.copytree(exported("hybrid"), tmp_path / "export")
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"model_type": "lfm2_moe", "num_experts": 8}))
-    model = ORTModelForCausalLM.from_pretrained(folder)
-    assert isinstance(model, ORTLfm2ForCausalLM)
-    (row,) = prompts([9])
-    assert model.generate(row[None], **GREEDY)[0, 9:].tolist() == gold_tokens(gold_model("hybrid"), row, NEW)
-    (folder / "model.onnx").unlink()
-    with pytest.raises(Lfm2Error, match="Install transformers 5"):
-        ORTModelForCausalLM.from_pretrained(folder, export=True)
-    with pytest.raises(Lfm2Error, match="Install transformers 5"):
-        main_export(str(folder), tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+def test_more_experts_a_token_than_there_are():
+    config = {"model_type": "lfm2_moe", "num_experts": 2, "num_experts_per_tok": 3}
+    with pytest.raises(Lfm2Error, match="num_experts_per_tok is 3, but num_experts 2"):
+        lfm2_moe.MEMBER.check(config)

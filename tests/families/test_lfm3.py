@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from functools import cache
+from pathlib import Path
 
+import onnx_ir as ir
 import pytest
 import torch
 from checkpoints import LFM3_CHECKPOINTS, gold_tokens, make_checkpoint, prompts
@@ -15,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from test_modeling import (  # noqa: F401  tests and fixtures, which run here over the checkpoints below
     GREEDY,
     NEW,
+    decode,
     either,
     model,
     pad,
@@ -31,11 +35,15 @@ from test_modeling import (  # noqa: F401  tests and fixtures, which run here ov
     test_long_prompts_run_in_chunks_of_their_own,
     test_right_padding_then_decoding,
 )
+from transformers import AutoModelForCausalLM
 
-from optimum_lfm2 import ORTLfm2ForCausalLM, compat
+from benchmarks.checkpoint import add_tokenizer
+from optimum_lfm2 import compat
 from optimum_lfm2.errors import Lfm2Error
 from optimum_lfm2.export.validation import errors_as_they_are
 from optimum_lfm2.families import lfm3
+from optimum_lfm2.quality.evaluate import evaluate
+from optimum_lfm2.quality.quantize_cache import quantize_cache
 
 
 LENGTHS = (9, 1, 30)
@@ -85,8 +93,6 @@ def test_a_window_keeps_its_width(model, name):  # noqa: F811
 @pytest.mark.parametrize("changes", [{}, {"sliding_window": 1}, {"head_dim": 12}], ids=repr)
 def test_transformers_own_cache_gives_the_gold(changes, tmp_path):
     """The reference of validation: a row on transformers' cache, in pieces, equals the row without one."""
-    from transformers import AutoModelForCausalLM
-
     reference = AutoModelForCausalLM.from_pretrained(make_checkpoint("lfm3", tmp_path, **changes)).eval()
     (row,) = prompts([30])
     cache, parts = compat.hybrid_cache(reference, None), []
@@ -104,7 +110,7 @@ def test_validation_sees_a_window_that_is_shifted(tmp_path, monkeypatch):
 
     def shifted(call, rotary, config):
         shared = real(call, rotary, config)
-        return type(shared)(shared.rotation, shared.bias.roll(1, dims=-1), shared.kept)
+        return replace(shared, bias=shared.bias.roll(1, dims=-1))
 
     with errors_as_they_are():
         main_export(str(source), tmp_path / "right")
@@ -129,6 +135,61 @@ def test_quantised_rows_alone_and_padded(variant, tmp_path):
             cached.append(quantised(input_ids=row[None, 1:], **{compat.CACHE: first[compat.CACHE]}).logits[0])
         torch.testing.assert_close(batch[i, 30 - len(row) :], alone, atol=0.05, rtol=0)
         torch.testing.assert_close(torch.cat(cached), alone, atol=0.05, rtol=0)
+
+
+@pytest.fixture(scope="module")
+def with_tokenizer(checkpoint, tmp_path_factory) -> Path:
+    return add_tokenizer(shutil.copytree(checkpoint("lfm3"), tmp_path_factory.mktemp("lfm3") / "checkpoint"))
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text"
+    path.write_text("qjxzvkqzxj" * 20)  # letters that make no longer token: the model has only 256 ids
+    return path
+
+
+@needs_lfm3
+def test_caches_that_grow_and_then_in_8_bits(with_tokenizer, text, checkpoint, tmp_path):
+    """Where all keys are kept, a mask hides what the window does not see."""
+    with errors_as_they_are():
+        main_export(str(with_tokenizer), tmp_path, model_kwargs={"sliding_cache": "growing"})
+    grown, rows = ORTModelForCausalLM.from_pretrained(tmp_path), prompts(list(LENGTHS))
+    reference = AutoModelForCausalLM.from_pretrained(checkpoint("lfm3")).eval()
+    golds = [gold_tokens(reference, row, NEW) for row in rows]
+    left, right = pad(rows, "left"), pad(rows, "right")
+    assert grown.generate(**left, **GREEDY)[:, 30:].tolist() == golds
+    assert grown.generate(**left, prefill_chunk_size=7, **GREEDY)[:, 30:].tolist() == golds
+    out = grown(**right)
+    first = out.logits[torch.arange(3), right["attention_mask"].sum(1) - 1].argmax(-1)
+    assert decode(grown, out, right["attention_mask"], first, NEW) == golds
+    assert all(tensor.grows for tensor in out[compat.CACHE].layout.caches if tensor.kind != "conv")
+    _, target, quality = quantize_cache(tmp_path, text, chunks=4, length=32)
+    assert quality.kl_divergence < 0.05
+    assert set(past_dtypes(target).values()) == {ir.DataType.INT8, ir.DataType.FLOAT}
+
+
+@needs_lfm3
+def test_evaluate_and_the_cache_in_8_bits(with_tokenizer, text, tmp_path):
+    """The keys and values that grow are stored in 8 bits, a window stays as it is."""
+    main_export(str(with_tokenizer), tmp_path, do_validation=False)
+    quality = evaluate(tmp_path, with_tokenizer, text, chunks=2, length=32)
+    assert quality.kl_divergence < 1e-9
+    assert quality.top1_agreement == 1
+    _, target, quality = quantize_cache(tmp_path, text, chunks=4, length=32)
+    assert 0 < quality.kl_divergence < 0.05
+    types = past_dtypes(target)
+    assert {name for name, dtype in types.items() if dtype == ir.DataType.INT8} == {
+        "past_key_values.2.key",
+        "past_key_values.2.value",
+    }
+    rounded, rows = ORTModelForCausalLM.from_pretrained(tmp_path, file_name=target.name), prompts(list(LENGTHS))
+    alone = [rounded.generate(row[None], **GREEDY)[0, len(row) :].tolist() for row in rows]
+    assert rounded.generate(**pad(rows, "left"), **GREEDY)[:, 30:].tolist() == alone
+
+
+def past_dtypes(file: Path) -> dict[str, ir.DataType]:
+    return {value.name: value.dtype for value in ir.load(file).graph.inputs if value.name.startswith("past")}
 
 
 @needs_lfm3
@@ -169,25 +230,3 @@ def test_a_rope_that_depends_on_the_prompt(tmp_path):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"rope_parameters": ropes}))
     with pytest.raises(Lfm2Error, match="asks for dynamic"):
         main_export(str(tmp_path / "lfm3"), tmp_path / "out")
-
-
-@pytest.mark.skipif("lfm3" not in compat.STAND_INS, reason="of a transformers without lfm3")
-class TestWithoutLfm3:
-    """An export needs the config alone; `hybrid` stands for one, which this transformers cannot make."""
-
-    @pytest.fixture
-    def name(self) -> str:
-        return "hybrid"
-
-    def test_an_export_runs_and_another_is_refused(self, checkpoint, tmp_path):
-        main_export(str(checkpoint("hybrid")), tmp_path / "export", do_validation=False)
-        path = tmp_path / "export" / "config.json"
-        gold_ids = prompts([9])[0][None]
-        expected = ORTModelForCausalLM.from_pretrained(tmp_path / "export").generate(gold_ids, **GREEDY)
-        path.write_text(json.dumps(json.loads(path.read_text()) | {"model_type": "lfm3", "sliding_window": 8}))
-        ours = ORTModelForCausalLM.from_pretrained(tmp_path / "export")
-        assert isinstance(ours, ORTLfm2ForCausalLM)
-        assert ours.generate(gold_ids, **GREEDY).tolist() == expected.tolist()
-        shutil.rmtree(tmp_path / "out", ignore_errors=True)
-        with pytest.raises(Lfm2Error, match="Install transformers 5"):
-            main_export(str(tmp_path / "export"), tmp_path / "out")

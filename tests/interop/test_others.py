@@ -18,7 +18,7 @@ from optimum.onnxruntime import ORTModelForCausalLM
 from optimum_lfm2 import ORTLfm2ForCausalLM
 from optimum_lfm2.caches import head_dim
 from optimum_lfm2.errors import Lfm2Error
-from optimum_lfm2.families import MEMBERS
+from optimum_lfm2.families import member_of
 from optimum_lfm2.genai_config import GENAI_CONFIG, genai_config
 
 
@@ -38,7 +38,7 @@ def without_config(export: Path, folder: Path) -> Path:
 def test_a_configuration_is_read_from_genai_config_and_the_graph(name, exported, gold_model, tmp_path):
     folder = without_config(exported(name), tmp_path / "model")
     config = gold_model(name).config
-    content = genai_config("model.onnx", config, MEMBERS[config.model_type].cache_tensors(config), {})
+    content = genai_config("model.onnx", config, member_of(config).cache_tensors(config), {})
     (folder / GENAI_CONFIG).write_text(json.dumps(content), encoding="utf-8")
     for cls in (ORTModelForCausalLM, ORTLfm2ForCausalLM):
         model = cls.from_pretrained(folder)

@@ -20,6 +20,8 @@ from clients import NEW, PRECISIONS, PROMPTS, case
 from transformers import AutoTokenizer
 
 
+pytestmark = pytest.mark.once
+
 ROOT = Path(__file__).parent.parent.parent
 WEB = ROOT / "examples" / "web"
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

@@ -26,6 +26,10 @@ class EvaluateCommand(BaseOptimumCLICommand):
             "--max-kld", type=float, metavar="X", help="exit with 1 if the mean KL divergence exceeds X"
         )
 
+        parser.add_argument(
+            "--min-cosine", type=float, metavar="X", help="for an encoder: exit with 1 if the mean cosine is below X"
+        )
+
     def run(self) -> None:
         from optimum_lfm2.errors import Lfm2Error
         from optimum_lfm2.export.command import quiet
@@ -38,6 +42,14 @@ class EvaluateCommand(BaseOptimumCLICommand):
         except Lfm2Error as error:
             self._fail(str(error))
         print(json.dumps(quality.as_dict(), indent=2) if args.json else quality.table())
+        if args.min_cosine is not None:
+            cosine = getattr(quality, "cosine", None)
+            if cosine is None:
+                self._fail("--min-cosine is for encoders. This model predicts tokens: use --max-kld.")
+            if not cosine >= args.min_cosine:
+                self._fail(f"The mean cosine is {cosine:.6f}, below --min-cosine {args.min_cosine:g}.")
+        if args.max_kld is not None and not hasattr(quality, "kl_divergence"):
+            self._fail("--max-kld is for models that predict tokens. This one is an encoder: use --min-cosine.")
         if args.max_kld is not None and not quality.kl_divergence <= args.max_kld:
             self._fail(f"The mean KL divergence is {quality.kl_divergence:.3g}, above --max-kld {args.max_kld:g}.")
 

@@ -1,0 +1,209 @@
+"""An encoder as an ONNX graph: attention and convolution that look both ways, and the heads.
+
+What they must equal is `families/bidirectional.py` on one row without padding. There are no caches.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from transformers import PretrainedConfig
+
+from optimum_lfm2.caches import SEQUENCE, head_dim
+from optimum_lfm2.graph import ops, shapes
+from optimum_lfm2.graph.call import Call, Rotary, Rotation, narrowed_heads, padded_heads, rotation
+from optimum_lfm2.graph.member import Head, Mixed, Weight
+from optimum_lfm2.graph.tracing import Node, constant, none, typed
+
+
+class _BothWays(Node):
+    @staticmethod
+    def forward(ctx, query, key, value, last, total, bias, num_heads, kv_heads, scale):
+        return torch.zeros_like(query)
+
+    @staticmethod
+    @typed(3)
+    def symbolic(g, query, key, value, last, total, bias, num_heads, kv_heads, scale):
+        context, _keys, _values = g.op(
+            "com.microsoft::GroupQueryAttention",
+            query,
+            key,
+            value,
+            none(g),
+            none(g),
+            last,
+            total,
+            none(g),
+            none(g),
+            none(g),
+            bias,
+            num_heads_i=num_heads,
+            kv_num_heads_i=kv_heads,
+            scale_f=scale,
+            causal_i=0,
+            outputs=3,
+        )
+        return context
+
+
+@dataclass(frozen=True)
+class BothWaysCall:
+    """What layers of attention share: each token sees all unmasked tokens of its row.
+
+    Attributes:
+        rotation: the angles of the tokens.
+        last: int32 (batch_size), the index of the last column, the same for every row.
+        total: int32 scalar, the number of columns.
+        bias: (batch_size, 1, sequence_length, sequence_length), 0 on visible columns and `ops.MASKED` on others.
+    """
+
+    rotation: Rotation
+    last: torch.Tensor
+    total: torch.Tensor
+    bias: torch.Tensor
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        past: tuple[torch.Tensor, ...] | None,
+        config: PretrainedConfig,
+    ) -> tuple[torch.Tensor, tuple[()], tuple[()]]:
+        """The context, as wide as the query. There are no caches, and no states.
+
+        Args:
+            query: (batch_size, sequence_length, heads * head_dim), rotated.
+            key, value: (batch_size, sequence_length, kv_heads * head_dim), the key rotated.
+            past: None.
+        """
+        dim = head_dim(config)
+        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+        query, key, value = (padded_heads(x, dim) for x in (query, key, value))
+        context = _BothWays.apply(query, key, value, self.last, self.total, self.bias, heads, kv_heads, dim**-0.5)
+        return narrowed_heads(context, heads, dim), (), ()
+
+
+def both_ways_call(call: Call, config: PretrainedConfig, rotary: Rotary | None) -> BothWaysCall:
+    """Compute what all attention layers of a call share."""
+    nothing = torch.zeros((), dtype=call.dtype)
+    masked = torch.where(call.mask == 0, torch.full((), ops.MASKED, dtype=call.dtype), nothing)
+    last, total = shapes.lengths(call.mask)
+    return BothWaysCall(
+        rotation=rotation(call, rotary),
+        last=last,
+        total=total,
+        bias=masked[:, None, None, :].expand(-1, 1, call.mask.shape[1], -1),
+    )
+
+
+class _Tap(Node):
+    @staticmethod
+    def forward(ctx, columns, first, taps):
+        return columns[:, first : columns.shape[1] - (taps - 1 - first)].contiguous()
+
+    @staticmethod
+    @typed(3)
+    def symbolic(g, columns, first, taps):
+        behind = taps - 1 - first
+        end = -behind if behind else torch.iinfo(torch.int64).max
+        return g.op("Slice", columns, constant(g, [first]), constant(g, [end]), constant(g, [1]))
+
+
+class _Taps(Node):
+    @staticmethod
+    def forward(ctx, kernel, taps):
+        return tuple(kernel.split(1))
+
+    @staticmethod
+    def symbolic(g, kernel, taps):
+        emit = typed(*[2] * taps)(lambda g, kernel: tuple(g.op("Split", kernel, constant(g, [1] * taps), outputs=taps)))
+        return emit(g, kernel)
+
+
+@dataclass(frozen=True)
+class CentredCall:
+    """What centred convolutions share.
+
+    Attributes:
+        visible: bool (batch_size, sequence_length, 1), whether a token is unmasked.
+    """
+
+    visible: torch.Tensor
+
+
+def centred_call(call: Call, config: PretrainedConfig, rotary: Rotary | None) -> CentredCall:
+    """Compute what all convolutions of a call share."""
+    return CentredCall(call.new[:, :, None].to(torch.bool))
+
+
+def centred_conv(
+    hidden: torch.Tensor,
+    past: tuple[torch.Tensor, ...] | None,
+    shared: CentredCall,
+    weight: Weight,
+    name: str,
+    config: PretrainedConfig,
+) -> Mixed:
+    """The gated convolution, channel last: slices of columns, multiplied and summed.
+
+    The kernel of k columns begins k // 2 columns before its token. Beyond a row's ends, and at masked tokens, columns
+    are zero.
+    """
+    width, taps = config.hidden_size, config.conv_L_cache
+    bias = (lambda part: weight(f"{name}.{part}.bias")) if config.conv_bias else (lambda part: None)
+
+    gates = ops.linear(hidden, weight(f"{name}.in_proj.weight"), bias("in_proj"))
+    input_gate, output_gate, x = shapes.parts(gates, width, width, width)
+    gated = torch.where(shared.visible, input_gate * x, torch.zeros((), dtype=hidden.dtype))
+    columns = shapes.pad(gated, axis=1, before=taps // 2, after=taps - 1 - taps // 2)
+    kernel = _Taps.apply(weight(f"{name}.conv.weight", kernel=True), taps)
+    mixed = _Tap.apply(columns, 0, taps) * kernel[0]
+    for tap in range(1, taps):
+        mixed = mixed + _Tap.apply(columns, tap, taps) * kernel[tap]
+    if config.conv_bias:
+        mixed = mixed + bias("conv")
+    out = ops.linear(output_gate * mixed, weight(f"{name}.out_proj.weight"), bias("out_proj"))
+    return out, (), ()
+
+
+def hidden_states(hidden: torch.Tensor, call: Call, weight: Weight, config: PretrainedConfig) -> torch.Tensor:
+    """No head: (batch_size, sequence_length, hidden_size)."""
+    return shapes.named(hidden)
+
+
+def on_every_token(
+    hidden: torch.Tensor, call: Call, weight: Weight, config: PretrainedConfig, name: str, bias: bool
+) -> torch.Tensor:
+    """A linear head on every token: (batch_size, sequence_length, out)."""
+    return ops.linear(hidden, weight(f"{name}.weight"), weight(f"{name}.bias") if bias else None)
+
+
+def on_first_token(
+    hidden: torch.Tensor, call: Call, weight: Weight, config: PretrainedConfig, name: str
+) -> torch.Tensor:
+    """A linear head on the first unmasked token of each row: (batch_size, out)."""
+    first = call.mask.argmax(1, keepdim=True)[:, :, None]
+    states = shapes.resized(shapes.columns_at(hidden, first), (0, config.hidden_size))
+    return ops.linear(states, weight(f"{name}.weight"), weight(f"{name}.bias"))
+
+
+CLASSIFIER = "classifier"
+HEADS = {
+    "feature-extraction": Head("last_hidden_state", lambda config: (SEQUENCE, config.hidden_size), hidden_states),
+    "fill-mask": Head(
+        "logits",
+        lambda config: (SEQUENCE, config.vocab_size),
+        partial(on_every_token, name="lm_head", bias=False),
+    ),
+    "token-classification": Head(
+        "logits",
+        lambda config: (SEQUENCE, config.num_labels),
+        partial(on_every_token, name=CLASSIFIER, bias=True),
+    ),
+    "text-classification": Head(
+        "logits", lambda config: (config.num_labels,), partial(on_first_token, name=CLASSIFIER)
+    ),
+}

@@ -1,0 +1,47 @@
+"""Export tiny models that transformers 4 lacks, so that its tests can run the exports: `python tests/make_exports.py`.
+
+For each member this writes tests/exports/NAME: the export, and `gold.json` with a prompt and transformers' greedy
+tokens after it. It needs transformers 5.23, and must run again after a change of the exported graph or of its caches.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+
+from checkpoints import ATTENTION, CONV, SLIDING, gold_tokens, make_checkpoint, prompts
+
+
+EXPORTS = Path(__file__).parent / "exports"
+NEW = 24
+TINY = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 3}
+TINY |= {"num_key_value_heads": 1}
+MEMBERS = {
+    "lfm2_moe": ("moe", TINY | {"layer_types": [CONV, ATTENTION, CONV], "num_experts": 4}),
+    "lfm3": ("lfm3", TINY | {"layer_types": [CONV, SLIDING, ATTENTION]}),
+}
+
+
+def main() -> None:
+    # This import comes before Optimum's: transformers 5 needs it so.
+    import optimum_lfm2  # noqa: F401
+
+    # isort: split
+    from optimum.exporters.onnx import main_export
+    from transformers import AutoModelForCausalLM
+
+    for model_type, (name, options) in MEMBERS.items():
+        folder = EXPORTS / model_type
+        shutil.rmtree(folder, ignore_errors=True)
+        with tempfile.TemporaryDirectory() as work:
+            checkpoint = make_checkpoint(name, Path(work), **options)
+            main_export(str(checkpoint), folder)
+            (row,) = prompts([19], vocab_size=options["vocab_size"])
+            gold = gold_tokens(AutoModelForCausalLM.from_pretrained(checkpoint).eval(), row, NEW)
+        (folder / "gold.json").write_text(json.dumps({"prompt": row.tolist(), "tokens": gold}) + "\n")
+
+
+if __name__ == "__main__":
+    main()

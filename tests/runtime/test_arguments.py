@@ -1,0 +1,81 @@
+"""Arguments of `forward` and `generate`: what transformers heeds is honoured or refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from checkpoints import gold_tokens, prompts
+from optimum.onnxruntime import ORTModelForCausalLM
+
+from optimum_lfm2 import compat
+from optimum_lfm2.errors import Lfm2Error
+
+
+GREEDY = {"do_sample": False, "max_new_tokens": 16, "eos_token_id": None, "pad_token_id": 0}
+
+
+@pytest.fixture
+def model(exported) -> ORTModelForCausalLM:
+    return ORTModelForCausalLM.from_pretrained(exported("hybrid"))
+
+
+@pytest.mark.parametrize("shown", [torch.tensor(True), torch.tensor(2), torch.tensor(0.5)], ids=str)
+def test_whatever_is_not_0_in_a_mask_shows_a_token(shown, model, gold_model):
+    row = prompts([9])[0]
+    ids, mask = torch.cat([torch.full((3,), 9), row])[None], torch.zeros(1, 12, dtype=shown.dtype)
+    mask[0, 3:] = shown
+    with torch.no_grad():
+        expected = gold_model("hybrid")(input_ids=row[None], use_cache=False).logits
+    torch.testing.assert_close(model(ids, attention_mask=mask).logits[:, 3:], expected, atol=1e-4, rtol=0)
+
+
+def test_columns_of_the_cache(model):
+    """The forward of transformers 5 takes no `cache_position`, and ignores what its forward does not take."""
+    ids, more = prompts([9])[0][None], torch.tensor([[20, 30]])
+    cache = model(ids, cache_position=torch.arange(9), return_dict=False)[1]
+    model(more, past_key_values=cache, cache_position=torch.tensor([9, 10]))
+    wrong = torch.tensor([9, 10])  # of the columns 11 and 12
+    if compat.HEEDS_CACHE_POSITION:
+        with pytest.raises(Lfm2Error, match="cache_position has to be 11 to 12"):
+            model(more, past_key_values=cache, cache_position=wrong)
+    else:
+        model(more, past_key_values=cache, cache_position=wrong)
+
+
+def test_a_negative_number_of_logits(model):
+    with pytest.raises(Lfm2Error, match="logits_to_keep is -1"):
+        model(prompts([4])[0][None], logits_to_keep=-1)
+
+
+def test_two_different_caches(model):
+    ids, token = prompts([4])[0][None], torch.tensor([[9]])
+    one, other = (model(ids, return_dict=False)[1] for _ in range(2))
+    for call in (model.forward, lambda ids, **caches: model.generate(ids, **caches, **GREEDY)):
+        with pytest.raises(Lfm2Error, match="two names for one"):
+            call(token, past_key_values=one, cache=other)
+    model(token, past_key_values=one, cache=one)
+    assert one.get_seq_length() == 5
+
+
+def test_what_the_forward_of_transformers_ignores(model):
+    """optimum-onnx's own tests hand settings of `generate` to `forward`."""
+    ids = prompts([9])[0][None]
+    expected = model(ids).logits
+    assert torch.equal(model(ids, max_new_tokens=10, min_new_tokens=10, do_sample=False, num_beams=1).logits, expected)
+
+
+def test_a_cache_that_generate_is_told_not_to_use(model, gold_model):
+    """As transformers, which goes on from it all the same."""
+    row, reply = prompts([9, 4])
+    cache = model(row[None], return_dict=False)[1]
+    chat = torch.cat([row, reply])
+    out = model.generate(chat[None], past_key_values=cache, use_cache=False, **GREEDY)
+    assert out[0, 13:].tolist() == gold_tokens(gold_model("hybrid"), chat, 16)
+
+
+def test_guidance_reads_the_prompt_twice(model, gold_model):
+    """Its processor calls the model itself, with a second cache."""
+    prompt, settings = prompts([9])[0][None], {**GREEDY, "guidance_scale": 1.5}
+    expected = gold_model("hybrid").generate(prompt, use_cache=False, **settings)
+    assert model.generate(prompt, **settings).tolist() == expected.tolist()
+    assert expected.tolist() != model.generate(prompt, **GREEDY).tolist()

@@ -1,0 +1,202 @@
+"""Taking tokens back: the cache must be as if they had never come."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+from checkpoints import CHECKPOINTS, prompts
+from optimum.onnxruntime import ORTModelForCausalLM
+
+from optimum_lfm2 import compat
+from optimum_lfm2.errors import Lfm2Error
+from optimum_lfm2.runtime import rollback
+from optimum_lfm2.runtime import rows as rows_module
+
+
+HYBRIDS = ["hybrid", *(name for name in ("lfm3",) if name in CHECKPOINTS)]
+
+
+@pytest.fixture(params=HYBRIDS)
+def name(request) -> str:
+    return request.param
+
+
+@pytest.fixture(params=["columns", "replay", "alone", "copies"])
+def model(request, name, exported) -> ORTModelForCausalLM:
+    """A graph that gives columns, with io-binding or without; ours by default; one that is wrong on padding."""
+    way = "replay" if request.param == "alone" else request.param
+    options = {} if way == "replay" else {"model_kwargs": ROLLBACK}
+    model = ORTModelForCausalLM.from_pretrained(exported(name, **options), use_io_binding=way != "copies")
+    if request.param == "alone":
+        model.layout = dataclasses.replace(model.layout, any_padding=False, in_place=False)
+        model._connect()
+    return model
+
+
+class Options(dict):
+    """Options that `exported` can remember."""
+
+    def __hash__(self) -> int:
+        return hash(tuple(self.items()))
+
+
+ROLLBACK = Options(rollback="columns")
+
+
+def continued(gold_model, name: str, texts: list[torch.Tensor]) -> torch.Tensor:
+    """The logits of transformers after each whole text, one unpadded row at a time."""
+    return torch.stack([gold_model(name)(input_ids=text[None], use_cache=False).logits[0, -1] for text in texts])
+
+
+@pytest.mark.parametrize(("masks", "count"), [("visible", 1), ("visible", 6), ("padded", 4), ("holes", 4)])
+def test_rows_go_on_as_if_nothing_had_been_taken_back(count, masks, name, model, gold_model):
+    """Several rows; six tokens in one call, of which one, some or all are taken back; twice."""
+    rows, tries, after = prompts([11, 11]), prompts([6, 6], seed=3), prompts([3, 3], seed=4)
+    shown = {
+        "visible": [[1] * 11 + [1] * 6, [1] * 17],
+        "padded": [[1] * 17, [0] * 4 + [1] * 13],
+        "holes": [[1] * 11 + [1, 0, 1, 1, 0, 1], [1] * 9 + [0, 0] + [0, 1, 1, 0, 1, 0]],
+    }[masks]
+    mask = torch.tensor(shown)
+    cache = model(torch.stack(rows), attention_mask=mask[:, :11]).past_key_values
+    cache.activate_past_recording()
+    model(torch.stack(tries), attention_mask=mask, past_key_values=cache)
+    cache.crop(-count)
+    assert cache.get_seq_length() == 17 - count
+    model(torch.stack(tries)[:, 6 - count :], attention_mask=mask, past_key_values=cache)
+    cache.crop(-count)  # once more, from a call that began with tokens to be run again
+    assert cache.get_seq_length() == 17 - count
+    left = mask[:, : 17 - count]
+    new = torch.cat([left, torch.ones(2, 3, dtype=torch.int64)], dim=1)
+    logits = model(torch.stack(after), attention_mask=new, past_key_values=cache).logits
+    texts = [
+        torch.cat([row, own])[: 17 - count][left[i] == 1] for i, (row, own) in enumerate(zip(rows, tries, strict=True))
+    ]
+    whole = [torch.cat([text, own]) for text, own in zip(texts, after, strict=True)]
+    golds = continued(gold_model, name, whole)
+    assert not torch.allclose(golds[0], golds[1], atol=1e-2)
+    torch.testing.assert_close(logits[:, -1], golds, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("back", [5, 14])
+def test_over_several_calls_and_into_a_prompt_of_several_chunks(back, name, model, gold_model, monkeypatch):
+    """As a drafting model does: tokens one by one. There are more calls than points; a copy goes on too."""
+    monkeypatch.setattr(rows_module, "PREFILL_CHUNK", 4)
+    monkeypatch.setattr(rollback, "MOST_POINTS", 3)
+    (text,) = prompts([17])
+    cache = model._graph.new_cache(1)
+    cache.activate_past_recording()
+    model(text[None, :10], past_key_values=cache)
+    for i in range(10, 17):
+        model(text[None, i : i + 1], past_key_values=cache)
+    cache.crop(-back)
+    twin = copy.deepcopy(cache)
+    (gold,) = continued(gold_model, name, [torch.cat([text[: 17 - back], torch.tensor([20, 30])])])
+    for own in (twin, cache):
+        assert own.get_seq_length() == 17 - back
+        model(torch.tensor([[20]]), past_key_values=own)
+        logits = model(torch.tensor([[30]]), past_key_values=own).logits[0, -1]
+        torch.testing.assert_close(logits, gold, atol=1e-4, rtol=0)
+        assert own.length == own.get_seq_length() == 19 - back
+
+
+def test_what_is_run_again_is_bounded(exported, monkeypatch):
+    """Candidates that fail every time, and a prompt with candidates after it."""
+    model = ORTModelForCausalLM.from_pretrained(exported("hybrid"))
+    calls: list[int] = []
+    run = model._graph.run
+    monkeypatch.setattr(model._graph, "run", lambda ids, *args: (calls.append(ids.shape[1]), run(ids, *args))[1])
+    cache = model._graph.new_cache(1)
+    cache.activate_past_recording()
+    (text,) = prompts([60])
+    model(text[None, :44], past_key_values=cache, logits_to_keep=4)
+    cache.crop(-3)
+    for i in range(41, 56):
+        model(text[None, i : i + 4], past_key_values=cache, logits_to_keep=4)
+        cache.crop(-3)
+    assert calls[:2] == [40, 4]
+    assert max(calls[1:]) <= rows_module.RUN_AGAIN + 4
+    assert cache.get_seq_length() == 56
+
+
+def test_a_failed_call_leaves_pending_tokens_pending(exported, gold_model, monkeypatch):
+    model = ORTModelForCausalLM.from_pretrained(exported("hybrid"))
+    (text,) = prompts([9])
+    cache = model._graph.new_cache(1)
+    cache.activate_past_recording()
+    model(text[None, :4], past_key_values=cache)
+    model(text[None, 4:], past_key_values=cache)
+    cache.crop(-2)
+    with monkeypatch.context() as patched:
+        patched.setattr(model._graph, "run", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            model(torch.tensor([[20]]), past_key_values=cache)
+    assert cache.get_seq_length() == 7
+    logits = model(torch.tensor([[20]]), past_key_values=cache).logits[:, -1]
+    gold = continued(gold_model, "hybrid", [torch.cat([text[:7], torch.tensor([20])])])
+    torch.testing.assert_close(logits, gold, atol=1e-4, rtol=0)
+
+
+def test_rows_that_change_places_with_pending_tokens(exported, gold_model):
+    model = ORTModelForCausalLM.from_pretrained(exported("hybrid"))
+    rows = prompts([9, 9])
+    cache = model(torch.stack(rows)[:, :5]).past_key_values
+    cache.activate_past_recording()
+    model(torch.stack(rows)[:, 5:], past_key_values=cache)
+    cache.crop(-2)
+    cache.reorder_cache(torch.tensor([1, 0, 1]))
+    logits = model(torch.full((3, 1), 20), past_key_values=cache).logits[:, -1]
+    golds = continued(gold_model, "hybrid", [torch.cat([rows[i][:7], torch.tensor([20])]) for i in (1, 0, 1)])
+    torch.testing.assert_close(logits, golds, atol=1e-4, rtol=0)
+
+
+def test_what_cannot_be_taken_back_says_why(exported):
+    model = ORTModelForCausalLM.from_pretrained(exported("hybrid"))
+    cache = model(torch.tensor([[9, 8, 7]])).past_key_values
+    assert cache.is_croppable
+    cache.crop(3)
+    cache.crop(5)
+    for back in (2, -1):
+        with pytest.raises(Lfm2Error, match="activate_past_recording"):
+            cache.crop(back)
+    cache.activate_past_recording()
+    model(torch.tensor([[9, 8]]), past_key_values=cache)
+    with pytest.raises(Lfm2Error, match=r"crop\(-6\) takes back more tokens than the 5"):
+        cache.crop(-6)
+    with pytest.raises(Lfm2Error, match="cache of 5 tokens cannot be cropped to 2"):
+        cache.crop(2)
+    model(torch.tensor([[9, 8]]), past_key_values=cache)
+    cache.reorder_cache(torch.tensor([0, 0]))
+    with pytest.raises(Lfm2Error, match="cannot be cropped to 6"):
+        cache.crop(-1)
+
+
+def test_zero_means_what_it_means_to_transformers(exported):
+    model = ORTModelForCausalLM.from_pretrained(exported("hybrid"))
+    cache = model._graph.new_cache(1)
+    cache.activate_past_recording()
+    model(torch.tensor([[9, 8, 7]]), past_key_values=cache)
+    cache.crop(0)
+    assert cache.get_seq_length() == (3 if compat.CROPS_BY_NUMBER else 0)
+
+
+def test_the_file_that_gives_columns(checkpoint, exported, cli, tmp_path):
+    """It is validated, keeps the order that others go by, and a default file has no such output."""
+    code, err = cli(
+        "export", "onnx", "--model", checkpoint("hybrid"), tmp_path, "--model-kwargs", '{"rollback":"columns"}'
+    )
+    assert code == 0, err
+    given, usual = (ORTModelForCausalLM.from_pretrained(folder).layout for folder in (tmp_path, exported("hybrid")))
+    assert given.gives_columns
+    assert not usual.gives_columns
+    assert given.outputs[: len(usual.outputs)] == usual.outputs
+    assert given.outputs[len(usual.outputs) :] == tuple(f"columns_conv.{i}" for i in (0, 1, 3))
+    code, err = cli(
+        "export", "onnx", "--model", checkpoint("hybrid"), tmp_path / "other", "--task", "text-generation",
+        "--model-kwargs", '{"rollback":"columns"}',
+    )  # fmt: skip
+    assert code == 1
+    assert "--task text-generation-with-past" in err

@@ -1,0 +1,42 @@
+"""Either release of transformers runs exports of members that only transformers 5 has. `make_exports.py` made them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from make_exports import EXPORTS, MEMBERS
+from optimum.exporters.onnx import main_export
+from optimum.onnxruntime import ORTModelForCausalLM
+
+from optimum_lfm2 import ORTLfm2ForCausalLM, compat
+from optimum_lfm2.errors import Lfm2Error
+
+
+@pytest.mark.parametrize("model_type", MEMBERS)
+def test_an_export_gives_transformers_tokens(model_type):
+    """Alone, and beside a shorter row, in chunks, after padding that is as long as a window."""
+    model = ORTModelForCausalLM.from_pretrained(EXPORTS / model_type)
+    assert isinstance(model, ORTLfm2ForCausalLM)
+    assert model.config.model_type == model_type
+    gold = json.loads((EXPORTS / model_type / "gold.json").read_text())
+    row, new = torch.tensor(gold["prompt"]), len(gold["tokens"])
+    options = {"do_sample": False, "max_new_tokens": new, "eos_token_id": None, "pad_token_id": 0}
+    assert model.generate(row[None], **options)[0, len(row) :].tolist() == gold["tokens"]
+    ids, mask = torch.full((2, len(row) + 9), 9), torch.zeros(2, len(row) + 9, dtype=torch.int64)
+    ids[0, 9:], mask[0, 9:] = row, 1
+    mask[1, -3:] = 1
+    out = model.generate(ids, attention_mask=mask, prefill_chunk_size=5, **options)
+    assert out[0, ids.shape[1] :].tolist() == gold["tokens"]
+
+
+@pytest.mark.parametrize("model_type", [name for name in MEMBERS if name in compat.STAND_INS])
+def test_a_release_without_the_model_exports_none(model_type, tmp_path):
+    folder = shutil.copytree(EXPORTS / model_type, tmp_path / "export", ignore=shutil.ignore_patterns("*.onnx*"))
+    with pytest.raises(Lfm2Error, match="Install transformers 5"):
+        ORTModelForCausalLM.from_pretrained(folder, export=True)
+    with pytest.raises(Lfm2Error, match="Install transformers 5"):
+        main_export(str(folder), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
