@@ -112,7 +112,7 @@ class Lfm2OnnxConfig(TextDecoderOnnxConfig):
     def scheme(self) -> Scheme | None:
         """How the weights are quantised. None means that they are not."""
         scheme = SCHEMES.get(self.variant)
-        return scheme and replace(scheme, embedding=self.embedding)
+        return scheme and replace(scheme, embedding=self.embedding, in_8_bits=self.member.in_8_bits)
 
     @property
     def embedding(self) -> str:

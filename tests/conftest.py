@@ -19,6 +19,7 @@ import onnxruntime
 import pytest
 import torch
 from checkpoints import make_checkpoint
+from filelock import FileLock
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
@@ -46,29 +47,48 @@ TRAINED = Path(__file__).parent.parent / "demo" / "checkpoint"
 
 
 @pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+def made_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], object]], Path]:
+    """`made_once(name, make)` gives a folder that `make` filled, for all workers of pytest-xdist."""
+    own = tmp_path_factory.getbasetemp()
+    shared = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "shared"
+    shared.mkdir(exist_ok=True)
+
+    def made_once(name: str, make: Callable[[Path], object]) -> Path:
+        path, done = shared / name, shared / f"{name}.done"
+        with FileLock(shared / f"{name}.lock"):
+            if not done.exists():
+                shutil.rmtree(path, ignore_errors=True)  # of a `make` that failed
+                make(path)
+                done.touch()
+        return path
+
+    return made_once
+
+
+@pytest.fixture(scope="session")
+def checkpoint(made_once: Callable[..., Path]) -> Callable[..., Path]:
     """`checkpoint(name)` gives the folder of a checkpoint of `tests.checkpoints`, or `trained`. Never write to it."""
-    folder = tmp_path_factory.mktemp("checkpoints")
 
     @cache
     def checkpoint(name: str) -> Path:
-        return TRAINED if name == "trained" else make_checkpoint(name, folder)
+        if name == "trained":
+            return TRAINED
+        return made_once(f"checkpoints-{name}", lambda folder: make_checkpoint(name, folder)) / name
 
     return checkpoint
 
 
 @pytest.fixture(scope="session")
-def exported(checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+def exported(checkpoint: Callable[[str], Path], made_once: Callable[..., Path]) -> Callable[..., Path]:
     """`exported(name, **options)` gives the folder of an export by `main_export(**options)`. Never write to it."""
-    folder = tmp_path_factory.mktemp("exports")
 
     @cache
     def exported(name: str, **options: object) -> Path:
         from optimum.exporters.onnx import main_export
 
-        path = folder / "-".join([name, *(f"{key}={value}" for key, value in sorted(options.items()))])
-        main_export(str(checkpoint(name)), path, **{"do_validation": False, **options})
-        return path
+        source, options = str(checkpoint(name)), {"do_validation": False, **options}
+        path = "-".join(["export", name, *(f"{key}={value}" for key, value in sorted(options.items()))])
+        return made_once(path, lambda folder: main_export(source, folder, **options))
 
     return exported
 
@@ -85,31 +105,34 @@ def gold_model(checkpoint: Callable[[str], Path]) -> Callable[[str], PreTrainedM
 
 
 @pytest.fixture(scope="session")
-def hub_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def hub_folder(made_once: Callable[..., Path]) -> Path:
     """What `optimum-cli export lfm2` wrote for the trained checkpoint, in every precision. Never write to it."""
     from publishing import TEXT, run
 
-    folder = tmp_path_factory.mktemp("publish") / "lfm2"
-    with pytest.MonkeyPatch.context() as patched:
-        for owner, name in ((PreTrainedModel, "from_pretrained"), (torch.nn.Module, "load_state_dict")):
-            patched.setattr(owner, name, lambda *_, **__: pytest.fail("a model is loaded as a whole"))
-        assert run("--model", TRAINED, folder, "--base-model", "me/trained", "--license", "apache-2.0", *TEXT) == 0
-    return folder
+    def publish(place: Path) -> None:
+        with pytest.MonkeyPatch.context() as patched:
+            for owner, name in ((PreTrainedModel, "from_pretrained"), (torch.nn.Module, "load_state_dict")):
+                patched.setattr(owner, name, lambda *_, **__: pytest.fail("a model is loaded as a whole"))
+            names = ("--base-model", "me/trained", "--license", "apache-2.0")
+            assert run("--model", TRAINED, place / "lfm2", *names, *TEXT) == 0
+
+    return made_once("publish", publish) / "lfm2"
 
 
 @pytest.fixture(scope="session")
-def experts_folder(checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def experts_folder(checkpoint: Callable[[str], Path], made_once: Callable[..., Path]) -> Path:
     """The same folder for a tiny model with experts, which needs transformers 5. Never write to it."""
     from publishing import run
 
     from benchmarks.checkpoint import add_tokenizer
 
-    source = tmp_path_factory.mktemp("experts") / "checkpoint"
-    add_tokenizer(shutil.copytree(checkpoint("moe"), source))
-    folder, text = source.with_name("lfm2-moe"), source.with_name("text")
-    text.write_text("qjxzvkqzxj" * 20)  # these letters never merge into a longer token, and the model has only 256 ids
-    assert run("--model", source, folder, "--text", text, "--chunks", 2, "--length", 32) == 0
-    return folder
+    def publish(place: Path) -> None:
+        source = add_tokenizer(shutil.copytree(checkpoint("moe"), place / "checkpoint"))
+        text = place / "text"
+        text.write_text("qjxzvkqzxj" * 20)  # these letters never merge into a longer token; the model has only 256 ids
+        assert run("--model", source, place / "lfm2-moe", "--text", text, "--chunks", 2, "--length", 32) == 0
+
+    return made_once("experts", publish) / "lfm2-moe"
 
 
 @pytest.fixture(scope="session")

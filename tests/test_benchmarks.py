@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 import subprocess
@@ -13,6 +14,7 @@ import torch
 
 from benchmarks import (
     chunks,
+    encoders,
     experts,
     graph_turns,
     kv_cache_bits,
@@ -319,3 +321,24 @@ def test_the_table_of_chunks_has_medians(checkpoint, tmp_path, monkeypatch, caps
         "| 8 | 40 | 4 [4 to 4] | 4 |",
         "| 32 | 40 | 8 [5 to 9] | 8 |",
     ]
+
+
+def test_encoders(tmp_path, capsys):
+    systems = "torch,ours-fp32,ours-q8"
+    with_library = importlib.util.find_spec("sentence_transformers") is not None
+    systems += ",st-torch,st-fp32,st-q8" if with_library else ""
+    shape = {"vocab_size": 2048, "hidden_size": 64, "intermediate_size": 96, "block_multiple_of": 8}
+    layers = {"num_hidden_layers": 2, "layer_types": ["conv", "full_attention"]}
+    options = ["--systems", systems, "--tokens", "16", "--rows", "2", "--rounds", "2", "--threads", "1"]
+    encoders.main(["--work", str(tmp_path), *options], **shape, **layers)
+    rows = [line for line in capsys.readouterr().out.splitlines() if "tokens" not in line and "---" not in line]
+    assert [row.split()[1] for row in rows if row.startswith("|")] == systems.split(",")
+    vectors = {
+        name: torch.as_tensor(encoders.load(name, encoders.prepare(tmp_path), 16, 1)(["Nora", "a key"]))
+        for name in systems.split(",")
+        if "q8" not in name
+    }
+    for name, own in vectors.items():
+        own = torch.nn.functional.normalize(own, dim=1)
+        gold = torch.nn.functional.normalize(vectors["torch"], dim=1)
+        torch.testing.assert_close(own, gold, atol=1e-4, rtol=0, msg=name)

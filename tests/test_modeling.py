@@ -289,8 +289,10 @@ def test_file_name_and_subfolder(exported, gold, tmp_path):
         target = tmp_path / "onnx" if file.name.startswith("model.onnx") else tmp_path
         (target / file.name).write_bytes(file.read_bytes())
     (tmp_path / "onnx" / "model.onnx").rename(tmp_path / "onnx" / "model_q.onnx")
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [7, 8]}')
     model = ORTModelForCausalLM.from_pretrained(tmp_path, subfolder="onnx", file_name="model_q.onnx")
     assert isinstance(model, ORTLfm2ForCausalLM)
+    assert model.generation_config.eos_token_id == [7, 8], "Optimum looks beside the graph alone"
     assert model.generate(prompt[None], **GREEDY)[0, 9:].tolist() == tokens
 
 
@@ -302,6 +304,8 @@ def test_session_options_and_providers(exported, gold):
         exported("hybrid"), session_options=options, provider="CPUExecutionProvider", provider_options={}
     )
     assert model.session.get_session_options().intra_op_num_threads == 2
+    quiet = ORTModelForCausalLM.from_pretrained(exported("hybrid")).session.get_session_options()
+    assert quiet.log_severity_level > options.log_severity_level, "warnings at load are of choices made on purpose"
     assert model.to("cpu").generate(prompt[None], **GREEDY)[0, 9:].tolist() == tokens
     with pytest.raises(ValueError, match=r"CUDAExecutionProvider|cuda"):
         ORTModelForCausalLM.from_pretrained(exported("hybrid"), provider="CUDAExecutionProvider")

@@ -71,6 +71,9 @@ class Lfm2TasksManager(TasksManager):
         # The first question of `main_export`: a wrong configuration is refused before transformers trips over it.
         if _is_for_us(model, *args, **kwargs):
             _checked_config(model, **kwargs)
+            return (
+                "transformers"  # also beside files of sentence-transformers, for which Optimum would take another way
+            )
         return TasksManager.infer_library_from_model(model, *args, **kwargs)
 
     @staticmethod

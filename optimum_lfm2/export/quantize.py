@@ -58,7 +58,7 @@ class Quantizer:
                 self._embedding(node)
 
     def _blocks(self, name: str) -> Blocks:
-        return self.scheme.table if name in self._tables else self.scheme.linear
+        return self.scheme.table if name in self._tables else self.scheme.layer(name)
 
     def _linear(self, node: ir.Node) -> None:
         x, weight = node.inputs[:2]

@@ -42,29 +42,33 @@ def gated_attention(
 
 
 def window_state(config: PretrainedConfig) -> tuple[Kept, ...]:
-    """Keys and values of a row's last `sliding_window` unmasked tokens, the newest last."""
+    """Return what sliding attention keeps: keys and values of a row's last `sliding_window` unmasked tokens.
+
+    Each is (kv_heads, sliding_window, head_dim), the newest token last.
+    """
     axes = (config.num_key_value_heads, config.sliding_window, head_dim(config))
     return Kept("key", axes), Kept("value", axes)
 
 
 def prepare_sliding(call: Call, config: PretrainedConfig, rotary: Rotary | None) -> SlidingCall:
+    """Compute what all layers of sliding attention share in a call, with windows for caches."""
     return sliding_call(call, rotary, config)
 
 
 def take_window(x: torch.Tensor, row: int, seen: torch.Tensor) -> torch.Tensor:
-    """Zeros for the tokens before the window, which transformers masks."""
+    """Take a row's window out of the graph's cache. Zeros stand for the tokens before it, which transformers masks."""
     missing = len(seen) - x.shape[2]
     return F.pad(x[row : row + 1, :, max(0, -missing) :], (0, 0, max(0, missing), 0))
 
 
 def fill_window(own: torch.Tensor, target: torch.Tensor, row: int, columns: torch.Tensor) -> None:
-    """The last tokens that the row has: transformers keeps all (see `compat.hybrid_cache`)."""
+    """Write the last tokens that a row has. transformers' cache has all of them (see `compat.hybrid_cache`)."""
     kept = own[0][:, -target.shape[2] :]
     target[row][:, target.shape[2] - kept.shape[1] :] = kept.to(target.dtype)
 
 
 def rotary_by_kind(model: PreTrainedModel) -> Mapping[str, Rotary]:
-    """The rotary tables: LFM3 has one for each kind of attention."""
+    """Read the rotary tables. LFM3 has one for each kind of attention."""
     rotary: Any = type(model.base_model.rotary_emb)(model.config)  # made anew, for the model may be on the meta device
     return {
         kind: (getattr(rotary, f"{kind}_inv_freq").float(), getattr(rotary, f"{kind}_attention_scaling"))
@@ -73,6 +77,7 @@ def rotary_by_kind(model: PreTrainedModel) -> Mapping[str, Rotary]:
 
 
 def sandwich_norms(config: PretrainedConfig) -> tuple[str, str] | None:
+    """Return the names of the norms after the mixer and after the feed-forward, or None where there are none."""
     return ("post_operator_norm", "post_ffn_norm") if config.use_sandwich_norm else None
 
 
@@ -93,11 +98,12 @@ def check_window(config: Mapping[str, Any]) -> None:
 
 
 def whole_text(config: PretrainedConfig) -> LayerKind | None:
-    """Full attention, where the window is as long as a text can be."""
+    """Return full attention where the window is as long as a text can be, else None."""
     return FULL if config.sliding_window >= config.max_position_embeddings else None
 
 
 def prepare_masked(call: Call, config: PretrainedConfig, rotary: Rotary | None) -> AttentionCall:
+    """Compute what all layers of sliding attention share in a call, with caches that keep all columns."""
     return masked_attention_call(call, rotary, config.sliding_window)
 
 
@@ -126,6 +132,8 @@ MEMBER = Member(
     feed_forwards=lfm2.dense,
     rotary=rotary_by_kind,
     checkpoint=Lfm3Checkpoint,
+    # In 4 bits these make five sixths of the error (docs/lfm3.md).
+    in_8_bits=("conv.in_proj", "conv.out_proj"),
     fields=FIELDS,
     check=check_window,
     post_norms=sandwich_norms,

@@ -82,7 +82,7 @@ def attention(
 ) -> Mixed:
     """Grouped-query attention, with a norm of each head of query and key before RoPE.
 
-    One product computes query, key and value. Query and key stay together until they are rotated.
+    One product computes query, key and value.
 
     Its caches are keys and values, (batch_size, kv_heads, columns, head_dim) each. Which columns a token sees, and
     which are kept, `shared` decides.
@@ -93,14 +93,14 @@ def attention(
         bias = weight(*(f"{name}.{part}.bias" for part in projections)) if parts.bias else None
         return ops.linear(x, weight(*(f"{name}.{part}.weight" for part in projections)), bias)
 
-    def norm(part: str) -> torch.Tensor:
-        return weight(f"{name}.{part}_{parts.norm}.weight")
+    def rotated(x: torch.Tensor, part: str, count: int) -> torch.Tensor:
+        by_head = shapes.resized(x, (0, 0, count, dim))
+        normed = ops.rms_norm(by_head, weight(f"{name}.{part}_{parts.norm}.weight"), config.norm_eps)
+        return shared.rotation.rotate(shapes.resized(normed, (0, 0, count * dim)), count)
 
-    together, value = shapes.parts(
-        project(hidden, "q_proj", "k_proj", "v_proj"), (heads + kv_heads) * dim, kv_heads * dim
-    )
-    normed = ops.head_norm(together, config.norm_eps, (norm("q"), heads), (norm("k"), kv_heads))
-    query, key = shapes.parts(shared.rotation.rotate(normed, heads + kv_heads), heads * dim, kv_heads * dim)
+    widths = (heads * dim, kv_heads * dim, kv_heads * dim)
+    query, key, value = shapes.parts(project(hidden, "q_proj", "k_proj", "v_proj"), *widths)
+    query, key = rotated(query, "q", heads), rotated(key, "k", kv_heads)
     context, present, columns = shared.attend(query, key, value, past, config)
     if parts.gate:
         context = gated_heads(context, ops.linear(hidden, weight(f"{name}.{parts.gate}.weight")), config)

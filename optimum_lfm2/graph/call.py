@@ -43,7 +43,7 @@ class Call:
 
 
 def read_call(token_shape: torch.Tensor, attention_mask: torch.Tensor, dtype: torch.dtype) -> Call:
-    """The call of new tokens under a mask.
+    """Describe a call of new tokens under a mask.
 
     Args:
         token_shape: a tensor whose first two axes are batch_size and sequence_length: ids or embeddings.
@@ -74,7 +74,7 @@ class ConvCall:
 
 
 def conv_call(call: Call, taps: int) -> ConvCall:
-    """What convolutions of `taps` columns share."""
+    """Compute what all convolutions of `taps` columns share."""
     width = torch.arange(taps)
     return ConvCall(
         visible=call.new[:, :, None].to(torch.bool),
@@ -102,7 +102,7 @@ class Rotation:
 
 
 def rotation(call: Call, rotary: Rotary) -> Rotation:
-    """The angles of the new tokens of a call."""
+    """Compute the angles of the new tokens of a call."""
     return Rotation(shapes.numbered(call.new), *ops.rotary_table(call.positions, *rotary, call.dtype))
 
 
@@ -176,7 +176,7 @@ class AttentionCall:
 
 
 def attention_call(call: Call, rotary: Rotary) -> AttentionCall:
-    """What layers of full attention share."""
+    """Compute what all layers of full attention share."""
     nothing = torch.zeros((), dtype=call.dtype)
     masked = torch.where(call.mask == 0, torch.full((), ops.MASKED, dtype=call.dtype), nothing)
     last, total = shapes.lengths(call.mask)

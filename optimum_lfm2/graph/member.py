@@ -129,6 +129,7 @@ class Member:
         post_norms: takes a configuration and returns the names of two norms of a layer, or None where it has none. The
             first follows the mixer and the second the feed-forward, before the residual is added.
         checkpoint: the class that reads the stored weights.
+        in_8_bits: endings of the names of linear layers that have 8 bits in every quantised file (`Scheme.in_8_bits`).
         check_scheme: raises `Lfm2Error` for a quantisation that the member's operators cannot compute.
         passes: passes over the traced graph that this member needs, besides those for all members.
         tolerance: takes a scheme and returns the relative error that validation accepts. 0 leaves the common tolerance.
@@ -157,6 +158,7 @@ class Member:
     check: Callable[[Mapping[str, Any]], None] = lambda config: None
     post_norms: Callable[[PretrainedConfig], tuple[str, str] | None] = lambda config: None
     checkpoint: type[Checkpoint] = Checkpoint
+    in_8_bits: tuple[str, ...] = ()
     check_scheme: Callable[[Scheme, PretrainedConfig], None] = lambda scheme, config: None
     passes: Sequence[GraphPass] = ()
     tolerance: Callable[[Scheme], float] = lambda scheme: 0.0

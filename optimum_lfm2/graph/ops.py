@@ -99,36 +99,6 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Ten
     return _RMSNorm.apply(x, weight, epsilon)
 
 
-class _HeadNorm(Node):
-    @staticmethod
-    def forward(ctx, x, epsilon, heads, *weights):
-        scale = torch.cat([weight.expand(count, -1) for weight, count in zip(weights, heads, strict=True)])
-        return _RMSNorm.forward(ctx, x.unflatten(2, scale.shape), scale, epsilon).flatten(2)
-
-    @staticmethod
-    @typed(3)
-    def symbolic(g, x, epsilon, heads, *weights):
-        kind, (dim,) = x.type().dtype(), weights[0].type().sizes()
-        ones = g.op("Constant", value_t=torch.ones(dim, dtype=kind))
-        scales = [g.op("Expand", w, constant(g, [count, 1])) for w, count in zip(weights, heads, strict=True)]
-        split = g.op("Reshape", x, constant(g, [0, 0, sum(heads), dim]))
-        normed = g.op("SimplifiedLayerNormalization", split, ones, axis_i=-1, epsilon_f=epsilon, stash_type_i=1)
-        scaled = g.op("Mul", normed, g.op("Concat", *scales, axis_i=0))
-        return g.op("Reshape", scaled, constant(g, [0, 0, sum(heads) * dim]))
-
-
-def head_norm(x: torch.Tensor, epsilon: float, *groups: tuple[torch.Tensor, int]) -> torch.Tensor:
-    """`rms_norm` of each head, in one pass over groups of heads whose weights differ.
-
-    Args:
-        x: (batch_size, sequence_length, heads * head_dim).
-        groups: the weight (head_dim) and the number of heads of each group. onnxruntime makes one constant of the
-            weights when it loads the graph.
-    """
-    weights, heads = zip(*groups, strict=True)
-    return _HeadNorm.apply(x, epsilon, heads, *weights)
-
-
 class _SkipRMSNorm(Node):
     @staticmethod
     def forward(ctx, x, skip, weight, epsilon):

@@ -86,7 +86,7 @@ class SlidingCall:
 
 
 def sliding_call(call: Call, rotary: Rotary, config: PretrainedConfig) -> SlidingCall:
-    """What layers of sliding attention share."""
+    """Compute what all layers of sliding attention share."""
     window, kv_heads = config.sliding_window, config.num_key_value_heads
     slots = torch.arange(window)
     columns = call.columns - 1  # from 0 on
@@ -119,9 +119,10 @@ def sliding_call(call: Call, rotary: Rotary, config: PretrainedConfig) -> Slidin
 
 
 def masked_attention_call(call: Call, rotary: Rotary, window: int) -> AttentionCall:
-    """What layers of sliding attention share where their cache keeps all columns: full attention under another bias.
+    """Compute what all layers of sliding attention share if their caches keep all columns.
 
-    Only the tokens differ in what they see. The time and the cache of a layer are those of full attention.
+    The layer is full attention whose bias also hides the columns outside the window. It takes the time and the cache of
+    full attention.
     """
     full = attention_call(call, rotary)
     distance = call.positions[:, :, None] - (call.mask.cumsum(1) - 1)[:, None, :]

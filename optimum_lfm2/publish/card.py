@@ -15,6 +15,8 @@ from transformers.utils import CONFIG_NAME, cached_file
 
 from optimum_lfm2.families import member_of
 from optimum_lfm2.graph.member import Member
+from optimum_lfm2.publish.encoder_card import TEMPLATE as ENCODER_TEMPLATE
+from optimum_lfm2.publish.encoder_card import encoder_values
 from optimum_lfm2.publish.precisions import PRECISIONS, Published, preferred
 
 
@@ -24,6 +26,7 @@ LICENSE_FIELDS = ("license", "license_name", "license_link", "language")
 TAGS = ["onnx", "onnxruntime"]
 GENAI = "onnxruntime-genai"
 JAVASCRIPT = "transformers.js"
+SENTENCE_TRANSFORMERS = "sentence-transformers"
 
 TEMPLATE = """\
 {% macro question(to) -%}
@@ -182,16 +185,28 @@ def write_card(folder: Path, files: list[Published], old: Path, model: str, opti
     if license_ is not None and _is_of(license_, model):
         shutil.copyfile(license_, folder / LICENSE)
     data = _data(model, before, _load(_checkpoint_file(model, CARD, hub)), options)
+    data.pipeline_tag = _task(folder)
     data.tags = _tags(_member(folder))
     if any(_javascript_reads(file, _member(folder)) for file in files):
         data.library_name = JAVASCRIPT  # the Hub shows how to load this layout under this library's name
         data.tags = [*data.tags, JAVASCRIPT]
     name = options.repo_id or _repo_id(before) or old.resolve().name
-    ModelCard.from_template(data, template_str=TEMPLATE, **_values(folder, files, name, data)).save(folder / CARD)
+    values, template = _values(folder, files, name, data), TEMPLATE
+    if _member(folder).encodes:
+        values, template = values | encoder_values(folder, _task(folder)), ENCODER_TEMPLATE
+        if values["pooled"]:
+            data.library_name, data.pipeline_tag = SENTENCE_TRANSFORMERS, "sentence-similarity"
+            data.tags = [*data.tags, SENTENCE_TRANSFORMERS]
+    ModelCard.from_template(data, template_str=template, **values).save(folder / CARD)
 
 
 def _member(folder: Path) -> Member:
     return member_of(json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8")))
+
+
+def _task(folder: Path) -> str:
+    config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+    return member_of(config).task(config.get("architectures"))
 
 
 def _tags(member: Member) -> list[str]:
@@ -249,13 +264,13 @@ def _data(model: str, before: ModelCard | None, own: ModelCard | None, options: 
     fields |= {name: value for name, value in given.items() if value is not None}
     if "base_model" in fields:
         fields["base_model_relation"] = "quantized"  # the Hub calls every conversion so
-    return ModelCardData(pipeline_tag="text-generation", **fields)
+    return ModelCardData(**fields)
 
 
 def _values(folder: Path, files: list[Published], name: str, data: ModelCardData) -> dict[str, Any]:
     """Return the values that the template asks for."""
     tokenizer = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-    chosen = preferred(files)
+    chosen = preferred(files, _member(folder).encodes)
     online = "/" in name  # an id on the Hub, not the name of a folder
     member = _member(folder)
     read = [file for file in files if _javascript_reads(file, member)]
@@ -282,19 +297,15 @@ def _values(folder: Path, files: list[Published], name: str, data: ModelCardData
 
 def _table(files: list[Published]) -> Iterator[str]:
     """Yield the table's rows, one per file. The quality columns appear only where some file has been measured."""
-    qualities = [file.quality for file in files if file.quality]
     columns = ["precision", "file", "MB", "weights", "differs by"]
-    yield _row(columns + ["perplexity", "KL divergence", "same top token"] * bool(qualities))
-    yield _row(["---"] * (len(columns) + 3 * bool(qualities)))
+    measured = next((list(file.quality.cells()) for file in files if file.quality), [])
+    yield _row(columns + measured)
+    yield _row(["---"] * len(columns + measured))
     for file in files:
         cells = [file.precision, f"`onnx/{file.path.name}`", f"{file.size / 1e6:.4g}"]
         cells += [PRECISIONS[file.precision].weights, f"{file.difference:.2g}"]
-        if file.quality:
-            divergence = f"{file.quality.kl_divergence:.6f} ± {file.quality.kl_divergence_error:.6f}"
-            cells += [f"{file.quality.perplexity:.4f}", divergence, f"{file.quality.top1_agreement:.2%}"]
-        elif qualities:
-            cells += ["", "", ""]
-        yield _row(cells)
+        figures = file.quality.cells() if file.quality else {}
+        yield _row(cells + [figures.get(column, "") for column in measured])
 
 
 def _row(cells: Iterable[str]) -> str:
@@ -305,10 +316,4 @@ def _measured(files: list[Published]) -> Iterator[str]:
     """Yield sentences on how the table's figures were measured."""
     for compared in dict.fromkeys(file.compared for file in files):
         yield f"Each file was {compared}."
-    texts = {(file.text, file.quality.tokens): file.quality.reference_perplexity for file in files if file.quality}
-    for (text, tokens), perplexity in texts.items():
-        yield (
-            "Perplexity, mean KL divergence and agreement are from `optimum-cli lfm2 evaluate`, which compares with "
-            f"the checkpoint in fp32, on {tokens} tokens of `{text}`, where the checkpoint has a perplexity of "
-            f"{perplexity:.4f}."
-        )
+    yield from dict.fromkeys(file.quality.measured(file.text) for file in files if file.quality)

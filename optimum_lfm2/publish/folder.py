@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import json
 from argparse import Namespace
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,13 @@ import torch
 from optimum.exporters.onnx import convert
 from optimum.exporters.tasks import TasksManager
 from optimum.utils.save_utils import maybe_save_preprocessors
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
+from transformers import AutoTokenizer, PretrainedConfig
 
 from optimum_lfm2 import compat
 from optimum_lfm2.caches import CACHE_NAMES
 from optimum_lfm2.configs import DTYPES
 from optimum_lfm2.errors import Lfm2Error, read_object
+from optimum_lfm2.export.config_check import loaded_config
 from optimum_lfm2.export.js_config import JS_CONFIG, declare_external_data
 from optimum_lfm2.export.loading import Lfm2TasksManager, task_of
 from optimum_lfm2.export.options import check_atol, check_model
@@ -30,6 +31,7 @@ from optimum_lfm2.genai_config import write_genai_config
 from optimum_lfm2.metadata import CHECKPOINT, COMPARED, DIFFERENCE, QUALITY, TEXT
 from optimum_lfm2.publish.card import CardOptions, write_card
 from optimum_lfm2.publish.precisions import (
+    MEASURED_OF_ENCODERS,
     ONNX_FOLDER,
     PRECISIONS,
     Precision,
@@ -38,12 +40,16 @@ from optimum_lfm2.publish.precisions import (
     preferred,
     published,
 )
-from optimum_lfm2.quality.evaluate import measure, read_chunks
+from optimum_lfm2.quality.evaluate import Quality, measure, read_chunks
 from optimum_lfm2.quality.scoring import load, reference_model
+from optimum_lfm2.quality.similarity import Similarity, compare_encoders, load_encoder, reference_encoder
 from optimum_lfm2.weights.checkpoint import find_tensors, fingerprint
+from optimum_lfm2.weights.modules import copy_modules
 
 
 TASK = "text-generation"
+WITH_PAST = "-with-past"
+LEAST_COSINE = 0.99  # of an encoder in 4 bits with its checkpoint: below, the vectors find other documents
 COMPARISON = (
     "run layer by layer on random tokens when it was written, and each layer compared with that of transformers on the "
     "same input, with the values that the file's weights stand for, activations in float: the largest difference for a "
@@ -68,6 +74,7 @@ class Job:
         chunks, length: the largest number of chunks of that text, and the tokens of a chunk.
         cache_dir: the folder of the Hub's cache; None is its default.
         card: what the user wants the model card to say.
+        task: what the files are for: `text-generation-with-past`, or the task of an encoder's head.
     """
 
     model: str
@@ -80,6 +87,7 @@ class Job:
     length: int
     cache_dir: str | None
     card: CardOptions
+    task: str
 
     @classmethod
     def read(cls, args: Namespace, config: Mapping[str, Any]) -> Job:
@@ -94,17 +102,26 @@ class Job:
                 f"{args.model} takes pictures too, which optimum-cli export lfm2 does not write yet. "
                 "Use optimum-cli export onnx."
             )
+        encodes = member_of(config).encodes
         if unknown := sorted(set(args.precisions or ()) - PRECISIONS.keys()):
             raise Lfm2Error(f"--precisions {' '.join(unknown)} is not known. Choose among {', '.join(PRECISIONS)}.")
         if args.cache_names not in CACHE_NAMES:
             raise Lfm2Error(f"--cache-names {args.cache_names} is not known. Choose among {', '.join(CACHE_NAMES)}.")
+        if encodes and args.cache_names != "hub":
+            raise Lfm2Error(f"--cache-names {args.cache_names}: an encoder has no caches. Leave the option out.")
+        if encodes and args.text is None and (risky := sorted(set(args.precisions or ()) & MEASURED_OF_ENCODERS)):
+            raise Lfm2Error(
+                f"--precisions {' '.join(risky)}: 4 bits change the vectors of an encoder. Give --text, on which the "
+                f"cosine with the checkpoint is measured: {LEAST_COSINE} is asked for."
+            )
         check_atol(args.atol)
+        default = [name for name in PRECISIONS if not (encodes and name in MEASURED_OF_ENCODERS)]
         if Path(args.model).is_dir() and args.output.resolve() == Path(args.model).resolve():
             raise Lfm2Error(f"{args.output} is the checkpoint itself. Give another folder to write to.")
         return cls(
             args.model,
             args.output,
-            tuple(name for name in PRECISIONS if name in (args.precisions or PRECISIONS)),
+            tuple(name for name in PRECISIONS if name in (args.precisions or default)),
             args.cache_names,
             args.atol,
             args.text,
@@ -112,6 +129,7 @@ class Job:
             args.length,
             args.cache_dir,
             CardOptions(args.repo_id, args.base_model, args.license),
+            member_of(config).task(config.get("architectures")) if encodes else f"{TASK}{WITH_PAST}",
         )
 
 
@@ -139,7 +157,7 @@ def publish(job: Job) -> list[str]:
             raise Lfm2Error("\n".join(failed))
         files = published(job.output, folder)
         _declare_external_data(job, folder, files)
-        chosen = preferred(files)
+        chosen = preferred(files, encodes=member_of(config).encodes)
         write_genai_config(folder, f"{ONNX_FOLDER}/{chosen.path.name}", config, chosen.caches)
         write_card(folder, files, job.output, job.model, job.card, cache_dir=job.cache_dir)
     return failed
@@ -147,14 +165,20 @@ def publish(job: Job) -> list[str]:
 
 def _save_configuration(job: Job, folder: Path) -> PretrainedConfig:
     """Write config.json, generation_config.json and the tokenizer's files, in a form that every runtime reads."""
-    config = AutoConfig.from_pretrained(job.model, cache_dir=job.cache_dir)
+    config = loaded_config(job.model, cache_dir=job.cache_dir)
     compat.spell_rope_for_both(config)
-    if task_of(config) != TASK:
+    encodes = member_of(config).encodes
+    if not encodes and task_of(config) != TASK:
         raise Lfm2Error(
             f"{job.model} has no language modelling head. Use optimum-cli export onnx --task feature-extraction."
         )
+    if encodes:
+        model = _load(job, "fp32")
+        config = model.config  # it does not name the checkpoint's code
+        copy_modules(model.source.modules, folder)
+    else:
+        _load(job, "fp32").generation_config.save_pretrained(folder)
     config.save_pretrained(folder)
-    _load(job, "fp32").generation_config.save_pretrained(folder)
     maybe_save_preprocessors(job.model, folder)
     if not (folder / TOKENIZER).is_file():
         raise Lfm2Error(f"{job.model} has no tokenizer, and every runtime needs one. Copy {TOKENIZER} there.")
@@ -226,22 +250,23 @@ def _removed(name: str, path: Path, error: Lfm2Error) -> str:
 
 def _load(job: Job, dtype: str) -> Any:
     return Lfm2TasksManager.get_model_from_task(
-        f"{TASK}-with-past", job.model, torch_dtype=DTYPES[dtype], cache_dir=job.cache_dir, library_name="transformers"
+        job.task, job.model, torch_dtype=DTYPES[dtype], cache_dir=job.cache_dir, library_name="transformers"
     )
 
 
 def _write_file(job: Job, model: Any, precision: Precision, path: Path) -> dict[str, str]:
     """Export to `path` and check the file. Return what the check found, as entries for the file's metadata."""
+    task, cached = job.task.removesuffix(WITH_PAST), job.task.endswith(WITH_PAST)
     constructor: Any = TasksManager.get_exporter_config_constructor(
-        "onnx", model=model, task=TASK, library_name="transformers"
+        "onnx", model=model, task=job.task, library_name="transformers"
     )
     config = constructor.func(
-        model.config, task=TASK, float_dtype=precision.dtype, use_past=True, use_past_in_inputs=True
+        model.config, task=task, float_dtype=precision.dtype, use_past=cached, use_past_in_inputs=cached
     )
     config.variant = precision.variant
     # Transformers.js 4.3 and onnxruntime-genai 0.18 feed `num_logits_to_keep` only where it has no default. With a
     # default, a browser would compute the logits of the whole prompt and run out of memory.
-    options = {"num_logits_to_keep": "required", "cache_names": job.cache_names}
+    options = {"num_logits_to_keep": "required", "cache_names": job.cache_names} if cached else {}
     if config.scheme is not None:
         # Builds of onnxruntime for the browser have no kernel for the fused embedding (see `EMBEDDINGS`).
         options["embedding"] = "portable"
@@ -252,21 +277,43 @@ def _write_file(job: Job, model: Any, precision: Precision, path: Path) -> dict[
 
 def _measure(job: Job, files: list[Published], text: list[torch.Tensor]) -> list[str]:
     """Compare each file with the checkpoint in float32 and note the result in it. Return a line per failure."""
-    failed = []
-    gold = reference_model(_load(job, "fp32")) if files else None
+    failed: list[str] = []
+    if not files:
+        return failed
+    compare = _comparison(job)
     for file in files:
         try:
-            quality = measure(load(file.path), gold, text)
+            quality = compare(file.path, text)
+            if isinstance(quality, Similarity) and file.precision in MEASURED_OF_ENCODERS:
+                _check_similarity(quality)
         except Lfm2Error as error:
             failed.append(_removed(file.precision, file.path, error))
             continue
         annotate(file.path, {QUALITY: json.dumps(quality.as_dict()), TEXT: job.text.name})
-        print(f"{file.precision}: perplexity {quality.perplexity:.4g}, KL divergence {quality.kl_divergence:.2g}")
+        print(f"{file.precision}: {quality.summary()}")
     return failed
+
+
+def _comparison(job: Job) -> Callable[[Path, list[torch.Tensor]], Quality | Similarity]:
+    """Return what compares a file with the checkpoint in float32 on chunks of text."""
+    model = _load(job, "fp32")
+    if job.task.endswith(WITH_PAST):
+        gold = reference_model(model)
+        return lambda path, text: measure(load(path), gold, text)
+    encoder = reference_encoder(model)
+    return lambda path, text: compare_encoders(load_encoder(path), encoder, text)
+
+
+def _check_similarity(quality: Similarity) -> None:
+    if not quality.cosine > LEAST_COSINE:
+        raise Lfm2Error(
+            f"The cosine with the checkpoint is {quality.cosine:.4f} on this text, and {LEAST_COSINE} is asked for. "
+            "Use q8."
+        )
 
 
 def _declare_external_data(job: Job, folder: Path, files: Iterable[Published]) -> None:
     """Declare to Transformers.js which files have external weights. Its other settings in an older folder stay."""
     before = job.output / "config.json"
-    old = read_object(before).get(JS_CONFIG, {}) if before.is_file() else {}
-    declare_external_data(folder, [file.path for file in files], old)
+    old = read_object(before).get(JS_CONFIG) if before.is_file() else None
+    declare_external_data(folder, [file.path for file in files], old if isinstance(old, dict) else {})

@@ -10,9 +10,11 @@ from pathlib import Path
 import onnx_ir as ir
 
 from optimum_lfm2.caches import CACHE_NAMES, CONV, CacheTensor
+from optimum_lfm2.errors import Lfm2Error, first_line
 from optimum_lfm2.graph.editing import graph_cache_tensors
 from optimum_lfm2.metadata import CHECKPOINT, COMPARED, DIFFERENCE, QUALITY, TEXT
 from optimum_lfm2.quality.evaluate import Quality
+from optimum_lfm2.quality.similarity import Similarity
 
 
 ONNX_FOLDER = "onnx"
@@ -45,6 +47,10 @@ PRECISIONS = {
 # The precisions in the order of their speed on a CPU. The first one in the folder is the default of onnxruntime-genai
 # and of the examples in the model card.
 PREFERRED = ("q4", "q8", "fp32", "q4f16", "fp16")
+# The same for an encoder: clients take the file that computes what the checkpoint computes, where there is one.
+PREFERRED_OF_ENCODERS = ("fp32", "q8", "q4", "fp16", "q4f16")
+# The precisions of an encoder that are kept only if its vectors stay near the checkpoint's.
+MEASURED_OF_ENCODERS = frozenset({"q4", "q4f16"})
 
 
 @dataclass(frozen=True)
@@ -57,7 +63,7 @@ class Published:
         caches: the graph's cache tensors.
         difference: the largest difference from transformers that the check of the file found.
         compared: how that difference was measured, in words.
-        quality: what `optimum_lfm2.quality.evaluate` measured; None where no text was given.
+        quality: what `optimum_lfm2.quality` measured; None where no text was given.
         text: the name of the text file that the quality was measured on.
         checkpoint: the fingerprint of the checkpoint that the file was made of.
         rounds_in_experts: whether `QMoE` rounds its activations to 8 bits. onnxruntime runs such a file from 1.31 on;
@@ -69,24 +75,35 @@ class Published:
     caches: list[CacheTensor]
     difference: float
     compared: str
-    quality: Quality | None
+    quality: Quality | Similarity | None
     text: str
     checkpoint: str
     rounds_in_experts: bool
 
     @classmethod
     def read(cls, precision: str, path: Path) -> Published:
-        """Read the description of a file from its graph and metadata."""
-        model = ir.load(path)
-        notes = model.metadata_props
+        """Read the description of a file from its graph and metadata.
+
+        Raises:
+            Lfm2Error: the file is no graph, or its metadata is not what this package writes.
+        """
+        try:
+            model = ir.load(path)
+            notes = model.metadata_props
+            difference = float(notes.get(DIFFERENCE, "nan"))
+            quality = _quality(notes[QUALITY]) if QUALITY in notes else None
+        except Exception as error:  # the errors of protobuf and of onnx-ir have no common class
+            raise Lfm2Error(
+                f"{path} cannot be read ({first_line(error)}). Delete it, and write that precision again."
+            ) from error
         caches = graph_cache_tensors(model.graph)
         return cls(
             precision,
             path,
             caches,
-            float(notes.get(DIFFERENCE, "nan")),
+            difference,
             notes.get(COMPARED, ""),
-            Quality(**json.loads(notes[QUALITY])) if QUALITY in notes else None,
+            quality,
             notes.get(TEXT, ""),
             notes.get(CHECKPOINT, ""),
             any(node.op_type == "QMoE" and "accuracy_level" in node.attributes for node in model.graph),
@@ -112,6 +129,11 @@ class Published:
         return next(conventions) if states else "hub"
 
 
+def _quality(written: str) -> Quality | Similarity:
+    figures = json.loads(written)
+    return Similarity(**figures) if "cosine" in figures else Quality(**figures)
+
+
 def annotate(path: Path, notes: Mapping[str, str]) -> None:
     """Add entries to the metadata of an ONNX file. The file of its weights is not touched."""
     model = ir.load(path)
@@ -131,6 +153,7 @@ def published(*folders: Path) -> list[Published]:
     return found
 
 
-def preferred(files: Iterable[Published]) -> Published:
-    """Return the file that a CPU runs fastest, in the order of `PREFERRED`."""
-    return min(files, key=lambda file: PREFERRED.index(file.precision))
+def preferred(files: Iterable[Published], encodes: bool = False) -> Published:
+    """Return the file that a CPU runs fastest, in the order of `PREFERRED`; of an encoder the most faithful one."""
+    order = PREFERRED_OF_ENCODERS if encodes else PREFERRED
+    return min(files, key=lambda file: order.index(file.precision))

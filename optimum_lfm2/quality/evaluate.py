@@ -50,6 +50,26 @@ class Quality:
         """Return the figures by name, ready for JSON."""
         return asdict(self)
 
+    def summary(self) -> str:
+        """Return the main figures in one line."""
+        return f"perplexity {self.perplexity:.4g}, KL divergence {self.kl_divergence:.2g}"
+
+    def cells(self) -> dict[str, str]:
+        """Return what a model card says of a file, by the heading of the column."""
+        return {
+            "perplexity": f"{self.perplexity:.4f}",
+            "KL divergence": f"{self.kl_divergence:.6f} ± {self.kl_divergence_error:.6f}",
+            "same top token": f"{self.top1_agreement:.2%}",
+        }
+
+    def measured(self, text: str) -> str:
+        """Return how a model card says that the figures were measured on a text of this name."""
+        return (
+            "Perplexity, mean KL divergence and agreement are from `optimum-cli lfm2 evaluate`, which compares with "
+            f"the checkpoint in fp32, on {self.tokens} tokens of `{text}`, where the checkpoint has a perplexity of "
+            f"{self.reference_perplexity:.4f}."
+        )
+
     def table(self) -> str:
         """Return the figures as lines of text for a terminal."""
         rows = [
@@ -175,7 +195,7 @@ def find_tokenizer(*folders: Path) -> Any:
             if (folder / "tokenizer_config.json").is_file():
                 try:
                     return AutoTokenizer.from_pretrained(folder)
-                except (OSError, ValueError) as error:
+                except Exception as error:  # `tokenizers` has no class of its own for its errors
                     raise Lfm2Error(
                         f"The tokenizer in {folder} cannot be loaded ({first_line(error)}). "
                         "Copy the checkpoint's tokenizer there."

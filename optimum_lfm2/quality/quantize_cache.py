@@ -26,6 +26,7 @@ from optimum_lfm2.graph.editing import add_initializer, graph_cache_tensors
 from optimum_lfm2.metadata import COMPARED, DIFFERENCE, QUALITY, TEXT
 from optimum_lfm2.quality.evaluate import Quality, find_tokenizer, measure, read_chunks
 from optimum_lfm2.quality.scoring import OnnxModel, onnx_file
+from optimum_lfm2.runtime.files import FileIdentity
 
 
 HEADROOM = 1.25  # another text may hold larger values, and clipping them costs much (figures: docs/quantization.md)
@@ -59,6 +60,7 @@ def quantize_cache(
         raise Lfm2Error(f"onnxruntime {installed} cannot run an 8-bit KV cache. Install {NEEDED} or later.")
     source = _source(Path(model))
     quantized = _load(source)
+    found = FileIdentity.of(source)
     nodes = _attention_nodes(quantized.graph, source)
     _check_weights(quantized.graph)
     pieces = _read_text(text, source, chunks, length)
@@ -77,6 +79,10 @@ def quantize_cache(
                 quantized.metadata_props.pop(note, None)
             ir.save(quantized, written)
             quality = measure(OnnxModel(written), gold, pieces[1::2])
+            if FileIdentity.of(source) != found:
+                raise Lfm2Error(
+                    f"{source} was written anew meanwhile, and the 8-bit cache is of the old one. Run again."
+                )
             written.replace(target)
         except OSError as error:
             raise Lfm2Error(f"{target} cannot be written ({error}). Copy the export to a folder of your own.") from None

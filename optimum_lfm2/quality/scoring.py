@@ -12,11 +12,12 @@ import onnxruntime
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import CONFIG_NAME
 
 from optimum_lfm2.caches import LOGITS_TO_KEEP, head_dim, with_float_caches
 from optimum_lfm2.errors import Lfm2Error, first_line
+from optimum_lfm2.export.config_check import loaded_config
 from optimum_lfm2.export.loading import Lfm2TasksManager, is_ours, materialize_buffers
 from optimum_lfm2.export.streamed import StandIns, streamed
 from optimum_lfm2.genai_config import GENAI_CONFIG, read_genai_config
@@ -147,7 +148,7 @@ class OnnxModel:
         """
         for folder in list(self._path.absolute().parents)[:2]:
             if (folder / CONFIG_NAME).is_file():
-                return head_dim(AutoConfig.from_pretrained(folder))
+                return head_dim(loaded_config(folder))
             if (folder / GENAI_CONFIG).is_file():
                 return head_dim(read_genai_config(folder))
         raise Lfm2Error(

@@ -60,6 +60,22 @@ class Similarity:
         """Return the figures by name, ready for JSON."""
         return asdict(self)
 
+    def summary(self) -> str:
+        """Return the main figures in one line."""
+        return f"cosine {self.cosine:.5f}, 1st percentile {self.cosine_p1:.5f}"
+
+    def cells(self) -> dict[str, str]:
+        """Return what a model card says of a file, by the heading of the column."""
+        cells = {"cosine": f"{self.cosine:.5f}", "1st percentile": f"{self.cosine_p1:.5f}"}
+        return cells if self.agreement is None else cells | {"same top choice": f"{self.agreement:.2%}"}
+
+    def measured(self, text: str) -> str:
+        """Return how a model card says that the figures were measured on a text of this name."""
+        return (
+            "The cosine of the vectors with those of the checkpoint in fp32, its mean and its 1st percentile, is from "
+            f"`optimum-cli lfm2 evaluate`, on {self.vectors} vectors of `{text}`."
+        )
+
     def table(self) -> str:
         """Return the figures as lines of text for a terminal."""
         rows = [("mean cosine", f"{self.cosine:.6f}"), ("1st percentile", f"{self.cosine_p1:.6f}")]

@@ -111,9 +111,9 @@ class Lfm2Cache(Rollback, Cache):
                 continue
             tensors[name] = old.new_empty((batch_size, old.shape[1], capacity, old.shape[3]))
             tensors[name][:, :, : self.length] = rows(old[:, :, : self.length])
-        self.tensors, self.batch_size, self.capacity = tensors, batch_size, capacity
-        self.spare = {name: torch.empty_like(tensors[name]) for name in self.spare}
-        self.bindings.clear()
+        spare = {name: torch.empty_like(tensors[name]) for name in self.spare}
+        # At once: an interrupt in between would leave buffers that do not belong together.
+        self.__dict__.update(tensors=tensors, spare=spare, batch_size=batch_size, capacity=capacity, bindings={})
 
     def skip(self, columns: int) -> None:
         """Append masked columns without a call of the graph. They are zeros, since a masked column must be finite."""

@@ -1,4 +1,4 @@
-"""The files of an exported folder: which graph, which settings, and what is no graph."""
+"""Find the graph, the weights and the settings of an exported folder, and refuse files that cannot be loaded."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from optimum_lfm2.errors import Lfm2Error, first_line
 from optimum_lfm2.weights.companions import generation_settings
 
 
-LARGEST_WITHOUT_WEIGHTS = 2**26  # bytes of a graph; to read a larger one for the names of its weights' files takes long
+# Bytes of a graph. A larger one is not read for the names of its weight files, since that takes long.
+LARGEST_WITHOUT_WEIGHTS = 2**26
 # What onnxruntime raises for a file that is no graph, or not one that it can run.
 GRAPH_ERRORS = tuple(
     getattr(ort_errors, name)
@@ -28,9 +29,9 @@ GRAPH_ERRORS = tuple(
 
 @dataclass(frozen=True)
 class FileIdentity:
-    """Tells one model from another: where its files lie, and what a newer export there would change.
+    """The identity of a model's files. A newer export in the same place has another identity.
 
-    Fine-tunes share a graph, byte for byte, so the files of the weights count too.
+    Fine-tunes may have the same graph, byte for byte. So the weight files count too.
 
     Attributes:
         files: path, size and time of change in ns, of the graph first and then of the weights beside it.
@@ -40,7 +41,7 @@ class FileIdentity:
 
     @classmethod
     def of(cls, path: str | Path) -> FileIdentity:
-        """Links lead to one identity, as between a snapshot and the blobs of the Hub's cache."""
+        """Return the identity of a graph. Links to the same files, as in the Hub's cache, have the same identity."""
         path = Path(path)
         found = [file.resolve() for file in (path, *_weight_files(path))]
         return cls(tuple((file, file.stat().st_size, file.stat().st_mtime_ns) for file in found))
@@ -52,7 +53,7 @@ class FileIdentity:
 
 
 def _weight_files(path: Path) -> list[Path]:
-    """The files beside a graph that hold its weights; none for a large graph, which holds them itself."""
+    """Return the files beside a graph that hold its weights. A large graph holds them itself."""
     if path.stat().st_size > LARGEST_WITHOUT_WEIGHTS:
         return []
     values = (value.const_value for value in ir.load(path).graph.initializers.values())
@@ -61,10 +62,10 @@ def _weight_files(path: Path) -> list[Path]:
 
 
 def only_file(folder: Path) -> str | None:
-    """The name of a local folder's only model; None where Optimum finds model.onnx, or looks on the Hub.
+    """Return the name of a local folder's only model. Return None where Optimum finds model.onnx or asks the Hub.
 
     Raises:
-        Lfm2Error: for several models of which none has that name; Optimum would take any.
+        Lfm2Error: there are several models, and none has that name. Optimum would take any of them.
     """
     names = [path.name for path in with_float_caches(folder.rglob("*.onnx"))]
     if not names or ONNX_WEIGHTS_NAME in names:
@@ -75,7 +76,7 @@ def only_file(folder: Path) -> str | None:
 
 
 def generation_config_of(model_id: str | Path, subfolder: str, kwargs: dict[str, Any]) -> GenerationConfig | None:
-    """The settings beside config.json, where Optimum looks into the model's subfolder alone."""
+    """Read the generation settings in the model's subfolder or beside it. Optimum looks into the subfolder alone."""
     hub = ("revision", "cache_dir", "token", "local_files_only", "force_download")
     options = {name: kwargs[name] for name in hub if name in kwargs}
     folders = dict.fromkeys((subfolder, ""))
@@ -90,7 +91,7 @@ def generation_config_of(model_id: str | Path, subfolder: str, kwargs: dict[str,
 
 @contextmanager
 def refused_graphs(path: Path) -> Iterator[None]:
-    """One line where onnxruntime cannot load a file."""
+    """Within the `with` block, raise `Lfm2Error` where onnxruntime cannot load a file."""
     try:
         yield
     except GRAPH_ERRORS as error:

@@ -5,7 +5,7 @@ Each row of a weight is cut into blocks. A block has one scale and no zero point
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -60,12 +60,18 @@ class Scheme:
         table: how the head and the embedding are stored, tied or not.
         embedding: how the graph reads the embedding, one of `EMBEDDINGS`.
         float_activations: whether a linear layer computes with activations in float, which is slower on a CPU.
+        in_8_bits: endings of the names of linear layers that have 8 bits in place of `linear.bits`.
     """
 
     linear: Blocks
     table: Blocks
     embedding: str = "fused"
     float_activations: bool = False
+    in_8_bits: tuple[str, ...] = ()
+
+    def layer(self, name: str) -> Blocks:
+        """Return how a linear layer of the decoder is stored, by the name of the layer or of its weight."""
+        return replace(self.linear, bits=8) if name.removesuffix(".weight").endswith(self.in_8_bits) else self.linear
 
 
 # How the graph reads an embedding. `fused` is the operator `GatherBlockQuantized`. `portable` uses operators that every
@@ -80,7 +86,7 @@ SCHEMES = {
     "q4s": Scheme(linear=Blocks(4, 128), table=Blocks(4, 32)),
     "q8": Scheme(linear=Blocks(8, 128), table=Blocks(8, 128)),
 }
-# A vision tower is quantised to 8 bits whatever the decoder is: as LiquidAI ships it, with activations in float.
+# A vision tower is quantised to 8 bits whatever the decoder is, as LiquidAI ships it, with activations in float.
 VISION_SCHEME = Scheme(linear=Blocks(8, 128), table=Blocks(8, 128), embedding="float", float_activations=True)
 
 
@@ -162,10 +168,10 @@ def module_blocks(model: torch.nn.Module, scheme: Scheme) -> dict[Any, Blocks]:
         scheme: how it is quantised.
     """
     head, blocks = getattr(model, HEAD, None), {}
-    for module in model.modules():
+    for name, module in model.named_modules():
         embeds = isinstance(module, torch.nn.Embedding) and scheme.embedding != "float"
         if module is head or embeds:
             blocks[module] = scheme.table
         elif isinstance(module, torch.nn.Linear):
-            blocks[module] = scheme.linear
+            blocks[module] = scheme.layer(name)
     return blocks

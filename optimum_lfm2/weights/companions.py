@@ -1,4 +1,4 @@
-"""A checkpoint's generation settings and tokenizer, which Optimum takes or leaves without a word."""
+"""Read a checkpoint's generation settings and its tokenizer. Optimum leaves broken ones out without an error."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class WrittenSettings(GenerationConfig):
 
 
 def generation_settings(model_name_or_path: str, **hub: Any) -> GenerationConfig | None:
-    """The checkpoint's `generation_config.json`; None where it has none.
+    """Read the checkpoint's `generation_config.json`. Return None where there is none.
 
     Args:
         hub: `subfolder`, `revision` and the like, as `transformers.utils.cached_file` takes them.
@@ -71,7 +71,7 @@ def generation_settings(model_name_or_path: str, **hub: Any) -> GenerationConfig
 
 
 def _check_settings(path: Path, settings: dict[str, Any]) -> None:
-    """Whether each is a number, a token or a flag: transformers checks that of few."""
+    """Raise `Lfm2Error` for a setting of another type. transformers checks the types of few settings."""
     for name, value in settings.items():
         numbers = value if name == "eos_token_id" and isinstance(value, list) else [value]
         number = all(isinstance(one, (int, float)) and not isinstance(one, bool) for one in numbers)
@@ -88,7 +88,7 @@ def _check_settings(path: Path, settings: dict[str, Any]) -> None:
 
 
 def check_tokenizer(model_name_or_path: str, **hub: Any) -> None:
-    """Refuse a tokenizer that is there and cannot be loaded: the export would go without.
+    """Refuse a tokenizer that cannot be loaded. Optimum would export without it.
 
     Raises:
         Lfm2Error: one line that names the file.

@@ -19,7 +19,7 @@ from optimum_lfm2.errors import Lfm2Error
 from optimum_lfm2.export import quantize
 from optimum_lfm2.export.validation import errors_as_they_are
 from optimum_lfm2.quality.evaluate import evaluate
-from optimum_lfm2.weights.blocks import SCHEMES, Scheme, module_blocks, pack, rounded
+from optimum_lfm2.weights.blocks import SCHEMES, Scheme, module_blocks, pack, quantize_tensor, rounded
 
 
 DEMO = Path(__file__).parents[2] / "demo"
@@ -199,3 +199,14 @@ def _model():
 def test_onnxruntime_loads_it_without_a_word(exported, capfd):
     onnxruntime.InferenceSession(exported("trained", _variant="q8") / "model.onnx")
     assert "Error" not in capfd.readouterr().err
+
+
+def test_joined_projections_have_the_codes_that_each_has_alone(exported, gold_model):
+    graph = ir.load(exported("hybrid", _variant="q4") / "model.onnx").graph
+    state, blocks = gold_model("hybrid").state_dict(), SCHEMES["q4"].linear
+    name = "model.layers.2.self_attn.{}.weight"
+    parts = [quantize_tensor(state[name.format(part)], blocks) for part in ("q_proj", "k_proj", "v_proj")]
+    joined = name.format("q_proj+k_proj+v_proj")
+    codes, scales = (graph.initializers[f"{joined}.{kind}"].const_value.numpy() for kind in ("q4", "scales"))
+    assert (codes == torch.cat([pack(own, blocks) for own, _ in parts]).numpy()).all()
+    assert (scales == torch.cat([own for _, own in parts]).numpy()).all()

@@ -125,6 +125,14 @@ def test_quantised_rows_alone_and_padded(variant, tmp_path):
     """What a row gets alone is its gold, but for activations whose rounding to int8 falls the other way."""
     with errors_as_they_are():
         main_export(str(make_checkpoint("lfm3", tmp_path)), tmp_path / "out", _variant=variant)
+    bits = {
+        node.inputs[1].name: node.attributes.get_int("bits")
+        for node in ir.load(tmp_path / "out" / "model.onnx").graph
+        if node.op_type == "MatMulNBits"
+    }
+    assert {bits[name] for name in bits if ".conv." in name or "lm_head" in name or "embed" in name} == {8}
+    others = {bits[name] for name in bits if ".feed_forward." in name or ".self_attn." in name}
+    assert others == {4 if variant == "q4" else 8}
     quantised, rows = ORTModelForCausalLM.from_pretrained(tmp_path / "out"), prompts(list(LENGTHS))
     batch = quantised(**pad(rows, "left")).logits
     for i, row in enumerate(rows):

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from checkpoints import encoder_gold, make_encoder
+from checkpoints import make_encoder
+from embedding import TEXTS, TRANSFORMER, VOCABULARY, make_embedding, module, states_alone, write
 from optimum.exporters.onnx import main_export
 from optimum.onnxruntime import ORTModelForFeatureExtraction
 from safetensors.torch import load_file, save_file
@@ -19,33 +19,9 @@ from optimum_lfm2.errors import Lfm2Error
 from optimum_lfm2.weights.modules import find_modules
 
 
-PROMPTS = {"query": "query: ", "document": "document: "}
-TEXTS = ["Nora found a silver key.", "Ben put the key next to the well, and then he went home.", "Rain."]
-TRANSFORMER = {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"}
-
-
-def write(path: Path, value: object) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value))
-
-
-def module(index: int, name: str, package: str = "sentence_transformers") -> dict:
-    return {"idx": index, "name": str(index), "path": f"{index}_{name}", "type": f"{package}.models.{name}"}
-
-
 @pytest.fixture(scope="module")
 def embedding(tmp_path_factory) -> Path:
-    """A tiny checkpoint with the files that LFM2.5-Embedding has."""
-    folder = add_tokenizer(make_encoder("encoder", tmp_path_factory.mktemp("embedding"), vocab_size=4096))
-    write(folder / "modules.json", [TRANSFORMER, module(1, "Pooling"), module(2, "Normalize")])
-    write(
-        folder / "1_Pooling" / "config.json",
-        {"word_embedding_dimension": 64, "pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False},
-    )
-    write(folder / "2_Normalize" / "config.json", {})
-    write(folder / "sentence_bert_config.json", {"max_seq_length": 512, "do_lower_case": False})
-    write(folder / "config_sentence_transformers.json", {"prompts": PROMPTS, "default_prompt_name": None})
-    return folder
+    return make_embedding(tmp_path_factory.mktemp("embedding"))
 
 
 @pytest.fixture(scope="module")
@@ -55,20 +31,13 @@ def out(embedding, tmp_path_factory) -> Path:
     return folder
 
 
-@torch.no_grad()
-def gold(folder: Path, texts: list[str]) -> list[torch.Tensor]:
-    """The final hidden states of each text alone, (length, hidden_size)."""
-    tokenizer, model = AutoTokenizer.from_pretrained(folder), encoder_gold(folder, "feature-extraction")
-    return [model(tokenizer(text, return_tensors="pt").input_ids).last_hidden_state[0] for text in texts]
-
-
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_the_folder_opens_unchanged(batch_size, embedding, out):
     library = pytest.importorskip("sentence_transformers")
     model = library.SentenceTransformer(str(out), backend="onnx")
     vectors = model.encode(TEXTS, prompt_name="query", batch_size=batch_size, convert_to_tensor=True)
     expected = torch.stack(
-        [F.normalize(states[0], dim=0) for states in gold(embedding, [f"query: {t}" for t in TEXTS])]
+        [F.normalize(states[0], dim=0) for states in states_alone(embedding, [f"query: {t}" for t in TEXTS])]
     )
     assert torch.pdist(expected).min() > 0.01, "vectors that are all the same prove nothing"
     torch.testing.assert_close(vectors.cpu(), expected, atol=1e-4, rtol=0)
@@ -79,7 +48,7 @@ def test_the_folder_opens_unchanged(batch_size, embedding, out):
 def test_a_dense_layer_of_every_token_is_carried_along(embedding, tmp_path):
     """ColBERT: the MaxSim that the exported folder gives is that of the reference."""
     source = tmp_path / "colbert"
-    add_tokenizer(make_encoder("encoder", tmp_path, vocab_size=4096).rename(source))
+    add_tokenizer(make_encoder("encoder", tmp_path, vocab_size=VOCABULARY).rename(source))
     write(source / "modules.json", [TRANSFORMER, module(1, "Dense", "pylate")])
     settings = {"in_features": 64, "out_features": 16, "bias": False}
     write(source / "1_Dense" / "config.json", {**settings, "activation_function": "torch.nn.modules.linear.Identity"})
@@ -99,7 +68,7 @@ def test_a_dense_layer_of_every_token_is_carried_along(embedding, tmp_path):
         return torch.stack([(rows[0] @ row.T).max(1).values.sum() for row in rows])
 
     own = [vectors(row[mask.bool()]) for row, mask in zip(states, batch["attention_mask"], strict=True)]
-    expected = scores([vectors(row) for row in gold(source, TEXTS)])
+    expected = scores([vectors(row) for row in states_alone(source, TEXTS)])
     torch.testing.assert_close(scores(own), expected, atol=1e-4, rtol=0)
     assert expected.std() > 0.1
 

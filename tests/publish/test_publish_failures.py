@@ -91,7 +91,34 @@ def _other_family(source: Path) -> str:
     return "llama"
 
 
-@pytest.mark.parametrize("spoil", [_other_config, _other_weights, _no_tokenizer, _no_head, _other_family])
+def _config_that_transformers_5_refuses(source: Path) -> str:
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"initializer_range": 0}))
+    return "initializer_range"
+
+
+def test_a_published_file_that_is_no_graph(small, capfd):
+    (small / "onnx" / "model_q4.onnx").write_bytes(b"no graph")
+    before = tree(small)
+    capfd.readouterr()
+    assert run("--model", TRAINED, small, "--precisions", "q8") == 1
+    err = capfd.readouterr().err
+    assert "model_q4.onnx cannot be read" in err
+    assert err.count("\n") == 1
+    assert tree(small) == before
+
+
+def test_settings_of_transformers_js_that_are_no_object(small):
+    config = json.loads((small / "config.json").read_text())
+    (small / "config.json").write_text(json.dumps(config | {"transformers.js_config": 7}))
+    assert run("--model", TRAINED, small, "--precisions", "q8") == 0
+    assert len(js_config(small)["use_external_data_format"]) == 3
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [_config_that_transformers_5_refuses, _other_config, _other_weights, _no_tokenizer, _no_head, _other_family],
+)
 def test_a_checkpoint_that_does_not_belong_here_is_refused(spoil, small, tmp_path, capfd):
     source = shutil.copytree(TRAINED, tmp_path / "source")
     says = spoil(source)

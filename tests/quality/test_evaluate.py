@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -118,6 +119,16 @@ def test_other_bad_models(exported, tmp_path):
         evaluate(tmp_path, reference, text)
     with pytest.raises(Lfm2Error, match="no output named logits"):
         evaluate(exported("trained", task="feature-extraction"), reference, text)
+
+
+@pytest.mark.parametrize("text", ["[]", "{", '{"model": 7}'])
+def test_a_broken_tokenizer(text, exported, tmp_path, capsys):
+    """`tokenizers` raises plain exceptions."""
+    folder = shutil.copytree(exported("trained"), tmp_path / "model")
+    (folder / "tokenizer.json").write_text(text)
+    with pytest.raises(SystemExit):
+        run(*arguments(folder, "--reference", str(folder)))
+    assert re.fullmatch(r"optimum-cli: error: The tokenizer in .* cannot be loaded .*\n", capsys.readouterr().err)
 
 
 def test_a_graph_with_a_symbol_for_the_width_of_heads(exported, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import shutil
 import subprocess
 import sys
@@ -196,6 +197,22 @@ def test_a_failure_leaves_the_folder(folder, tmp_path, monkeypatch):
     with pytest.raises(Lfm2Error, match=r"1\.26\.0 cannot run an 8-bit KV cache\. Install 1\.27"):
         quantize_cache.quantize_cache(other, TEXT, **SHORT)
     assert {path: path.read_bytes() for path in other.iterdir()} == before
+
+
+def test_an_export_that_is_written_anew_meanwhile(folder, tmp_path, monkeypatch):
+    """The new graph would read the old cache's scales over other weights."""
+    other, measure = shutil.copytree(folder, tmp_path / "export"), quantize_cache.measure
+    (other / "model_kv8.onnx").unlink()
+
+    def exported_anew(*args):
+        status = (other / "model.onnx_data").stat()
+        os.utime(other / "model.onnx_data", ns=(status.st_atime_ns, status.st_mtime_ns + 1))
+        return measure(*args)
+
+    monkeypatch.setattr(quantize_cache, "measure", exported_anew)
+    with pytest.raises(Lfm2Error, match="was written anew meanwhile"):
+        quantize_cache.quantize_cache(other, TEXT, **SHORT)
+    assert not list(other.glob("*kv8*"))
 
 
 def test_weights_that_are_links_are_refused(folder, tmp_path):

@@ -82,8 +82,12 @@ def test_rows_are_reordered_repeated_and_selected(io_binding, model):
 
 
 def test_what_transformers_asks_of_a_cache(model):
-    cache = model(prompts([9])[0][None]).past_key_values
+    cache = model._graph.new_cache(1)
+    assert not cache.has_previous_state()
+    step(model, cache, 20)
+    assert cache.has_previous_state()
+    model(prompts([8])[0][None], past_key_values=cache)
     assert cache.get_seq_length() == cache.get_seq_length(3) == 9
-    assert cache.get_max_cache_shape() == -1
+    assert cache.get_max_cache_shape() == cache.get_max_length() == cache.max_cache_len == -1
     assert len(cache) == 5
     assert "length=9" in repr(cache)

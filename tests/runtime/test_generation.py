@@ -8,6 +8,7 @@ import logging
 import os
 import pickle
 import shutil
+import threading
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from optimum_lfm2.errors import Lfm2Error
 from optimum_lfm2.runtime import rows as rows_module
+from optimum_lfm2.runtime.padding_warning import right_padding_allowed
 
 
 NEW = 16
@@ -53,6 +55,11 @@ class TestRightPadding:
         out = model.generate(**batch, **GREEDY, **settings)
         assert out[:, :12].tolist() == batch["input_ids"].tolist()
         assert out[:, 12:].tolist() == golds
+
+    def test_one_column_of_padding(self, model, gold_model):
+        rows = prompts([5, 4])
+        golds = [gold_tokens(gold_model("hybrid"), row, NEW) for row in rows]
+        assert model.generate(**pad_right(rows), **GREEDY)[:, 5:].tolist() == golds
 
     def test_a_graph_without_a_cache(self, exported, golds):
         model = ORTModelForCausalLM.from_pretrained(exported("hybrid", task="text-generation"))
@@ -138,6 +145,12 @@ class TestRightPadding:
         model.generate(**batch, **settings)
         assert "right-padding" not in caplog.text
         assert logger.filters == filters
+        with right_padding_allowed():
+            elsewhere = threading.Thread(target=logger.warning, args=("right-padding was detected",))
+            elsewhere.start()
+            elsewhere.join()
+        assert caplog.text.count("right-padding") == 1, "another thread's model may need the warning"
+        caplog.clear()
         gold_model("hybrid").generate(**batch, **settings, use_cache=False)
         assert "right-padding" in caplog.text
 
@@ -149,12 +162,15 @@ class TestRightPadding:
 class TestFailures:
     @pytest.mark.parametrize("any_padding", [True, False])
     @pytest.mark.parametrize("io_binding", [True, False])
-    def test_an_interrupt_leaves_the_cache_as_it_was(self, any_padding, io_binding, model, monkeypatch):
+    @pytest.mark.parametrize(("chunk", "lengths", "call"), [(2, [5, 4], 5), (1, [2, 2], 4)], ids=["long", "short"])
+    def test_an_interrupt_leaves_the_cache_as_it_was(
+        self, chunk, lengths, call, any_padding, io_binding, model, monkeypatch
+    ):
         """In the second row's second chunk, when others have been written."""
-        monkeypatch.setattr(rows_module, "PREFILL_CHUNK", 2)
+        monkeypatch.setattr(rows_module, "PREFILL_CHUNK", chunk)
         model.use_io_binding = io_binding
         model._rows._any_padding = any_padding
-        one, two = pad_right(prompts([4, 2])), pad_right(prompts([5, 4], seed=3))
+        one, two = pad_right(prompts([4, 2])), pad_right(prompts(lengths, seed=3))
         mask = torch.cat([one["attention_mask"], two["attention_mask"]], dim=1)
         cache = model(**one).past_key_values
         expected = model(two["input_ids"], attention_mask=mask, past_key_values=copy.deepcopy(cache)).logits
@@ -162,7 +178,7 @@ class TestFailures:
 
         def interrupted(*args):
             calls.append(1)
-            if len(calls) == 5:
+            if len(calls) == call:
                 raise KeyboardInterrupt
             return run(*args)
 
@@ -172,6 +188,14 @@ class TestFailures:
         assert cache.get_seq_length() == 4
         again = model(two["input_ids"], attention_mask=mask, past_key_values=cache).logits
         torch.testing.assert_close(again, expected, atol=1e-5, rtol=0)
+
+    def test_an_interrupt_while_rows_are_repeated(self, model, monkeypatch):
+        cache = model(prompts([4])[0][None]).past_key_values
+        expected = model(torch.tensor([[9]]), past_key_values=copy.deepcopy(cache)).logits
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            patched.setattr(torch, "empty_like", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+            cache.batch_repeat_interleave(3)
+        assert torch.equal(model(torch.tensor([[9]]), past_key_values=cache).logits, expected)
 
     def test_a_cache_whose_rows_were_changing_places(self, model):
         cache = model(torch.stack(prompts([4, 4]))).past_key_values
@@ -199,8 +223,9 @@ class TestFailures:
         assert model.generate(ids, position_ids=right, **GREEDY)[0, 9:].tolist() == golds[0]
         assert torch.equal(model(ids, position_ids=right).logits, model(ids).logits)
         for call in (model.forward, lambda *args, **kwargs: model.generate(*args, **kwargs, **GREEDY)):
-            with pytest.raises(Lfm2Error, match="position_ids"):
-                call(ids, position_ids=right + 1)
+            for wrong in (right + 1, right[0], right[:, 1:], right.expand(2, 9)):
+                with pytest.raises(Lfm2Error, match="position_ids"):
+                    call(ids, position_ids=wrong)
 
     @pytest.mark.parametrize("ids", [torch.zeros(1, 0, dtype=torch.int64), torch.tensor([9]), torch.tensor([[9.0]])])
     def test_ids_that_are_none(self, ids, model):

@@ -38,3 +38,17 @@ def test_a_padded_batch_on_a_foreign_graph(exported, gold_model, tmp_path):
         ids, attention_mask=mask, do_sample=False, max_new_tokens=32, eos_token_id=None, pad_token_id=0
     )
     assert out[:, 9:].tolist() == [gold_tokens(gold_model("hybrid"), row, 32) for row in rows]
+
+
+def test_a_number_of_logits_in_a_vector(exported, tmp_path):
+    folder = shutil.copytree(exported("hybrid"), tmp_path / "model")
+    graph = ir.load(folder / "model.onnx")
+    (keep,) = (value for value in graph.graph.inputs if value.name == "num_logits_to_keep")
+    keep.shape, default = ir.Shape([1]), graph.graph.initializers.pop("num_logits_to_keep")
+    assert default.const_value.numpy() == 0
+    ir.save(graph, folder / "model.onnx")
+    ids = prompts([9])[0][None]
+    expected = ORTModelForCausalLM.from_pretrained(exported("hybrid"))(ids).logits
+    for io_binding in (True, False):
+        model = ORTModelForCausalLM.from_pretrained(folder, use_io_binding=io_binding)
+        torch.testing.assert_close(model(ids, logits_to_keep=2).logits, expected[:, -2:], atol=1e-5, rtol=0)

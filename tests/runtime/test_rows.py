@@ -58,9 +58,15 @@ def batch(lengths: list[int], width: int) -> tuple[list[torch.Tensor], dict[str,
     return rows, {"input_ids": ids, "attention_mask": mask}
 
 
-@pytest.mark.parametrize("settings", [{}, {"num_beams": 3}, {"prefill_chunk_size": 4}])
-def test_padded_rows_run_alone(settings, foreign, gold_model):
-    rows, inputs = batch([9, 1, 12], 12)
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("settings", [{}, {"num_beams": 3}, {"prefill_chunk_size": 4}, {"use_cache": False}], ids=str)
+def test_padded_rows_run_alone(settings, side, foreign, gold_model):
+    rows, inputs = batch([9, 1, 12, 5], 12)
+    if side == "right":
+        inputs = {
+            name: torch.stack([values.roll(len(row)) for values, row in zip(tensor, rows, strict=True)])
+            for name, tensor in inputs.items()
+        }
     golds = [
         gold_model("hybrid").generate(row[None], use_cache=False, **GREEDY, num_beams=settings.get("num_beams", 1))
         for row in rows
@@ -91,6 +97,18 @@ def test_logits_of_padded_rows(foreign, gold_model):
     for i, row in enumerate(rows):
         expected = gold_model("hybrid")(input_ids=row[None]).logits[0]
         torch.testing.assert_close(logits[i, 9 - len(row) :], expected, atol=1e-4, rtol=0)
+
+
+def test_rows_that_a_call_takes_together_take_one_call(exported, monkeypatch):
+    model, calls = ORTModelForCausalLM.from_pretrained(exported("hybrid")), []
+    run = model._graph.run
+    monkeypatch.setattr(model._graph, "run", lambda *args: calls.append(1) or run(*args))
+    _, inputs = batch([9, 3, 5], 9)
+    out = model(**inputs)
+    assert len(calls) == 1
+    mask = torch.cat([inputs["attention_mask"], torch.ones(3, 1, dtype=torch.int64)], dim=1)
+    model(torch.tensor([[9], [8], [7]]), attention_mask=mask, past_key_values=out.past_key_values)
+    assert len(calls) == 2
 
 
 def test_hiding_what_was_shown(foreign):

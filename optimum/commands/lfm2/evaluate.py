@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import sys
 from argparse import ArgumentParser
+from typing import Any
 
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
@@ -31,29 +31,32 @@ class EvaluateCommand(BaseOptimumCLICommand):
         )
 
     def run(self) -> None:
-        from optimum_lfm2.errors import Lfm2Error
-        from optimum_lfm2.export.command import quiet
+        from optimum_lfm2.export.command import quiet, reported
         from optimum_lfm2.quality.evaluate import evaluate
 
         args = self.args
-        try:
-            with quiet():
-                quality = evaluate(args.model, args.reference, args.text, args.chunks, args.length)
-        except Lfm2Error as error:
-            self._fail(str(error))
+        with reported(), quiet():
+            quality = evaluate(args.model, args.reference, args.text, args.chunks, args.length)
         print(json.dumps(quality.as_dict(), indent=2) if args.json else quality.table())
-        if args.min_cosine is not None:
+        with reported():
+            self._judge(quality)
+
+    def _judge(self, quality: Any) -> None:
+        """Raise `Lfm2Error` where a figure is beyond what the options allow, or is not measured for this model."""
+        from optimum_lfm2.errors import Lfm2Error
+
+        least, most = self.args.min_cosine, self.args.max_kld
+        if least is not None:
             cosine = getattr(quality, "cosine", None)
             if cosine is None:
-                self._fail("--min-cosine is for encoders. This model predicts tokens: use --max-kld.")
-            if not cosine >= args.min_cosine:
-                self._fail(f"The mean cosine is {cosine:.6f}, below --min-cosine {args.min_cosine:g}.")
-        if args.max_kld is not None and not hasattr(quality, "kl_divergence"):
-            self._fail("--max-kld is for models that predict tokens. This one is an encoder: use --min-cosine.")
-        if args.max_kld is not None and not quality.kl_divergence <= args.max_kld:
-            self._fail(f"The mean KL divergence is {quality.kl_divergence:.3g}, above --max-kld {args.max_kld:g}.")
-
-    @staticmethod
-    def _fail(line: str) -> None:
-        print(f"optimum-cli: error: {' '.join(line.split())}", file=sys.stderr)
-        raise SystemExit(1)
+                raise Lfm2Error("--min-cosine is for encoders. This model predicts tokens: use --max-kld.")
+            if not cosine >= least:
+                raise Lfm2Error(f"The mean cosine is {cosine:.6f}, below --min-cosine {least:g}.")
+        if most is not None:
+            divergence = getattr(quality, "kl_divergence", None)
+            if divergence is None:
+                raise Lfm2Error(
+                    "--max-kld is for models that predict tokens. This one is an encoder: use --min-cosine."
+                )
+            if not divergence <= most:
+                raise Lfm2Error(f"The mean KL divergence is {divergence:.3g}, above --max-kld {most:g}.")
