@@ -28,8 +28,7 @@ def test_the_python_snippets_answer(exported, tmp_path, monkeypatch, capsys):
     exec(compile(snippet, "README.md", "exec"), {})
     assert capsys.readouterr().out.splitlines() == [
         "3 plus 4 is 7.",
-        *["The silver key is next to the well. Ben put it there."] * 2,
-        "3 plus 4 is 7.",
+        *["The silver key is next to the well. Ben put it there."] * 3,
     ]
 
 

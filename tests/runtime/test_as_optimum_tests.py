@@ -11,6 +11,7 @@ from transformers import AutoTokenizer, GenerationConfig
 from optimum_lfm2 import ORTLfm2ForCausalLM, compat
 
 
+# No end of text within these: its logit is hidden, as transformers does.
 TOKENS = {"max_new_tokens": 10, "min_new_tokens": 10, "do_sample": False, "num_beams": 1, "pad_token_id": 0}
 PROMPT = "Once upon a time there was a girl named"
 
@@ -28,7 +29,8 @@ def test_logits_and_generation_with_and_without_cache_and_binding(task, use_cach
     ids, uses = prompts([9])[0][None], use_cache and task == "text-generation-with-past"
     with torch.no_grad():
         expected = gold_model("hybrid")(input_ids=ids, use_cache=False).logits
-    tokens = gold_tokens(gold_model("hybrid"), ids[0], 10)
+    tokens = gold_model("hybrid").generate(ids, **TOKENS | {"use_cache": False}).tolist()
+    assert len(set(tokens[0])) > 10
     for use_io_binding in (True, False):
         model = loaded(exported("hybrid", task=task), use_cache=use_cache, use_io_binding=use_io_binding)
         assert model.use_io_binding == use_io_binding
@@ -36,7 +38,7 @@ def test_logits_and_generation_with_and_without_cache_and_binding(task, use_cach
         out = model(ids, **TOKENS)
         torch.testing.assert_close(out.logits, expected, atol=1e-4, rtol=0)
         assert (out.get(compat.CACHE) is not None) == uses
-        assert model.generate(ids, **TOKENS)[0, 9:].tolist() == tokens
+        assert model.generate(ids, **TOKENS).tolist() == tokens
 
 
 def test_sampled_beams(exported, gold_model):
@@ -75,5 +77,6 @@ def test_exported_while_it_loads_saved_and_loaded_again(use_cache, checkpoint, g
     assert {"model.onnx", "model.onnx_data", "config.json"} <= {path.name for path in tmp_path.iterdir()}
     again, ids = loaded(tmp_path, use_cache=use_cache), prompts([9])[0][None]
     assert again.can_use_cache == use_cache
+    tokens = gold_model("hybrid").generate(ids, **TOKENS | {"use_cache": False}).tolist()
     for model in (first, again):
-        assert model.generate(ids, **TOKENS)[0, 9:].tolist() == gold_tokens(gold_model("hybrid"), ids[0], 10)
+        assert model.generate(ids, **TOKENS).tolist() == tokens

@@ -149,7 +149,7 @@ class TestRightPadding:
             elsewhere = threading.Thread(target=logger.warning, args=("right-padding was detected",))
             elsewhere.start()
             elsewhere.join()
-        assert caplog.text.count("right-padding") == 1, "another thread's model may need the warning"
+        assert "right-padding" in caplog.text, "another thread's model may need the warning"
         caplog.clear()
         gold_model("hybrid").generate(**batch, **settings, use_cache=False)
         assert "right-padding" in caplog.text
