@@ -11,18 +11,21 @@ from optimum.exporters.tasks import TasksManager
 
 import optimum.exporters.onnx.__main__  # registers Optimum's own configs, which ours then replace
 from optimum_lfm2.configs import Lfm2OnnxConfig
+from optimum_lfm2.vision_configs import Lfm2VlOnnxConfig, in_parts
 from optimum_lfm2.export.loading import Lfm2TasksManager, is_ours
 from optimum_lfm2.export.options import heeding_options
 from optimum_lfm2.export.validation import validated
 from optimum_lfm2.families import MEMBERS, MODEL_TYPES
 from optimum_lfm2.dispatch import dispatch
 from optimum_lfm2.modeling import ORTLfm2ForCausalLM
+from optimum_lfm2.vision_modeling import ORTLfm2VlForConditionalGeneration
 
 
 for _member in MEMBERS:
-    TasksManager.create_register("onnx", overwrite_existing=True)(
-        _member.export_type or _member.model_type, *_member.tasks
-    )(Lfm2OnnxConfig)
+    for _name in (_member.export_type,) if _member.export_type else _member.model_types:
+        TasksManager.create_register("onnx", overwrite_existing=True)(_name, *_member.tasks)(
+            Lfm2OnnxConfig if _member.text is None else Lfm2VlOnnxConfig
+        )
 optimum.exporters.onnx.__main__.TasksManager = Lfm2TasksManager
 optimum.exporters.onnx.__main__.onnx_export_from_model = heeding_options(
     optimum.exporters.onnx.__main__.onnx_export_from_model
@@ -30,7 +33,10 @@ optimum.exporters.onnx.__main__.onnx_export_from_model = heeding_options(
 optimum.exporters.onnx.convert.validate_model_outputs = validated(
     optimum.exporters.onnx.convert.validate_model_outputs, Lfm2OnnxConfig
 )
+optimum.exporters.onnx.convert._get_submodels_and_onnx_configs = in_parts(
+    optimum.exporters.onnx.convert._get_submodels_and_onnx_configs
+)
 dispatch(MODEL_TYPES)
 read_tokenizers_of_5(is_ours)
 
-__all__ = ["Lfm2OnnxConfig", "ORTLfm2ForCausalLM"]
+__all__ = ["Lfm2OnnxConfig", "Lfm2VlOnnxConfig", "ORTLfm2ForCausalLM", "ORTLfm2VlForConditionalGeneration"]

@@ -19,6 +19,7 @@ from transformers import (
     AutoConfig,
     AutoTokenizer,
     Lfm2Config,
+    Lfm2VlConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
@@ -27,6 +28,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING, get_tokenizer_config
+from transformers.utils import CONFIG_NAME
 
 from optimum_lfm2.caches import CONV
 from optimum_lfm2.errors import Lfm2Error
@@ -57,6 +59,8 @@ def complete_transformers() -> None:
     """
     for name, stand_in in STAND_INS.items():
         AutoConfig.register(name, stand_in, exist_ok=True)
+    if LFM2_VL_OF_4 not in CONFIG_MAPPING:
+        CONFIG_MAPPING.register(LFM2_VL_OF_4, Lfm2VlConfig)
     if not TRANSFORMERS_5:
         for name in ("lfm2", *LATER_MODELS):  # a folder's tokenizer may name no class
             if (config := CONFIG_MAPPING[name]) not in TOKENIZER_MAPPING:
@@ -90,6 +94,16 @@ def _stand_in(name: str) -> type[PretrainedConfig]:
 
 
 STAND_INS = {name: _stand_in(name) for name in LATER_MODELS if name not in CONFIG_MAPPING}
+
+
+# How transformers 4.57 writes the type `lfm2_vl`. Neither release reads it. Goes when both do.
+LFM2_VL_OF_4 = "lfm2-vl"
+
+
+def picture_features(model: Any, pictures: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Return transformers' features of pictures, (picture tokens, hidden_size), from the arguments of its forward."""
+    features = model.get_image_features(**pictures)
+    return torch.cat(features.pooler_output if TRANSFORMERS_5 else features)
 
 
 def check_model_type(model_type: str) -> None:
@@ -195,6 +209,14 @@ def spell_tokenizer_for_both(folder: Path) -> None:
     _write_json(path, written | {"tokenizer_class": "PreTrainedTokenizerFast", **_special_tokens(written)})
 
 
+def spell_model_type(folder: Path, name: str) -> None:
+    """Write the model type into `config.json` as every runtime reads it. Goes with transformers 4."""
+    path = folder / CONFIG_NAME
+    written = json.loads(path.read_text(encoding="utf-8"))
+    if written["model_type"] != name:
+        _write_json(path, written | {"model_type": name})
+
+
 def repeat_chat_template(folder: Path) -> None:
     """Copy the template of `chat_template.jinja` into `tokenizer_config.json`. Transformers.js 4.3 looks only there.
 
@@ -258,17 +280,20 @@ if TRANSFORMERS_5:
             for layer in cache.layers
         ]
 
-    def call(model: PreTrainedModel, ids: torch.Tensor, cache: Any, length: int) -> torch.Tensor:
+    def call(
+        model: PreTrainedModel, tokens: torch.Tensor, cache: Any, length: int, name: str = "input_ids"
+    ) -> torch.Tensor:
         """Return the first output of transformers' forward for one row: logits or hidden states, (1, new, width).
 
         Args:
-            ids: the new tokens, int64 (1, new).
+            tokens: the new tokens, int64 (1, new), or what `name` says.
             cache: one of `hybrid_cache`. The call extends it.
             length: the number of tokens that the cache holds.
+            name: the argument of the forward that takes them. `inputs_embeds` takes float32 (1, new, hidden_size).
         """
         cache.length = length
-        positions = torch.arange(length, length + ids.shape[1], device=ids.device)
-        return model(input_ids=ids, position_ids=positions[None], use_cache=True, **{CACHE: cache})[0]
+        positions = torch.arange(length, length + tokens.shape[1], device=tokens.device)
+        return model(position_ids=positions[None], use_cache=True, **{name: tokens, CACHE: cache})[0]
 
 else:
     from transformers.models.lfm2.modeling_lfm2 import Lfm2HybridConvCache
@@ -314,14 +339,17 @@ else:
             for i, layer_type in enumerate(cache.layer_types)
         ]
 
-    def call(model: PreTrainedModel, ids: torch.Tensor, cache: Any, length: int) -> torch.Tensor:
+    def call(
+        model: PreTrainedModel, tokens: torch.Tensor, cache: Any, length: int, name: str = "input_ids"
+    ) -> torch.Tensor:
         """Return the first output of transformers' forward for one row: logits or hidden states, (1, new, width).
 
         Args:
-            ids: the new tokens, int64 (1, new).
+            tokens: the new tokens, int64 (1, new), or what `name` says.
             cache: one of `hybrid_cache`. The call extends it.
             length: the number of tokens that the cache holds.
+            name: the argument of the forward that takes them. `inputs_embeds` takes float32 (1, new, hidden_size).
         """
         cache.length = length
-        positions = torch.arange(length, length + ids.shape[1], device=ids.device)
-        return model(input_ids=ids, past_key_values=cache, use_cache=True, cache_position=positions)[0]
+        positions = torch.arange(length, length + tokens.shape[1], device=tokens.device)
+        return model(past_key_values=cache, use_cache=True, cache_position=positions, **{name: tokens})[0]

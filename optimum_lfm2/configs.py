@@ -29,7 +29,8 @@ from optimum_lfm2.caches import (
 from optimum_lfm2.errors import Lfm2Error
 from optimum_lfm2.export.finish import bind
 from optimum_lfm2.export.model_kwargs import ExportOptions
-from optimum_lfm2.export.patcher import Lfm2ModelPatcher
+from optimum_lfm2.export.patcher import GraphPatcher, Lfm2ModelPatcher
+from optimum_lfm2.export.validation import validate
 from optimum_lfm2.families import member_of
 from optimum_lfm2.genai_config import write_genai_config
 from optimum_lfm2.graph import ops
@@ -59,7 +60,7 @@ class Lfm2OnnxConfig(TextDecoderOnnxConfig):
 
     NORMALIZED_CONFIG_CLASS = NormalizedTextConfig
     DEFAULT_ONNX_OPSET = 18
-    _MODEL_PATCHER = Lfm2ModelPatcher
+    _MODEL_PATCHER: type[GraphPatcher] = Lfm2ModelPatcher
 
     VARIANTS: ClassVar[dict[str, str]] = {
         "default": "Weights in float, as --dtype says.",
@@ -69,6 +70,7 @@ class Lfm2OnnxConfig(TextDecoderOnnxConfig):
     }
 
     DEFAULT_VARIANT = "default"
+    TOKENS = "input_ids"  # the input that says what the tokens are
     # `patch_model_for_export` sets these: Optimum gives a configuration neither the model nor `--model-kwargs` before.
     _options = ExportOptions()
     _weights: Mapping[str, torch.Tensor] = MappingProxyType({})
@@ -139,7 +141,7 @@ class Lfm2OnnxConfig(TextDecoderOnnxConfig):
             known = "".join(f"\n  {variant}: {description}" for variant, description in cls.VARIANTS.items())
             raise Lfm2Error(f"LFM2 has no variant {name}. It has:{known}")
 
-    def patch_model_for_export(self, model: Any, model_kwargs: dict[str, Any] | None = None) -> Lfm2ModelPatcher:
+    def patch_model_for_export(self, model: Any, model_kwargs: dict[str, Any] | None = None) -> GraphPatcher:
         """Read the options and the model's weights, and return the patcher. Optimum calls this before the trace.
 
         Args:
@@ -202,7 +204,7 @@ class Lfm2OnnxConfig(TextDecoderOnnxConfig):
         `num_logits_to_keep` has None, so that a caller may feed a scalar or a vector of one element.
         """
         shapes: Shapes = {
-            "input_ids": (BATCH, SEQUENCE),
+            self.TOKENS: self.token_shape(),
             "attention_mask": (BATCH, TOTAL if self.use_past_in_inputs else SEQUENCE),
         }
         if self.use_past_in_inputs:
@@ -210,6 +212,10 @@ class Lfm2OnnxConfig(TextDecoderOnnxConfig):
         if self.task == "text-generation":
             shapes[LOGITS_TO_KEEP] = None
         return shapes
+
+    def token_shape(self) -> tuple[int | str, ...]:
+        """Return the shape of the input `TOKENS`."""
+        return BATCH, SEQUENCE
 
     def output_shapes(self) -> Shapes:
         """Return the shape of each output, in order. A symbol stands for an axis that varies."""
@@ -287,7 +293,7 @@ class Lfm2OnnxConfig(TextDecoderOnnxConfig):
             if length > 2 and row % 2 == 0:
                 mask[row, -2:] = 0  # padding on the right
         inputs: dict[str, Any] = {
-            "input_ids": torch.randint(0, self._config.vocab_size, (batch, length), generator=generator),
+            self.TOKENS: self._dummy_tokens(batch, length, generator),
             "attention_mask": mask,
         }
         if self.use_past_in_inputs:
@@ -295,6 +301,9 @@ class Lfm2OnnxConfig(TextDecoderOnnxConfig):
         if self.task == "text-generation":
             inputs[LOGITS_TO_KEEP] = torch.tensor(0)
         return inputs
+
+    def _dummy_tokens(self, batch: int, length: int, generator: torch.Generator) -> torch.Tensor:
+        return torch.randint(0, self._config.vocab_size, (batch, length), generator=generator)
 
     def _dummy_caches(self, batch: int, past: int, generator: torch.Generator) -> list[tuple[torch.Tensor, ...]]:
         def values(tensor: CacheTensor) -> torch.Tensor:
@@ -321,6 +330,12 @@ class Lfm2OnnxConfig(TextDecoderOnnxConfig):
         shapes = {**self.input_shapes(), **self.output_shapes()}
         logits_default = self._options.num_logits_to_keep == "optional"
         bind(model_path, self.weights, shapes, self.metadata(), self.scheme, logits_default, self.member.passes)
+
+    def validate(
+        self, model: Any, path: Path, atol: float | None = None, shapes: Mapping[str, int] | None = None
+    ) -> dict[str, float]:
+        """Compare the exported file with transformers, as `validation.validate` tells."""
+        return validate(self, model, path, atol, shapes)
 
     def post_process_exported_models(self, path: Path, models_and_onnx_configs: dict, onnx_files_subpaths: list[str]):
         """Make the tokenizer's files readable for every runtime, and write `genai_config.json`.

@@ -16,6 +16,7 @@ from transformers.utils import CONFIG_NAME
 from optimum.commands.lfm2.adapters import check_adapter
 from optimum_lfm2.errors import Lfm2Error
 from optimum_lfm2.export.config_check import check_fields, loaded_config
+from optimum_lfm2.families import member_of
 from optimum_lfm2.genai_config import GENAI_CONFIG, is_of_our_type, read_genai_config
 from optimum_lfm2.modeling import ORTLfm2ForCausalLM
 
@@ -48,6 +49,10 @@ def _check_config(path: Path, model_types: tuple[str, ...]) -> None:
     except (OSError, ValueError, RecursionError):
         return  # it may be anybody's, so Optimum says what is wrong
     if isinstance(written, dict) and written.get("model_type") in list(model_types):
+        if member_of(written).text is not None:
+            raise Lfm2Error(
+                f"{path.parent} takes pictures too. Load it with optimum_lfm2.ORTLfm2VlForConditionalGeneration."
+            )
         check_fields(written, str(path))
         loaded_config(path.parent)
 

@@ -60,13 +60,14 @@ class ORTLfm2ForCausalLM(AssistedGeneration, compat.GenerationWithoutExperts, OR
             use_io_binding=True if use_io_binding is None else use_io_binding,
             model_save_dir=model_save_dir,
         )
-        self.layout = GraphLayout.read(session, config)
-        self.layout.check(config, self.path)
+        self._text_config = config.get_text_config()  # of the decoder, where the model has other parts too
+        self.layout = GraphLayout.read(session, self._text_config)
+        self.layout.check(self._text_config, self.path)
         self._file = FileIdentity.of(self.path)
         self.can_use_cache = bool(self.layout.caches)
         self.generation_config = generation_config or GenerationConfig.from_model_config(config)
         if not self.can_use_cache:
-            self.config.use_cache = self.generation_config.use_cache = False
+            self._text_config.use_cache = self.generation_config.use_cache = False
         self._connect()
 
     def _connect(self) -> None:
@@ -118,7 +119,7 @@ class ORTLfm2ForCausalLM(AssistedGeneration, compat.GenerationWithoutExperts, OR
                 f"The cache is a {type(cache).__name__}; this model continues only the cache that it "
                 "returned itself, which holds convolution states too."
             )
-        use_cache = self.config.use_cache if use_cache is None else use_cache
+        use_cache = self._text_config.use_cache if use_cache is None else use_cache
         if (use_cache or cache is not None) and not self.can_use_cache:
             raise Lfm2Error(
                 f"{self.path} has no cache inputs. Export it for text-generation-with-past, or pass use_cache=False."
@@ -128,16 +129,16 @@ class ORTLfm2ForCausalLM(AssistedGeneration, compat.GenerationWithoutExperts, OR
         if compat.HEEDS_CACHE_POSITION:
             check_columns(kwargs.get("cache_position"), attention_mask.shape[1], input_ids.shape[1])
         check_kept(logits_to_keep)
-        input_ids = input_ids.to(torch.int64)
+        input_ids, rows = self._enter(input_ids.to(torch.int64), kwargs)
 
         if cache is None and self.can_use_cache:
             cache = self._graph.new_cache(input_ids.shape[0])
         if last_token_only:
             logits_to_keep = 1
-            logits = self._rows.run_to_last(input_ids, attention_mask, cache, self.use_io_binding)
+            logits = rows.run_to_last(input_ids, attention_mask, cache, self.use_io_binding)
         else:
             keep = logits_to_keep if isinstance(logits_to_keep, int) else 0
-            logits = self._rows.run(input_ids, attention_mask, cache, keep, self.use_io_binding)
+            logits = rows.run(input_ids, attention_mask, cache, keep, self.use_io_binding)
         if isinstance(logits_to_keep, torch.Tensor):
             logits = logits[:, logits_to_keep]
         cache = cache if use_cache else None
@@ -145,23 +146,27 @@ class ORTLfm2ForCausalLM(AssistedGeneration, compat.GenerationWithoutExperts, OR
             return (logits,) if cache is None else (logits, cache)
         return CausalLMOutputWithPast(logits=logits, **{compat.CACHE: cache})  # type: ignore[arg-type]
 
+    def _enter(self, ids: torch.Tensor, kwargs: dict[str, Any]) -> tuple[torch.Tensor, RowRunner]:
+        """Return the ids as the graph's session takes them, int64, and what runs them."""
+        return ids, self._rows
+
     def _checked(self, ids: torch.Tensor, mask: torch.Tensor | None, cache: Lfm2Cache | None) -> torch.Tensor:
         """Check the arguments as `forward` promises, and return the attention mask as int64."""
         check_ids(ids)
         past = 0 if cache is None else cache.get_seq_length()
         batch, length = ids.shape[0], past + ids.shape[1]
         least, most = map(int, ids.aminmax())
-        if least < 0 or most >= self.config.vocab_size:
+        if least < 0 or most >= self._text_config.vocab_size:
             raise Lfm2Error(
                 f"input_ids has {least} to {most}, outside the vocabulary of "
-                f"{self.config.vocab_size}. Does the tokenizer belong to this model?"
+                f"{self._text_config.vocab_size}. Does the tokenizer belong to this model?"
             )
         if cache is not None and cache.batch_size != batch:
             raise Lfm2Error(f"input_ids has {batch} rows, but the cache has {cache.batch_size}.")
         prompt = past == 0 or cache.recording is None  # candidates go beyond the limit as single tokens do
-        if prompt and ids.shape[1] > 1 and length > self.config.max_position_embeddings:
+        if prompt and ids.shape[1] > 1 and length > self._text_config.max_position_embeddings:
             raise Lfm2Error(
-                f"The prompt has {length} tokens; the model takes {self.config.max_position_embeddings} "
+                f"The prompt has {length} tokens; the model takes {self._text_config.max_position_embeddings} "
                 "(max_position_embeddings in config.json). Shorten it."
             )
         if mask is None:

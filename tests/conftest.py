@@ -135,6 +135,24 @@ def experts_folder(checkpoint: Callable[[str], Path], made_once: Callable[..., P
     return made_once("experts", publish) / "lfm2-moe"
 
 
+@pytest.fixture(scope="session")
+def vl_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny LFM2-VL of `tests.pictures`. Never write to it."""
+    from pictures import make_vl_checkpoint
+
+    return make_vl_checkpoint(tmp_path_factory.mktemp("vl") / "checkpoint")
+
+
+@pytest.fixture(scope="session")
+def vl_folder(vl_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its export, validated. Never write to it."""
+    from optimum.exporters.onnx import main_export
+
+    path = tmp_path_factory.mktemp("vl") / "export"
+    main_export(str(vl_checkpoint), path)
+    return path
+
+
 @pytest.fixture
 def cli(monkeypatch, capfd):
     """`cli(*arguments)` runs `optimum-cli` in this process and returns the exit code and standard error."""

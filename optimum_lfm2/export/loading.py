@@ -18,7 +18,7 @@ from optimum_lfm2.export.supported import check_architecture
 from optimum_lfm2.families import MEMBERS, MODEL_TYPES, member_of
 from optimum_lfm2.graph.member import Member
 from optimum_lfm2.weights.checkpoint import find_tensors, stored_tensors
-from optimum_lfm2.weights.companions import check_tokenizer, generation_settings
+from optimum_lfm2.weights.companions import check_tokenizer, generation_settings, processor_files
 from optimum_lfm2.weights.experts import is_part
 from optimum_lfm2.weights.modules import find_modules
 
@@ -92,7 +92,7 @@ class Lfm2TasksManager(TasksManager):
         files = find_tensors(model_name_or_path, **hub)
         check_tokenizer(model_name_or_path, **hub)
         model: Any = weightless(config, task.removesuffix("-with-past"), dtype or torch.float32)
-        if not config.architectures:
+        if not config.architectures and member.text is None:
             _check_assumed(config, files)
         if model.can_generate():
             model.generation_config = _generation_config(model_name_or_path, config, hub)
@@ -105,6 +105,8 @@ class Lfm2TasksManager(TasksManager):
                 trusted=bool(kwargs.get("trust_remote_code")),
             )
         model.checkpoint = member.checkpoint(files, model)
+        if member.text is not None:
+            model.processor_files = processor_files(model_name_or_path, **hub)
         return model
 
 
@@ -125,6 +127,8 @@ def weightless(config: PretrainedConfig, task: str, dtype: torch.dtype) -> PreTr
         task: a key of the member's `models`.
         dtype: the dtype of its parameters.
     """
+    for part in getattr(config, "sub_configs", ()):  # transformers 4.57 makes each part in the dtype that it names
+        getattr(config, part).dtype = dtype
     with torch.device("meta"):
         return member_of(config).models[task](config, dtype=dtype).eval()
 
@@ -228,7 +232,7 @@ def _checked_config(model_name_or_path: str | Path, **kwargs: Any) -> Pretrained
 
 def _lfm2_config(model_name_or_path: str | Path, **kwargs: Any) -> PretrainedConfig:
     config = _checked_config(model_name_or_path, **kwargs)
-    compat.spell_rope_for_both(config)
+    compat.spell_rope_for_both(config.get_text_config())
     return config
 
 

@@ -112,6 +112,8 @@ def _check_task(args: Namespace, config: Mapping[str, Any]) -> None:
     task = TasksManager.map_from_synonym(args.task)
     if task != "auto":
         check_task(task, config)
+    if args.monolith and member_of(config).text is not None:
+        raise Lfm2Error("--monolith means one file, and this model has three. Leave it out.")
     if args.monolith and task.endswith("-with-past"):
         raise Lfm2Error(
             f"--monolith means a graph without cache. Leave it out, or use --task {task.removesuffix('-with-past')}."
@@ -136,12 +138,13 @@ def _check_computation(args: Namespace) -> None:
 
 
 def _check_variant(args: Namespace, config: Mapping[str, Any]) -> None:
+    member = member_of(config)
+    task = "text-generation" if member.text is None else member.tasks[0]
     constructor = TasksManager.get_exporter_config_constructor(
-        "onnx", model_type=config["model_type"], task="text-generation", library_name="transformers"
+        "onnx", model_type=config["model_type"], task=task, library_name="transformers"
     )
     constructor.func.check_variant(args.variant)
-    encodes = member_of(config).encodes
-    ExportOptions.read(args.model_kwargs, quantized=args.variant in SCHEMES, encodes=encodes)
+    ExportOptions.read(args.model_kwargs, quantized=args.variant in SCHEMES, encodes=member.encodes)
 
 
 def _check_rewrites(args: Namespace) -> None:
@@ -166,6 +169,7 @@ def _check_inputs(args: Namespace, config: Mapping[str, Any]) -> None:
             raise Lfm2Error(f"--{name} {value}: an example input has at least one. Leave it out for the default.")
         if name not in TEXT_SHAPES and value != default:
             raise Lfm2Error(f"--{name}: LFM2's inputs have no such axis. Leave it out.")
-    longest = config.get("max_position_embeddings")
+    text = config.get("text_config") or config
+    longest = (text if isinstance(text, Mapping) else vars(text)).get("max_position_embeddings")
     if longest and args.sequence_length > longest:
         raise Lfm2Error(f"--sequence_length {args.sequence_length}: the model goes to {longest} tokens. Use fewer.")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,16 +12,17 @@ from optimum_lfm2.caches import flatten
 from optimum_lfm2.graph import ops
 from optimum_lfm2.graph.call import read_call
 from optimum_lfm2.graph.decoder import Decoder, language_model
+from optimum_lfm2.graph.vision import image_features
 from optimum_lfm2.weights.checkpoint import stored_tensors, tied_names
 
 
 Caches = Sequence[tuple[torch.Tensor, ...]]
 
 
-class Lfm2ModelPatcher:
+class GraphPatcher:
     """Context manager that replaces `model.forward` by a forward with the graph's signature.
 
-    The new forward runs `graph.decoder` with a placeholder for each weight. It serves the trace alone.
+    The new forward has a placeholder for each weight. It serves the trace alone.
 
     Attributes:
         weights: each parameter by its name in the checkpoint. They come from the model's `checkpoint` if it has one,
@@ -35,13 +36,11 @@ class Lfm2ModelPatcher:
         # Read them now: while torch traces, a shape consists of traced values.
         self._shapes = {name: tuple(parameter.shape) for name, parameter in self._parameters.items()}
         self._tied = tied_names(model)
-        prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
-        member = config.member
         self.weights = getattr(model, "checkpoint", self._parameters)
-        self._decoder = Decoder(member, model.config, member.rotary(model), prefix)
-        self._head = member.heads.get(config.task)
 
-    def __enter__(self) -> Lfm2ModelPatcher:
+    forward: Callable[..., Any]
+
+    def __enter__(self) -> GraphPatcher:
         self._own_forward = vars(self._model).get("forward")  # an instance has one only if someone set it
         self._model.forward = self.forward
         return self
@@ -50,6 +49,23 @@ class Lfm2ModelPatcher:
         del self._model.forward
         if self._own_forward is not None:
             self._model.forward = self._own_forward
+
+    def _placeholder(self, *names: str, kernel: bool = False) -> torch.Tensor:
+        rows, *others = self._shapes[names[0]]
+        shape = (others[1], rows) if kernel else (sum(self._shapes[name][0] for name in names), *others)
+        dtype = self._parameters[names[0]].dtype
+        return ops.parameter([self._tied[name] for name in names], shape, dtype, kernel)
+
+
+class Lfm2ModelPatcher(GraphPatcher):
+    """The patcher whose forward is `graph.decoder` between its embedding and its head."""
+
+    def __init__(self, config: Any, model: PreTrainedModel, model_kwargs: dict[str, Any] | None = None) -> None:
+        super().__init__(config, model, model_kwargs)
+        prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
+        member = config.member
+        self._decoder = Decoder(member, model.config, member.rotary(model), prefix)
+        self._head = member.heads.get(config.task)
 
     def forward(
         self,
@@ -73,21 +89,56 @@ class Lfm2ModelPatcher:
             hidden = self._decoder.embed(input_ids, self._placeholder)
             hidden, *_ = self._decoder.layers(hidden, call, None, None, self._placeholder)
             return self._head.forward(hidden, call, self._placeholder, self._model.config)
-        output, present, columns = language_model(
-            self._decoder,
-            input_ids,
-            attention_mask,
-            past_key_values,
-            num_logits_to_keep,
-            self._placeholder,
-            self._model.dtype,
-        )
+        return self._run(input_ids, attention_mask, past_key_values, num_logits_to_keep, self._decoder.embed)
+
+    def _run(
+        self,
+        tokens: torch.Tensor,
+        mask: torch.Tensor,
+        past: Caches | None,
+        keep: torch.Tensor | None,
+        enter: Callable[..., torch.Tensor],
+    ) -> Any:
+        weight, dtype = self._placeholder, self._model.dtype
+        output, present, columns = language_model(self._decoder, tokens, mask, past, keep, weight, dtype, enter)
         if not self._onnx_config.use_past:
             return output
         return (output, *flatten(present), *(flatten(columns) if self._onnx_config.gives_columns else ()))
 
-    def _placeholder(self, *names: str, kernel: bool = False) -> torch.Tensor:
-        rows, *others = self._shapes[names[0]]
-        shape = (others[1], rows) if kernel else (sum(self._shapes[name][0] for name in names), *others)
-        dtype = self._parameters[names[0]].dtype
-        return ops.parameter([self._tied[name] for name in names], shape, dtype, kernel)
+
+class DecoderPatcher(Lfm2ModelPatcher):
+    """The patcher whose forward is a decoder that takes embeddings, float32 whatever it computes in."""
+
+    def forward(
+        self,
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor,
+        past_key_values: Caches | None = None,
+        num_logits_to_keep: torch.Tensor | None = None,
+    ) -> Any:
+        """As the base's, from embeddings: float32 (batch_size, sequence_length, hidden_size)."""
+        embeds = inputs_embeds.to(self._model.dtype)
+        return self._run(embeds, attention_mask, past_key_values, num_logits_to_keep, self._decoder.enter)
+
+
+class EmbeddingPatcher(Lfm2ModelPatcher):
+    """The patcher whose forward is a decoder's embedding alone."""
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        """Int64 (batch_size, sequence_length) → float32 (batch_size, sequence_length, hidden_size)."""
+        return self._decoder.embed(input_ids, self._placeholder).to(torch.float32)
+
+
+class VisionPatcher(GraphPatcher):
+    """The patcher whose forward is the vision tower with its projector."""
+
+    def forward(
+        self, pixel_values: torch.Tensor, pixel_attention_mask: torch.Tensor, spatial_shapes: torch.Tensor
+    ) -> torch.Tensor:
+        """Take and return what `graph.vision.image_features` does."""
+        pictures = pixel_values, pixel_attention_mask, spatial_shapes
+        tower = next(name for name in self._shapes if name.endswith("embeddings.patch_embedding.weight"))
+        tower = tower.removesuffix("embeddings.patch_embedding.weight")
+        projector = f"{tower.partition('vision_tower.')[0]}multi_modal_projector."
+        config, dtype = self._model.config, self._model.dtype
+        return image_features(*pictures, self._placeholder, tower, projector, config, dtype)

@@ -67,7 +67,7 @@ class Quantizer:
         bias = node.inputs[2:]
         blocks = self._blocks(parameter_name(weight))
         attributes = {"K": inputs, "N": outputs, "bits": blocks.bits, "block_size": blocks.block_size}
-        if weight.dtype == ir.DataType.FLOAT:
+        if weight.dtype == ir.DataType.FLOAT and not self.scheme.float_activations:
             attributes["accuracy_level"] = INT8_ACTIVATIONS
         arguments = [x, packed, scales, *((None, None, *bias) if bias else ())]
         substitute(node, insert(node, "MatMulNBits", arguments, attributes, CONTRIB_DOMAIN))

@@ -49,7 +49,7 @@ class Reference:
         self.values: list[Values] = [self._empty(inputs) for inputs in calls]
 
     def _empty(self, inputs: Mapping[str, Any]) -> Values:
-        batch, sequence = inputs["input_ids"].shape
+        batch, sequence = inputs[self._config.TOKENS].shape[:2]
         total = inputs["attention_mask"].shape[1]
         width = self._model.config.hidden_size
         shapes: dict[str, Sequence[int]] = {
@@ -78,7 +78,7 @@ class Reference:
         rows = [
             (inputs, values, *row)
             for inputs, values in zip(self._calls, self.values, strict=True)
-            for row in visible_rows(inputs["attention_mask"], inputs["input_ids"].shape[1])
+            for row in visible_rows(inputs["attention_mask"], inputs[self._config.TOKENS].shape[1])
         ]
         if not rows:
             raise Lfm2Error("The inputs of validation hide every token, so nothing can be compared. Change the shapes.")
@@ -105,9 +105,10 @@ class Reference:
         """Run one row's unmasked tokens over the columns of the cache that it sees."""
         self._place.value = values, row, new
         output = next(iter(self._config.outputs))
-        ids = inputs["input_ids"][row, new][None]
+        name = self._config.TOKENS
+        tokens = inputs[name][row, new][None]
         if self._config.member.encodes:
-            result = self._model(ids)[0][0].float()
+            result = self._model(tokens)[0][0].float()
             values[output][(row, new) if result.dim() > 1 else row] = result  # of each token, or of the row
             return
         kinds = self._config.member.kinds(self._model.config)
@@ -116,11 +117,11 @@ class Reference:
             past = zip(kinds, inputs["past_key_values"], strict=True)
             own = [tuple(kind.take(x.float(), row, seen) for x in layer) for kind, layer in past]
             cache = compat.hybrid_cache(self._model, own)
-        values[output][row, new] = compat.call(self._model, ids, cache, len(seen))[0].float()
+        values[output][row, new] = compat.call(self._model, tokens, cache, len(seen), name)[0].float()
         if self._config.use_past:
             caches = self._config.cache_tensors
             present = unflatten([values[tensor.present] for tensor in caches], caches)
-            columns = inputs["attention_mask"].shape[1] - inputs["input_ids"].shape[1] + new
+            columns = inputs["attention_mask"].shape[1] - inputs[name].shape[1] + new
             for kind, *layer in zip(kinds, compat.hybrid_cache_layers(cache), present, strict=True):
                 for own, target in zip(*layer, strict=True):
                     kind.fill(own, target, row, columns)

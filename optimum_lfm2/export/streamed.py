@@ -120,7 +120,7 @@ def streamed(
     with ExitStack() as stack:
         stack.enter_context(_experts_one_by_one(model))
         for unit in units:
-            loan = _Loan(unit, names[unit], weights)
+            loan = Loan(unit, names[unit], weights)
             before, after = (threading.Barrier(threads, action) for action in (loan.take, loan.give_back))
             gates += [before, after]
 
@@ -155,8 +155,14 @@ def _experts_one_by_one(model: Any) -> Iterator[None]:
         model.set_experts_implementation(before)
 
 
-class _Loan:
-    """Gives a unit of a model its weights for the time of its forward."""
+class Loan:
+    """Gives a module of a model its weights for a time.
+
+    Args:
+        unit: the module.
+        name: its name in the model.
+        weights: the stored tensors by name.
+    """
 
     def __init__(self, unit: torch.nn.Module, name: str, weights: Mapping[str, Any]) -> None:
         self._unit, self._name, self._weights = unit, name, weights

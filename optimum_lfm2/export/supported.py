@@ -8,43 +8,57 @@ from typing import Any
 from optimum_lfm2 import compat
 from optimum_lfm2.errors import Lfm2Error
 from optimum_lfm2.export.config_check import check_fields, ropes
-from optimum_lfm2.families import member_of
+from optimum_lfm2.families import MEMBERS, member_of
 
 
 # Those whose frequencies depend on nothing but the configuration; `dynamic` and `longrope` change them with the prompt.
 ROPE_TYPES = ("default", "linear", "yarn", "llama3", "proportional")
 
 
-def check_architecture(config: Mapping[str, Any]) -> None:
+def check_architecture(config: Mapping[str, Any], file: str = "config.json") -> None:
     """Refuse what the graph would compute wrongly.
 
     Args:
-        config: the checkpoint's `config.json`.
+        config: the checkpoint's `config.json`, or the part of it that describes its decoder.
+        file: what to call it in the error.
 
     Raises:
         Lfm2Error: for a model, a class, a layer type or a rope type that is not known, for code of the checkpoint's
             own, for weights that are quantised already, and for what `check_fields` refuses.
     """
     compat.check_model_type(config.get("model_type", ""))
-    check_fields(config)
+    check_fields(config, file)
     _check_classes(config)
     _check_quantized(config)
     member = member_of(config)
+    if member.text is not None:
+        _check_text(config.get(member.text), f"{member.text} of {file}")
     known = member.layer_kinds
     unknown = sorted(set(config.get("layer_types") or ()) - known.keys())
     if unknown:
         raise Lfm2Error(
-            f"layer_types in config.json names {', '.join(map(str, unknown))}; it has {' and '.join(known)}. "
+            f"layer_types in {file} names {', '.join(map(str, unknown))}; it has {' and '.join(known)}. "
             "Is it a model of another family?"
         )
     for field, rope in ropes(config):
         rope_type = rope.get("rope_type", rope.get("type", "default"))
         if rope_type not in ROPE_TYPES:
             raise Lfm2Error(
-                f"{field} in config.json asks for {rope_type}, which no exported graph can do: its angles depend on "
+                f"{field} in {file} asks for {rope_type}, which no exported graph can do: its angles depend on "
                 f"the prompt's length. Use {', '.join(ROPE_TYPES)}."
             )
     member.check(config)
+
+
+def _check_text(text: Mapping[str, Any] | None, file: str) -> None:
+    """Refuse the decoder of a model that has other parts too."""
+    text = {"model_type": "lfm2", **(text or {})}
+    known = [member.model_type for member in MEMBERS if member.text is None and not member.encodes]
+    if text["model_type"] not in known or member_of(text).encodes:
+        raise Lfm2Error(
+            f"model_type in the {file} is {text['model_type']}; it has to be {' or '.join(known)}, of a decoder."
+        )
+    check_architecture(text, f"the {file}")
 
 
 def _check_classes(config: Mapping[str, Any]) -> None:

@@ -21,7 +21,6 @@ from optimum.utils import logging
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from optimum_lfm2.caches import LOGITS_TO_KEEP
 from optimum_lfm2.errors import Lfm2Error
 from optimum_lfm2.export.pieces import Cut, Piece, Values, find_cuts, open_session, outputs_of, split
 from optimum_lfm2.export.reference import Reference, norm_names
@@ -36,8 +35,8 @@ MEMORY_OF_A_SESSION = 2.5  # bytes a byte of the file: the mapped file, and kern
 logger = logging.get_logger(__name__)
 
 
-def validated(original: Callable[..., None], config_class: type) -> Callable[..., None]:
-    """Wrap Optimum's `validate_model_outputs` so that a configuration of `config_class` is validated by `validate`.
+def validated(original: Callable[..., None], config_class: Any) -> Callable[..., None]:
+    """Wrap Optimum's `validate_model_outputs` so that a configuration of `config_class` validates its file itself.
 
     Every other configuration goes to Optimum's function with unchanged arguments.
     """
@@ -47,7 +46,7 @@ def validated(original: Callable[..., None], config_class: type) -> Callable[...
         if not isinstance(config, config_class):
             original(config, reference_model, onnx_model, *args, **options)
         else:
-            validate(config, reference_model, onnx_model, options.get("atol"), options.get("input_shapes"))
+            config.validate(reference_model, onnx_model, options.get("atol"), options.get("input_shapes"))
 
     return validate_model_outputs
 
@@ -103,7 +102,7 @@ def validate(
     expected = [*(cut.name for cut in cuts), *config.outputs]
     if missing := [name for name in expected if name not in differences]:
         raise Lfm2Error(f"The file is wrong and was not kept: {missing[0]} could not be compared with transformers.")
-    _judge(differences, atol)
+    judge(differences, atol)
     _check_whole(config, path, calls, gold)
     source: Any = getattr(model, "source", None)
     if source and source.trusted:
@@ -150,7 +149,8 @@ def relative_error(difference: torch.Tensor, scale: torch.Tensor, rounding: torc
     return float(((error - least).clamp(min=0) / length.clamp(min=torch.finfo(torch.float32).tiny)).max())
 
 
-def _judge(differences: Mapping[str, float], atol: float) -> None:
+def judge(differences: Mapping[str, float], atol: float) -> None:
+    """Raise `Lfm2Error` if a difference exceeds `atol`, or is NaN."""
     wrong = {name: value for name, value in differences.items() if not value <= atol}  # NaN is wrong too
     if wrong:
         worst = max(wrong, key=lambda name: math.inf if math.isnan(wrong[name]) else wrong[name])
@@ -209,7 +209,7 @@ def available_memory() -> float:
 
 def _feeds(config: Any, inputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     """Return the inputs of the whole graph for a call, by name."""
-    feeds = {name: inputs[name] for name in ("input_ids", "attention_mask", LOGITS_TO_KEEP) if name in inputs}
+    feeds = {name: inputs[name] for name in config.inputs if name in inputs}
     if config.use_past_in_inputs:
         feeds |= config.flatten_output_collection_property("past_key_values", inputs["past_key_values"])
     return feeds

@@ -7,13 +7,13 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from optimum_lfm2.families import encoder, lfm2, lfm2_moe, lfm3
+from optimum_lfm2.families import encoder, lfm2, lfm2_moe, lfm3, vision
 from optimum_lfm2.graph.member import Member
 
 
 # Of several members of one model type, the first has the checkpoints that no other member claims.
-MEMBERS: tuple[Member, ...] = (lfm2.MEMBER, encoder.MEMBER, lfm2_moe.MEMBER, lfm3.MEMBER)
-MODEL_TYPES = tuple(dict.fromkeys(record.model_type for record in MEMBERS))
+MEMBERS: tuple[Member, ...] = (lfm2.MEMBER, encoder.MEMBER, lfm2_moe.MEMBER, lfm3.MEMBER, vision.MEMBER)
+MODEL_TYPES = tuple(dict.fromkeys(name for record in MEMBERS for name in record.model_types))
 
 
 def member_of(config: PretrainedConfig | Mapping[str, Any]) -> Member:
@@ -29,7 +29,7 @@ def member_of(config: PretrainedConfig | Mapping[str, Any]) -> Member:
         config.get(field) if isinstance(config, Mapping) else getattr(config, field, None)
         for field in ("model_type", "architectures")
     )
-    members = [record for record in MEMBERS if record.model_type == model_type]
+    members = [record for record in MEMBERS if model_type in record.model_types]
     if not members:
         raise KeyError(model_type)
     named = [name for name in names if isinstance(name, str)] if isinstance(names, list) else []

@@ -43,6 +43,10 @@ class Decoder:
         """Ids (batch_size, sequence_length) → hidden states (batch_size, sequence_length, hidden_size)."""
         return ops.embedding(weight(f"{self._prefix}embed_tokens.weight"), input_ids)
 
+    def enter(self, inputs_embeds: torch.Tensor, weight: Weight) -> torch.Tensor:
+        """Embeddings that were made elsewhere, as hidden states."""
+        return shapes.named(inputs_embeds)
+
     def layers(
         self, hidden: torch.Tensor, call: Call, past: Caches | None, keep: torch.Tensor | None, weight: Weight
     ) -> tuple[torch.Tensor, list[tuple[torch.Tensor, ...]], list[tuple[torch.Tensor, ...]]]:
@@ -110,27 +114,29 @@ class Decoder:
 
 def language_model(
     decoder: Decoder,
-    input_ids: torch.Tensor,
+    tokens: torch.Tensor,
     attention_mask: torch.Tensor,
     past: Caches | None,
     num_logits_to_keep: torch.Tensor | None,
     weight: Weight,
     dtype: torch.dtype,
+    enter: Callable[[torch.Tensor, Weight], torch.Tensor],
 ) -> tuple[torch.Tensor, list[tuple[torch.Tensor, ...]], list[tuple[torch.Tensor, ...]]]:
-    """A decoder between its embedding and, where `num_logits_to_keep` is given, its head.
+    """A decoder between its entry and, where `num_logits_to_keep` is given, its head.
 
     Args:
-        input_ids: int64 (batch_size, sequence_length).
+        tokens: what `enter` takes: int64 (batch_size, sequence_length), or (batch_size, sequence_length, hidden_size).
         attention_mask: int64 (batch_size, past_sequence_length + sequence_length).
         past: one tuple of caches a layer, or None.
         num_logits_to_keep: int64, a scalar or one element; None for a model without a head.
+        enter: makes hidden states of the tokens: `Decoder.embed` or `Decoder.enter`.
 
     Returns:
         Logits (batch_size, num_logits, vocab_size) or hidden states (batch_size, sequence_length, hidden_size), and the
         present caches and the columns that the call adds to states, one tuple a layer each.
     """
-    call = read_call(input_ids, attention_mask, dtype)
-    hidden, present, columns = decoder.layers(decoder.embed(input_ids, weight), call, past, num_logits_to_keep, weight)
+    call = read_call(tokens, attention_mask, dtype)
+    hidden, present, columns = decoder.layers(enter(tokens, weight), call, past, num_logits_to_keep, weight)
     if num_logits_to_keep is None:
         return shapes.named(hidden), present, columns
     return ops.linear(hidden, weight("lm_head.weight")), present, columns

@@ -10,7 +10,7 @@ import torch
 
 from optimum_lfm2.caches import CacheTensor, read_cache_tensors
 from optimum_lfm2.graph.ops import LINEAR_OP, PLACEHOLDER_DOMAIN
-from optimum_lfm2.weights.blocks import HEAD
+from optimum_lfm2.weights.blocks import TABLES
 
 
 CONTRIB_DOMAIN = "com.microsoft"
@@ -69,8 +69,13 @@ def embeddings(graph: ir.Graph) -> list[ir.Node]:
 
 
 def table_names(graph: ir.Graph) -> set[str]:
-    """Return the names of the matrices with a row for each id: of the head and of the embedding, tied or not."""
-    return {f"{HEAD}.weight", *(parameter_name(node.inputs[0]) for node in embeddings(graph))}
+    """Return the names of the matrices with a row for each id: of the head and of the embedding, tied or not.
+
+    A head that is tied to an embedding has its name, also in a graph without embedding.
+    """
+    linear = (parameter_name(node.inputs[1]) for node in graph if is_linear(node))
+    tables = (parameter_name(node.inputs[0]) for node in embeddings(graph))
+    return {*tables, *(name for name in linear if name.endswith(TABLES))}
 
 
 def insert(

@@ -143,6 +143,9 @@ class Member:
         transformers_js: whether Transformers.js (4.3.1) has the model.
         growing: the member with another cache for some kinds of layers: keys and values of all columns, which runtimes
             know that know no window. None for a member whose attention keeps all columns anyway.
+        text: the field of config.json that has the configuration of the decoder, which is another member. None if the
+            decoder is all there is.
+        other_spellings: of the model type, in files that other releases of transformers wrote.
     """
 
     model_type: str
@@ -167,6 +170,13 @@ class Member:
     genai_type: str | None = None
     transformers_js: bool = True
     growing: Member | None = None
+    text: str | None = None
+    other_spellings: tuple[str, ...] = ()
+
+    @property
+    def model_types(self) -> tuple[str, ...]:
+        """The model type in all its spellings."""
+        return (self.model_type, *self.other_spellings)
 
     def with_caches(self, caches: Iterable[CacheTensor]) -> Member:
         """The record for a graph with these cache tensors: `growing` where all its keys and values grow."""
@@ -183,6 +193,8 @@ class Member:
         """The tasks that Optimum knows the member's models by. A decoder's have a form with past."""
         if self.encodes:
             return list(self.heads)
+        if self.text is not None:
+            return list(self.models)
         return [form for task in self.models for form in (task, f"{task}-with-past")]
 
     def task(self, architectures: Sequence[str] | None) -> str:

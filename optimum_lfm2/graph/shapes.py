@@ -174,7 +174,7 @@ class _Counted(Node):
         return torch.arange(1, x.shape[1] + 1)
 
     @staticmethod
-    @typed(1)
+    @typed(1, dtype=torch.int64)
     def symbolic(g, x):
         columns = g.op("Gather", g.op("Shape", x), constant(g, 1))
         return g.op("Range", constant(g, 1), g.op("Add", columns, constant(g, 1)), constant(g, 1))

@@ -21,6 +21,7 @@ from optimum_lfm2.caches import CACHE_NAMES
 from optimum_lfm2.configs import DTYPES
 from optimum_lfm2.errors import Lfm2Error, read_object
 from optimum_lfm2.export.config_check import loaded_config
+from optimum_lfm2.export.js_config import JS_CONFIG, declare_external_data
 from optimum_lfm2.export.loading import Lfm2TasksManager, task_of
 from optimum_lfm2.export.options import check_atol, check_model
 from optimum_lfm2.export.staging import staged
@@ -57,8 +58,6 @@ COMPARISON = (
 # The traced graph is the same for any shape. A small one is chosen since a CPU is slow in half precision.
 TRACED = {"batch_size": 1, "sequence_length": 2}
 TOKENIZER = "tokenizer.json"
-JS_CONFIG = "transformers.js_config"
-EXTERNAL_DATA = "use_external_data_format"
 
 
 @dataclass(frozen=True)
@@ -98,6 +97,11 @@ class Job:
             Lfm2Error: the request cannot work. It is refused before any work.
         """
         check_model(args.model, config)
+        if member_of(config).text is not None:
+            raise Lfm2Error(
+                f"{args.model} takes pictures too, which optimum-cli export lfm2 does not write yet. "
+                "Use optimum-cli export onnx."
+            )
         encodes = member_of(config).encodes
         if unknown := sorted(set(args.precisions or ()) - PRECISIONS.keys()):
             raise Lfm2Error(f"--precisions {' '.join(unknown)} is not known. Choose among {', '.join(PRECISIONS)}.")
@@ -310,9 +314,6 @@ def _check_similarity(quality: Similarity) -> None:
 
 def _declare_external_data(job: Job, folder: Path, files: Iterable[Published]) -> None:
     """Declare to Transformers.js which files have external weights. Its other settings in an older folder stay."""
-    path, before = folder / "config.json", job.output / "config.json"
-    config = json.loads(path.read_text(encoding="utf-8"))
+    before = job.output / "config.json"
     old = read_object(before).get(JS_CONFIG) if before.is_file() else None
-    declared = {EXTERNAL_DATA: {file.path.name: True for file in files if file.data.is_file()}}
-    config[JS_CONFIG] = old | declared if isinstance(old, dict) else declared
-    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    declare_external_data(folder, [file.path for file in files], old if isinstance(old, dict) else {})

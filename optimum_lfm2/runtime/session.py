@@ -74,7 +74,7 @@ class GraphSession:
             mask: int64 (batch_size, cache.length + sequence_length).
         """
         sequence = ids.shape[1]
-        inputs = {"input_ids": ids.contiguous(), "attention_mask": mask.contiguous()}
+        inputs = {**self._tokens(ids), "attention_mask": mask.contiguous()}
         if "position_ids" in self._layout.inputs:
             inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)[:, -sequence:].contiguous()
         if cache is not None and io_binding and self._layout.in_place:
@@ -90,9 +90,14 @@ class GraphSession:
             )
         return logits[:, -keep:] if logits.shape[1] > keep > 0 else logits
 
+    def _tokens(self, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return the graph's input that says what the tokens are: (batch_size, sequence_length, ...)."""
+        return {"input_ids": ids.contiguous()}
+
     def _run_in_place(self, inputs: dict[str, torch.Tensor], cache: Lfm2Cache, keep: int) -> torch.Tensor:
         """Run with one buffer for past and present keys and values. A new state goes to the state's other buffer."""
-        batch, sequence = inputs["input_ids"].shape
+        batch, total = inputs["attention_mask"].shape
+        sequence = total - cache.length
         cache.reserve(cache.length + sequence)
         # A single token stays or goes: the states before and after it are at hand.
         columns = self._columns(batch, sequence) if cache.recording is not None and sequence > 1 else None
@@ -174,7 +179,7 @@ class GraphSession:
         if cache is not None:
             for tensor in self._layout.caches:
                 cache.tensors[tensor.past] = outputs[tensor.present]
-            cache.capacity = cache.length + inputs["input_ids"].shape[1]
+            cache.capacity = inputs["attention_mask"].shape[1]
             cache.bindings.clear()
             if cache.recording is not None and self._layout.gives_columns:
                 cache.columns = {state.past: outputs[state.columns] for state in self._layout.states}

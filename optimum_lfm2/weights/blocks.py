@@ -13,6 +13,8 @@ import torch.nn.functional as F
 
 
 HEAD = "lm_head"
+# The names of the head's and the embedding's weights end so.
+TABLES = (f"{HEAD}.weight", "embed_tokens.weight")
 # The `accuracy_level` of MatMulNBits at which a CPU rounds activations to int8. In onnxruntime 1.32, 4-bit weights
 # run about three times as fast with it as without. tests/test_claims.py shows the rounding.
 INT8_ACTIVATIONS = 4
@@ -57,12 +59,14 @@ class Scheme:
         linear: how the linear layers of the decoder are stored.
         table: how the head and the embedding are stored, tied or not.
         embedding: how the graph reads the embedding, one of `EMBEDDINGS`.
+        float_activations: whether a linear layer computes with activations in float, which is slower on a CPU.
         in_8_bits: endings of the names of linear layers that have 8 bits in place of `linear.bits`.
     """
 
     linear: Blocks
     table: Blocks
     embedding: str = "fused"
+    float_activations: bool = False
     in_8_bits: tuple[str, ...] = ()
 
     def layer(self, name: str) -> Blocks:
@@ -82,6 +86,8 @@ SCHEMES = {
     "q4s": Scheme(linear=Blocks(4, 128), table=Blocks(4, 128)),
     "q8": Scheme(linear=Blocks(8, 128), table=Blocks(8, 128)),
 }
+# A vision tower is quantised to 8 bits whatever the decoder is, as LiquidAI ships it, with activations in float.
+VISION_SCHEME = Scheme(linear=Blocks(8, 128), table=Blocks(8, 128), embedding="float", float_activations=True)
 
 
 def quantize_tensor(weight: torch.Tensor, blocks: Blocks) -> tuple[torch.Tensor, torch.Tensor]:

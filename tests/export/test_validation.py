@@ -186,7 +186,7 @@ def test_it_refuses_a_value_that_no_piece_gives(lost, says, checkpoint, tmp_path
 
 def test_the_file_as_a_whole_is_run_too(checkpoint, tmp_path, monkeypatch):
     """Pieces that are right do not make a whole that is: here its outputs come of other inputs."""
-    monkeypatch.setattr(validation, "_judge", lambda *_: None)
+    monkeypatch.setattr(validation, "judge", lambda *_: None)
     _wrong_theta(monkeypatch)
     _no_gate(monkeypatch)
     finds("as a whole its logits", checkpoint("hybrid"), tmp_path)

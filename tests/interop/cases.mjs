@@ -7,7 +7,7 @@
  * @returns {Promise<(job: object) => Promise<any>>} answers one case: {action, ...arguments of the action below}
  */
 export async function makeClient(library, name, device) {
-  const { AutoTokenizer, AutoModelForCausalLM, Tensor, TextGenerationPipeline } = library;
+  const { AutoTokenizer, AutoModelForCausalLM, AutoModelForImageTextToText, Tensor, TextGenerationPipeline } = library;
   const tokenizer = await AutoTokenizer.from_pretrained(name);
   const models = {};
   const load = async (dtype) => (models[dtype] ??= await AutoModelForCausalLM.from_pretrained(name, { dtype, device }));
@@ -59,6 +59,16 @@ export async function makeClient(library, name, device) {
         chat.push({ role: "assistant", content: tokenizer.decode(ids, { skip_special_tokens: true }) });
       }
       return turns;
+    },
+
+    /** Return the new tokens of one row with pictures, which `values` has as a processor gives them. */
+    async pictures({ dtype, ids, values, max_new_tokens }) {
+      const model = await AutoModelForImageTextToText.from_pretrained(name, { dtype, device });
+      const inputs = { input_ids: matrix([ids]), attention_mask: matrix([ids.map(() => 1)]) };
+      for (const [key, { type, data, dims }] of Object.entries(values)) {
+        inputs[key] = new Tensor(type, type === "int64" ? BigInt64Array.from(data, BigInt) : Float32Array.from(data), dims);
+      }
+      return numbers(await model.generate({ ...inputs, max_new_tokens }))[0].slice(ids.length);
     },
 
     /** Return the answer to a chat as text, from the library's pipeline. */

@@ -1,0 +1,27 @@
+"""What Transformers.js must know of the files' weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+
+JS_CONFIG = "transformers.js_config"
+EXTERNAL_DATA = "use_external_data_format"
+
+
+def declare_external_data(folder: Path, files: Iterable[Path], settings: Mapping[str, Any]) -> None:
+    """Declare in `config.json` which ONNX files have their weights in a file of their own.
+
+    Args:
+        folder: the folder of `config.json`.
+        files: the ONNX files. `folder` need not hold them yet.
+        settings: other settings for Transformers.js.
+    """
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    declared = {file.name: True for file in files if file.with_name(f"{file.name}_data").is_file()}
+    config[JS_CONFIG] = {**settings, EXTERNAL_DATA: declared}
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,96 @@
+"""LFM2-VL: a vision tower whose features take the places of picture tokens in an LFM2 decoder.
+
+The reference is transformers' `modeling_lfm2_vl.py`. The graph of the tower is in `graph/vision.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from transformers import AutoModelForImageTextToText
+
+from optimum_lfm2.errors import Lfm2Error
+from optimum_lfm2.families import lfm2
+from optimum_lfm2.fields import FLAG, SIZE, Field
+from optimum_lfm2.graph.vision_ops import ACTIVATIONS
+from optimum_lfm2.weights.checkpoint import Checkpoint
+
+
+TOWER = "siglip2_vision_model"
+
+FIELDS = {
+    "text_config": Field(dict),
+    "vision_config": Field(dict),
+    "image_token_id": Field(int, 0, 2**31 - 1),
+    "projector_hidden_act": Field(str, values=tuple(ACTIVATIONS)),
+    "projector_hidden_size": SIZE,
+    "projector_bias": FLAG,
+    "projector_use_layernorm": FLAG,
+    "downsample_factor": Field(int, 1, 16),
+}
+TOWER_FIELDS = {
+    "model_type": Field(str, values=(TOWER,)),
+    "hidden_size": SIZE,
+    "intermediate_size": SIZE,
+    "num_hidden_layers": Field(int, 1, 1024),
+    "num_attention_heads": SIZE,
+    "num_channels": Field(int, 1, 64),
+    "patch_size": Field(int, 1, 1024),
+    "num_patches": Field(int, 1, 2**16),
+    "hidden_act": Field(str, values=tuple(ACTIVATIONS)),
+    "layer_norm_eps": Field(float, 0, 1),
+    "vision_use_head": FLAG,
+}
+
+
+class VlCheckpoint(Checkpoint):
+    """Files of transformers 4 have a level `vision_model` in the tower's names, and those of 5 have not.
+
+    Each release of transformers has its own files' names in its model too. transformers 4.57 leaves the tower of a file
+    of 5 at random values; here both are read.
+    """
+
+    def _stored_name(self, name: str) -> str:
+        short = name.replace(".vision_tower.vision_model.", ".vision_tower.")
+        for candidate in (short, short.replace(".vision_tower.", ".vision_tower.vision_model.")):
+            if candidate in self._files:
+                return candidate
+        return super()._stored_name(name)
+
+
+def check_vision(config: Mapping[str, Any]) -> None:
+    """Raise `Lfm2Error` for a vision tower whose graph would be wrong."""
+    tower = config.get("vision_config") or {}
+    for field, rule in TOWER_FIELDS.items():
+        if field in tower and not rule.takes(tower[field]):
+            raise Lfm2Error(
+                f"{field} in the vision_config of config.json is {tower[field]!r}; it has to be {rule}. "
+                "Correct it, or copy the file again."
+            )
+    patches = tower.get("num_patches", 256)
+    if math.isqrt(patches) ** 2 != patches:
+        raise Lfm2Error(f"num_patches in the vision_config of config.json is {patches}, which is no square.")
+    width, heads = tower.get("hidden_size", 768), tower.get("num_attention_heads", 12)
+    if width % heads:
+        raise Lfm2Error(
+            f"The vision_config of config.json contradicts itself: num_attention_heads {heads} does not divide "
+            f"hidden_size {width}."
+        )
+
+
+MEMBER = replace(
+    lfm2.MEMBER,
+    model_type="lfm2_vl",
+    other_spellings=("lfm2-vl",),  # as transformers 4.57 writes it
+    architectures={"Lfm2VlForConditionalGeneration": "image-text-to-text"},
+    models={"image-text-to-text": AutoModelForImageTextToText.from_config},
+    min_transformers="4.57.0",
+    text="text_config",
+    fields=FIELDS,
+    check=check_vision,
+    checkpoint=VlCheckpoint,
+    genai_type=None,
+)

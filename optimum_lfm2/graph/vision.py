@@ -1,0 +1,162 @@
+"""The vision tower as an ONNX graph: patches of pictures in, one row for each picture token out.
+
+What it must equal is transformers' `modeling_siglip2.py` and the projector of `modeling_lfm2_vl.py`. A large picture
+comes as several tiles. Each tile is a grid of patches, row by row, with padding after the last.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from transformers import PretrainedConfig
+
+from optimum_lfm2.graph import ops, shapes
+from optimum_lfm2.graph import vision_ops as vision
+from optimum_lfm2.graph.member import Weight
+
+
+PROJECTOR_EPSILON = 1e-5  # torch's default, which transformers' projector takes
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """The tiles of one call.
+
+    Attributes:
+        height, width: the patches of each tile, int64 (tiles, 1).
+        row, column: where each patch is in its tile, int64 (tiles, patches). Those of padding mean nothing.
+        bias: added to attention's scores, (tiles, 1, patches, patches).
+    """
+
+    height: torch.Tensor
+    width: torch.Tensor
+    row: torch.Tensor
+    column: torch.Tensor
+    bias: torch.Tensor
+
+
+def image_features(
+    pixel_values: torch.Tensor,
+    pixel_attention_mask: torch.Tensor,
+    spatial_shapes: torch.Tensor,
+    weight: Weight,
+    tower: str,
+    projector: str,
+    config: PretrainedConfig,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """Encode tiles and project them to the decoder's width.
+
+    Args:
+        pixel_values: float32 (tiles, patches, patch_size² * channels).
+        pixel_attention_mask: int64 (tiles, patches), 0 on padding.
+        spatial_shapes: int64 (tiles, 2), rows and columns of patches.
+        weight: gives a parameter by its name in the checkpoint.
+        tower, projector: what the names of their parameters begin with.
+        config: the configuration of the whole model.
+        dtype: of the hidden states.
+
+    Returns:
+        float32 (picture tokens, hidden_size of the decoder), the tiles one after the other.
+    """
+    settings = config.vision_config
+    longest = (spatial_shapes[:, 0] * spatial_shapes[:, 1]).amax()
+    pixel_values, mask = pixel_values[:, :longest], pixel_attention_mask[:, :longest]  # the rest is padding
+    tiles = read_tiles(pixel_values, mask, spatial_shapes, dtype)
+
+    name = f"{tower}embeddings."
+    patches = pixel_values.to(dtype)
+    hidden = ops.linear(patches, weight(f"{name}patch_embedding.weight"), weight(f"{name}patch_embedding.bias"))
+    hidden = hidden + positions(tiles, weight(f"{name}position_embedding.weight"), settings).to(dtype)
+    for i in range(settings.num_hidden_layers):
+        hidden = encoder_layer(hidden, tiles, weight, f"{tower}encoder.layers.{i}", settings)
+    hidden = _norm(hidden, weight, f"{tower}post_layernorm", settings.layer_norm_eps)
+    return project(hidden, tiles, weight, projector, config).to(torch.float32)
+
+
+def read_tiles(
+    pixel_values: torch.Tensor, mask: torch.Tensor, spatial_shapes: torch.Tensor, dtype: torch.dtype
+) -> Tiles:
+    """What all layers share. The arguments are those of `image_features`."""
+    patches = pixel_values.shape[1]
+    height, width = spatial_shapes[:, :1], spatial_shapes[:, 1:]
+    row, column = vision.divided(torch.arange(patches)[None], width)
+    nothing = torch.zeros((), dtype=dtype)
+    masked = torch.where(mask == 0, torch.full((), ops.MASKED, dtype=dtype), nothing)
+    return Tiles(
+        height=height,
+        width=width,
+        row=row,
+        column=column,
+        bias=masked[:, None, None, :].expand(-1, 1, patches, -1),
+    )
+
+
+def positions(tiles: Tiles, table: torch.Tensor, settings: PretrainedConfig) -> torch.Tensor:
+    """The position embedding of each patch, float32 (tiles, patches, width): the table, resized to each tile's grid.
+
+    As `F.interpolate(mode="bilinear", align_corners=False, antialias=True)`, which is linear: the weights of an axis
+    are a triangle around the patch's place in the table.
+    """
+    size = int(settings.num_patches**0.5)
+    across = [_axis_weights(tiles.row, tiles.height, size), _axis_weights(tiles.column, tiles.width, size)]
+    weights = across[0][..., :, None] * across[1][..., None, :]
+    return vision.weighted(weights, table)
+
+
+def _axis_weights(index: torch.Tensor, count: torch.Tensor, size: int) -> torch.Tensor:
+    """Weights of the table's rows (or columns) for each patch: (tiles, patches), (tiles, 1) → (…, size)."""
+    scale = size / count.to(torch.float32)
+    centre = (index.to(torch.float32) + 0.5) * scale - 0.5
+    distance = (torch.arange(size, dtype=torch.float32) - centre[..., None]).abs()
+    weights = (1 - distance / scale.clamp(min=1)[..., None]).clamp(min=0)
+    # Padding lies outside the table, and must stay finite.
+    return weights / weights.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+
+
+def encoder_layer(
+    hidden: torch.Tensor, tiles: Tiles, weight: Weight, name: str, settings: PretrainedConfig
+) -> torch.Tensor:
+    """One layer: (tiles, patches, width) → the same. The norms come before the blocks."""
+
+    def linear(x: torch.Tensor, part: str) -> torch.Tensor:
+        return ops.linear(x, weight(f"{name}.{part}.weight"), weight(f"{name}.{part}.bias"))
+
+    normed = _norm(hidden, weight, f"{name}.layer_norm1", settings.layer_norm_eps)
+    query, key, value = (linear(normed, f"self_attn.{part}_proj") for part in "qkv")
+    context = vision.attention(query, key, value, tiles.bias, settings.num_attention_heads)
+    hidden = hidden + linear(context, "self_attn.out_proj")
+
+    normed = _norm(hidden, weight, f"{name}.layer_norm2", settings.layer_norm_eps)
+    return hidden + linear(vision.ACTIVATIONS[settings.hidden_act](linear(normed, "mlp.fc1")), "mlp.fc2")
+
+
+def project(hidden: torch.Tensor, tiles: Tiles, weight: Weight, name: str, config: PretrainedConfig) -> torch.Tensor:
+    """Join blocks of `downsample_factor` ² patches to tokens of the decoder's width, and drop the padding."""
+    factor = config.downsample_factor
+    # The patches of every token that the longest tile could have; those that a tile has not are dropped.
+    blocks_in_row = (tiles.width // factor).clamp(min=1)
+    count = (tiles.height // factor) * (tiles.width // factor)
+    token = torch.arange(tiles.row.shape[1] // factor**2)[None]
+    block_row, block_column = vision.divided(token, blocks_in_row)
+    first = block_row * factor * tiles.width + block_column * factor
+    first = first + (torch.arange(tiles.row.shape[0]) * tiles.row.shape[1])[:, None]
+    offset = torch.arange(factor)
+    within = (offset[:, None] * tiles.width[..., None] + offset).flatten(1)  # (tiles, factor²), row by row
+    index = (first[..., None] + within[:, None]).reshape(-1, factor**2)
+    index = vision.chosen(index, (token < count).reshape(-1))
+
+    def linear(x: torch.Tensor, part: str) -> torch.Tensor:
+        bias = weight(f"{name}{part}.bias") if config.projector_bias else None
+        return ops.linear(x, weight(f"{name}{part}.weight"), bias)
+
+    patches = shapes.resized(hidden, (-1, config.vision_config.hidden_size))
+    joined = vision.gathered(patches, index)
+    if getattr(config, "projector_use_layernorm", True):  # a switch since transformers 5
+        joined = _norm(joined, weight, f"{name}layer_norm", PROJECTOR_EPSILON)
+    return linear(vision.ACTIVATIONS[config.projector_hidden_act](linear(joined, "linear_1")), "linear_2")
+
+
+def _norm(x: torch.Tensor, weight: Weight, name: str, epsilon: float) -> torch.Tensor:
+    return vision.layer_norm(x, weight(f"{name}.weight"), weight(f"{name}.bias"), epsilon)

@@ -1,0 +1,139 @@
+"""Operators of a vision tower. Each function is one ONNX node, or a few, as in `ops.py`."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from optimum_lfm2.graph.ops import ONNX_TYPE
+from optimum_lfm2.graph.tracing import Node, constant, none, typed
+
+
+class _LayerNorm(Node):
+    @staticmethod
+    def forward(ctx, x, weight, bias, epsilon):
+        return F.layer_norm(x, x.shape[-1:], weight, bias, epsilon)
+
+    @staticmethod
+    @typed(None)
+    def symbolic(g, x, weight, bias, epsilon):
+        return g.op("LayerNormalization", x, weight, bias, axis_i=-1, epsilon_f=epsilon, stash_type_i=1)
+
+
+def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, epsilon: float) -> torch.Tensor:
+    """Layer norm over the last axis, computed in float32."""
+    return _LayerNorm.apply(x, weight, bias, epsilon)
+
+
+class _Gelu(Node):
+    @staticmethod
+    def forward(ctx, x):
+        return F.gelu(x)
+
+    @staticmethod
+    @typed(None)
+    def symbolic(g, x):
+        return g.op("com.microsoft::Gelu", x)
+
+
+class _TanhGelu(Node):
+    @staticmethod
+    def forward(ctx, x):
+        return F.gelu(x, approximate="tanh")
+
+    @staticmethod
+    @typed(None)
+    def symbolic(g, x):
+        return g.op("com.microsoft::FastGelu", x)
+
+
+# By transformers' names. `Gelu` of ONNX itself needs opset 20.
+ACTIVATIONS = {"gelu": _Gelu.apply, "gelu_pytorch_tanh": _TanhGelu.apply}
+
+
+class _Attention(Node):
+    @staticmethod
+    def forward(ctx, query, key, value, bias, heads):
+        return torch.zeros_like(query)
+
+    @staticmethod
+    @typed(3)
+    def symbolic(g, query, key, value, bias, heads):
+        inputs = (query, key, value, none(g), none(g), bias)
+        return g.op("com.microsoft::MultiHeadAttention", *inputs, num_heads_i=heads)
+
+
+def attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor, heads: int
+) -> torch.Tensor:
+    """Attention of all patches to all: (tiles, patches, width) each → (tiles, patches, width).
+
+    Args:
+        bias: added to the scores, (tiles, 1, patches, patches).
+    """
+    return _Attention.apply(query, key, value, bias, heads)
+
+
+class _Divided(Node):
+    @staticmethod
+    def forward(ctx, x, y):
+        return x // y, x % y
+
+    @staticmethod
+    def symbolic(g, x, y):
+        rank = max(x.type().dim(), y.type().dim())
+        return typed(rank, rank)(lambda g, x, y: (g.op("Div", x, y), g.op("Mod", x, y)))(g, x, y)
+
+
+def divided(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quotient and remainder of integers that are not negative. The shapes are broadcast."""
+    return _Divided.apply(x, y)
+
+
+class _Chosen(Node):
+    @staticmethod
+    def forward(ctx, x, condition):
+        return x[condition]
+
+    @staticmethod
+    @typed(2)
+    def symbolic(g, x, condition):
+        return g.op("Compress", x, condition, axis_i=0)
+
+
+def chosen(x: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
+    """The rows of (rows, width) where `condition`, bool (rows), holds."""
+    return _Chosen.apply(x, condition)
+
+
+class _Gathered(Node):
+    @staticmethod
+    def forward(ctx, x, index):
+        return x[index].flatten(1)
+
+    @staticmethod
+    @typed(2)
+    def symbolic(g, x, index):
+        return g.op("Flatten", g.op("Gather", x, index, axis_i=0), axis_i=1)
+
+
+def gathered(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Rows side by side: (rows, width), int64 (tokens, count) → (tokens, count * width)."""
+    return _Gathered.apply(x, index)
+
+
+class _Weighted(Node):
+    @staticmethod
+    def forward(ctx, weights, table):
+        return weights.flatten(2) @ table.float()
+
+    @staticmethod
+    @typed(3, dtype=torch.float32)
+    def symbolic(g, weights, table):
+        flat = g.op("Reshape", weights, constant(g, [0, -1, table.type().sizes()[0]]))
+        return g.op("MatMul", flat, g.op("Cast", table, to_i=ONNX_TYPE[torch.float32]))
+
+
+def weighted(weights: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """Sums of a table's rows: float32 (tiles, patches, ...) of as many weights as rows → (tiles, patches, width)."""
+    return _Weighted.apply(weights, table)

@@ -1,0 +1,119 @@
+"""The files of a model in parts, and the sessions of those that are no decoder."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from onnxruntime import InferenceSession
+from optimum.onnxruntime.base import ORTSessionMixin
+
+from optimum_lfm2.errors import Lfm2Error
+from optimum_lfm2.runtime.session import GraphSession
+
+
+# The names of the files, as Transformers.js reads them. A precision's suffix follows, such as `_q4`.
+ONNX_FOLDER = "onnx"
+VISION, EMBEDDING, DECODER = "vision_encoder", "embed_tokens", "decoder_model_merged"
+
+
+def part_files(files: Iterable[Path], file_name: str | None, where: object) -> dict[str, Path]:
+    """Choose one file of each part, all of the same precision.
+
+    Args:
+        files: the ONNX files of the folder.
+        file_name: the decoder's file. None takes the one without a suffix, or the only one.
+        where: the folder or the id on the Hub, for the error.
+
+    Returns:
+        The file by the name of its part.
+
+    Raises:
+        Lfm2Error: a file is missing, or several decoders could be meant.
+    """
+    found = {file.name: file for file in sorted(files)}
+    decoders = [name for name in found if name.startswith(DECODER)]
+    if file_name is None:
+        if not decoders:
+            raise Lfm2Error(
+                f"{where} has no {DECODER}.onnx. Export the checkpoint, or give a folder of Transformers.js' layout."
+            )
+        if f"{DECODER}.onnx" not in decoders and len(decoders) > 1:
+            raise Lfm2Error(f'{where} holds {", ".join(decoders)}. Choose one, such as file_name="{decoders[0]}".')
+        file_name = f"{DECODER}.onnx" if f"{DECODER}.onnx" in decoders else decoders[0]
+    if not file_name.startswith(DECODER):
+        raise Lfm2Error(f"file_name={file_name!r}: give the file of the decoder, such as {DECODER}_q4.onnx.")
+    suffix = file_name.removeprefix(DECODER)
+    names = {part: f"{part}{suffix}" for part in (DECODER, EMBEDDING, VISION)}
+    if missing := [name for name in names.values() if name not in found]:
+        raise Lfm2Error(f"{where} has no {' and no '.join(missing)}. Copy it there, or export the checkpoint again.")
+    return {part: found[name] for part, name in names.items()}
+
+
+class Part(ORTSessionMixin):
+    """A session of Optimum, which knows its device and its files."""
+
+    def __init__(self, session: InferenceSession) -> None:
+        self.initialize_ort_attributes(session)
+
+    def run(self, inputs: dict[str, torch.Tensor], output: str) -> torch.Tensor:
+        """Run the session, and return one output on its device."""
+        feeds = {name: tensor.numpy(force=True) for name, tensor in inputs.items()}
+        (result,) = self.session.run([output], feeds)
+        return torch.from_numpy(result).to(self.device)
+
+
+class EmbeddedSession(GraphSession):
+    """Runs a decoder that takes `inputs_embeds`.
+
+    Its ids are those of the vocabulary, or `first` + i for the row i of `features`. So whatever shifts, cuts or repeats
+    ids does the same to pictures.
+    """
+
+    features: torch.Tensor | None = None
+
+    def with_embedding(self, embedding: Part, first: int) -> EmbeddedSession:
+        """Set the embedding, and the id of the first feature. Return the session itself."""
+        self._embedding, self._first = embedding, first
+        return self
+
+    def with_features(self, features: torch.Tensor) -> EmbeddedSession:
+        """Return a copy for calls with pictures: the session and its settings are shared.
+
+        Args:
+            features: float32 (picture tokens, hidden_size).
+        """
+        twin = copy.copy(self)
+        twin.features = features
+        return twin
+
+    def _tokens(self, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        pictured = ids >= self._first
+        embeds = self._embedding.run({"input_ids": ids.masked_fill(pictured, 0)}, "inputs_embeds")
+        if self.features is not None and bool(pictured.any()):
+            embeds[pictured] = self.features[ids[pictured] - self._first]
+        return {"inputs_embeds": embeds}
+
+
+def picture_features(vision: Part, pixels: torch.Tensor, mask: torch.Tensor, shapes: torch.Tensor) -> torch.Tensor:
+    """Run the vision encoder tile by tile, so that memory does not grow with their number.
+
+    Args:
+        pixels: float (tiles, patches, values).
+        mask: integers (tiles, patches), 0 on padding.
+        shapes: integers (tiles, 2), rows and columns of patches.
+
+    Returns:
+        float32 (picture tokens, hidden_size).
+    """
+    features = []
+    for i, length in enumerate(shapes.prod(1).tolist()):
+        inputs = {
+            "pixel_values": pixels[i : i + 1, :length].float(),
+            "pixel_attention_mask": mask[i : i + 1, :length].to(torch.int64),
+            "spatial_shapes": shapes[i : i + 1].to(torch.int64),
+        }
+        features.append(vision.run(inputs, "image_features"))
+    return torch.cat(features)

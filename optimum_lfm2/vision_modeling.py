@@ -1,0 +1,322 @@
+"""Generation with an exported LFM2-VL: pictures and text in, text out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from inspect import signature
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from onnxruntime import InferenceSession, SessionOptions
+from optimum.onnxruntime.modeling import ORTModel
+from optimum.onnxruntime.utils import prepare_providers_and_provider_options
+from optimum.utils.file_utils import find_files_matching_pattern
+from transformers import AutoModelForImageTextToText, GenerationConfig, GenerationMixin, PretrainedConfig
+from transformers.generation import GenerationMode
+
+from optimum_lfm2 import compat
+from optimum_lfm2.errors import Lfm2Error
+from optimum_lfm2.families import MODEL_TYPES, member_of
+from optimum_lfm2.modeling import WARNINGS_OFF, ORTLfm2ForCausalLM
+from optimum_lfm2.runtime.arguments import check_ids, is_empty
+from optimum_lfm2.runtime.cache import Lfm2Cache
+from optimum_lfm2.runtime.files import generation_config_of, refused_graphs
+from optimum_lfm2.runtime.parts import (
+    DECODER,
+    EMBEDDING,
+    ONNX_FOLDER,
+    VISION,
+    EmbeddedSession,
+    Part,
+    part_files,
+    picture_features,
+)
+from optimum_lfm2.runtime.rows import RowRunner
+
+
+PICTURE = ("pixel_values", "pixel_attention_mask", "spatial_shapes")
+HUB = ("subfolder", "revision", "force_download", "local_files_only", "cache_dir", "token")
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """The features of a prompt's pictures, float32 (picture tokens, hidden_size). Beams would repeat a bare tensor."""
+
+    features: torch.Tensor
+
+
+class ORTLfm2VlForConditionalGeneration(ORTLfm2ForCausalLM):
+    """LFM2-VL on ONNX Runtime. It takes what transformers' `Lfm2VlProcessor` returns.
+
+    Everything that `ORTLfm2ForCausalLM` promises of text holds with pictures: a row never depends on its neighbours,
+    whether they have pictures or not.
+    """
+
+    auto_model_class = AutoModelForImageTextToText
+
+    def __init__(
+        self,
+        *,
+        config: PretrainedConfig,
+        session: InferenceSession,
+        vision_session: InferenceSession,
+        embedding_session: InferenceSession,
+        use_io_binding: bool | None = None,
+        generation_config: GenerationConfig | None = None,
+        model_save_dir: str | Path | TemporaryDirectory | None = None,
+    ) -> None:
+        self._vision, self._embedding = Part(vision_session), Part(embedding_session)
+        super().__init__(
+            config=config,
+            session=session,
+            use_io_binding=use_io_binding,
+            generation_config=generation_config,
+            model_save_dir=model_save_dir,
+        )
+
+    def _connect(self) -> None:
+        graph = EmbeddedSession(self.session, self.layout, self.device, self._file)
+        self._graph = graph.with_embedding(self._embedding, self._text_config.vocab_size)
+        self._rows = RowRunner(self._graph, self.layout.any_padding)
+
+    def to(self, *args: Any, **kwargs: Any) -> ORTLfm2VlForConditionalGeneration:
+        for part in (self._vision, self._embedding):
+            part.to(*args, **kwargs)
+        super().to(*args, **kwargs)
+        return self
+
+    def get_image_features(
+        self, pixel_values: torch.Tensor, spatial_shapes: torch.Tensor, pixel_attention_mask: torch.Tensor
+    ) -> torch.Tensor:
+        """Encode pictures.
+
+        Args:
+            pixel_values: float (tiles, patches, patch_size² * channels).
+            spatial_shapes: integers (tiles, 2), the rows and columns of patches of each tile.
+            pixel_attention_mask: integers (tiles, patches), 0 on padding.
+
+        Returns:
+            float32 (picture tokens, hidden_size), the tiles one after the other.
+
+        Raises:
+            Lfm2Error: the arguments do not fit each other or the model.
+        """
+        self._check_pictures(pixel_values, spatial_shapes, pixel_attention_mask)
+        return picture_features(self._vision, pixel_values, pixel_attention_mask, spatial_shapes)
+
+    def _check_pictures(self, pixels: Any, shapes: Any, mask: Any) -> None:
+        given = dict(zip(PICTURE, (pixels, mask, shapes), strict=True))
+        if missing := [name for name, value in given.items() if not isinstance(value, torch.Tensor)]:
+            raise Lfm2Error(
+                f"{missing[0]} is missing, which the processor returns beside the other values of a picture. "
+                "Pass all that it returns: generate(**processor(...))."
+            )
+        vision = self.config.vision_config
+        width = vision.num_channels * vision.patch_size**2
+        tiles, patches = pixels.shape[:2]
+        fits = pixels.dim() == 3 and pixels.shape[2] == width
+        if not fits or tuple(mask.shape) != (tiles, patches) or tuple(shapes.shape) != (tiles, 2):
+            raise Lfm2Error(
+                f"pixel_values {tuple(pixels.shape)}, pixel_attention_mask {tuple(mask.shape)} and spatial_shapes "
+                f"{tuple(shapes.shape)} do not fit: give (tiles, patches, {width}), (tiles, patches) and (tiles, 2)."
+            )
+        if bool((shapes < 1).any()) or int(shapes.prod(1).max()) > patches:
+            raise Lfm2Error(f"spatial_shapes {shapes.tolist()} asks for more patches than pixel_values has, or none.")
+
+    def forward(  # transformers reads the names of the arguments
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Lfm2Cache | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        return_dict: bool | None = None,
+        cache: Lfm2Cache | None = None,
+        last_token_only: bool = False,
+        pixel_values: torch.Tensor | None = None,
+        spatial_shapes: torch.Tensor | None = None,
+        pixel_attention_mask: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Compute the logits of new tokens, and update the cache, as `ORTLfm2ForCausalLM.forward` does.
+
+        Args:
+            input_ids: integers (batch_size, sequence_length). The places of pictures have `image_token_id`.
+            attention_mask: as for text.
+            pixel_values, spatial_shapes, pixel_attention_mask: as `get_image_features` takes them: the pictures of all
+                rows, in the order of their places. None leaves picture tokens as they are in the vocabulary.
+            kwargs: none that a user gives. The other arguments are as for text.
+
+        Raises:
+            Lfm2Error: for what the text's raises, and where the pictures do not fill their places in `input_ids`.
+        """
+        if pixel_values is not None:
+            features = self.get_image_features(pixel_values, spatial_shapes, pixel_attention_mask)  # type: ignore[arg-type]
+            kwargs["picture_ids"] = self._numbered(input_ids, features, input_ids.shape[1])
+            kwargs["pictures"] = Pictures(features)
+        return super().forward(
+            input_ids,
+            attention_mask,
+            past_key_values,
+            use_cache,
+            logits_to_keep,
+            return_dict,
+            cache,
+            last_token_only,
+            **kwargs,
+        )
+
+    def _enter(self, ids: torch.Tensor, kwargs: dict[str, Any]) -> tuple[torch.Tensor, RowRunner]:
+        pictures = kwargs.get("pictures")
+        if pictures is None:
+            return ids, self._rows
+        graph: Any = self._graph
+        return kwargs["picture_ids"], RowRunner(graph.with_features(pictures.features), self.layout.any_padding)
+
+    def _numbered(self, ids: torch.Tensor, features: torch.Tensor, new: int) -> torch.Tensor:
+        """Number the picture tokens: the i-th becomes vocab_size + i, the feature that takes its place.
+
+        Args:
+            ids: integers (batch_size, sequence_length).
+            features: (picture tokens, hidden_size): of all tokens, or of the new ones alone where a cache has the rest.
+            new: how many of the last columns are new.
+        """
+        places = ids == self.config.image_token_id
+        if int(places.sum()) != len(features):
+            places[:, : ids.shape[1] - new] = False
+        if (count := int(places.sum())) != len(features):
+            raise Lfm2Error(
+                f"input_ids has {count} picture tokens, and the pictures fill {len(features)}. "
+                "Give the processor the text and all its pictures at once."
+            )
+        numbered = ids.to(torch.int64).clone()
+        numbered[places] = self._text_config.vocab_size + torch.arange(count, device=ids.device)
+        return numbered
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Run transformers' `generate` on what the processor returns, as `ORTLfm2ForCausalLM.generate` does for text.
+
+        A chat goes on from the cache of an earlier turn, with the pictures of the whole chat or the new ones alone.
+
+        Raises:
+            Lfm2Error: for what the text's raises, and where the pictures do not fill their places in `input_ids`.
+        """
+        names = list(signature(GenerationMixin.generate).parameters)[1:]
+        kwargs |= dict(zip(names, args, strict=False))
+        pixels, mask, shapes = (kwargs.pop(name, None) for name in PICTURE)
+        ids = kwargs.get("inputs") if kwargs.get("input_ids") is None else kwargs.get("input_ids")
+        if isinstance(ids, torch.Tensor):
+            check_ids(ids)
+            new = self._new_columns(ids, kwargs)
+            if pixels is not None:
+                features = self.get_image_features(pixels, shapes, mask)
+                kwargs["picture_ids"] = self._numbered(ids, features, new)
+                kwargs["pictures"] = Pictures(features)
+            elif bool((ids[:, ids.shape[1] - new :] == self.config.image_token_id).any()):
+                raise Lfm2Error(
+                    "input_ids has picture tokens, and there are no pictures. Pass all that the processor returns: "
+                    "generate(**processor(...))."
+                )
+        return super().generate(**kwargs)
+
+    @staticmethod
+    def _new_columns(ids: torch.Tensor, kwargs: dict[str, Any]) -> int:
+        """Return how many of the ids a cache has not seen. The ids may be all of them or the new ones alone."""
+        cache = kwargs.get("past_key_values") if kwargs.get("cache") is None else kwargs.get("cache")
+        if cache is None or is_empty(cache) or not hasattr(cache, "get_seq_length"):
+            return ids.shape[1]
+        mask = kwargs.get("attention_mask")
+        total = (ids if mask is None else mask).shape[1]
+        return max(0, min(ids.shape[1], total - cache.get_seq_length()))
+
+    def _prepare_cache_for_generation(
+        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any
+    ) -> None:
+        if "pictures" in model_kwargs:
+            if args and args[0] == GenerationMode.ASSISTED_GENERATION:
+                raise Lfm2Error("Assisted generation does not take pictures yet. Leave the assistant out.")
+            # A chunk of ids would not say where in the prompt it is. `forward` reads long prompts in chunks of its own.
+            generation_config.prefill_chunk_size = None
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: torch.Tensor,
+        past_key_values: Lfm2Cache | None = None,
+        attention_mask: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        cache: Lfm2Cache | None = None,
+        last_token_only: bool = False,
+        pictures: Pictures | None = None,
+        picture_ids: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """Cut the ids as for text, and add the pictures where the new tokens have places for them."""
+        inputs = super().prepare_inputs_for_generation(
+            input_ids, past_key_values, attention_mask, use_cache, logits_to_keep, cache, last_token_only, **kwargs
+        )
+        if pictures is not None and picture_ids is not None:
+            new = inputs["input_ids"].shape[1]
+            numbered = torch.cat([picture_ids, input_ids[:, picture_ids.shape[1] :]], dim=1)
+            numbered = numbered[:, numbered.shape[1] - new :]
+            if bool((numbered >= self._text_config.vocab_size).any()):
+                inputs |= {"pictures": pictures, "picture_ids": numbered}
+        return inputs
+
+    def _save_pretrained(self, save_directory: str | Path) -> None:
+        for part in (self, self._vision, self._embedding):
+            part.save_session(Path(save_directory) / ONNX_FOLDER)
+        compat.spell_model_type(Path(save_directory), member_of(self.config).model_type)
+
+    @classmethod
+    def _export(cls, *args: Any, **kwargs: Any) -> ORTLfm2VlForConditionalGeneration:
+        return ORTModel._export.__func__(cls, *args, **kwargs)  # type: ignore[attr-defined]
+
+    @classmethod
+    def _from_pretrained(  # type: ignore[override]
+        cls,
+        model_id: str | Path,
+        config: PretrainedConfig,
+        file_name: str | None = None,
+        generation_config: GenerationConfig | None = None,
+        session_options: SessionOptions | None = None,
+        provider: str = "CPUExecutionProvider",
+        providers: Any = None,
+        provider_options: Any = None,
+        use_io_binding: bool | None = None,
+        model_save_dir: str | Path | TemporaryDirectory | None = None,
+        **kwargs: Any,
+    ) -> ORTLfm2VlForConditionalGeneration:
+        if getattr(config, "model_type", None) not in MODEL_TYPES or member_of(config).text is None:
+            raise Lfm2Error(f"{model_id} is a model of text alone. Load it with ORTModelForCausalLM.")
+        hub = {name: kwargs[name] for name in HUB if kwargs.get(name) is not None}
+        where = {name: hub[name] for name in ("subfolder", "revision", "token") if name in hub}
+        files = find_files_matching_pattern(model_id, r".*\.onnx$", glob_pattern="**/*.onnx", **where)
+        if Path(model_id).is_dir():
+            files = [file.relative_to(model_id) for file in files]
+        if session_options is None:
+            session_options = SessionOptions()
+            session_options.log_severity_level = WARNINGS_OFF
+        providers, provider_options = prepare_providers_and_provider_options(
+            provider=provider, providers=providers, provider_options=provider_options
+        )
+        download = {name: value for name, value in hub.items() if name != "subfolder"}
+        sessions = {}
+        for part, file in part_files(files, file_name, model_id).items():
+            path = cls._cached_file(model_id, file.name, subfolder=file.parent.as_posix(), **download)
+            with refused_graphs(path):
+                sessions[part] = InferenceSession(
+                    path, providers=providers, provider_options=provider_options, sess_options=session_options
+                )
+        return cls(
+            config=config,
+            session=sessions[DECODER],
+            vision_session=sessions[VISION],
+            embedding_session=sessions[EMBEDDING],
+            use_io_binding=use_io_binding,
+            generation_config=generation_config or generation_config_of(model_id, hub.get("subfolder", ""), kwargs),
+            model_save_dir=model_save_dir or Path(sessions[DECODER]._model_path).parent,
+        )

@@ -1,0 +1,199 @@
+"""Generation with pictures: the tokens of transformers on the unpadded row, run alone."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from optimum.onnxruntime import ORTModelForCausalLM
+from pictures import IMAGE, gold_vl_model, gold_vl_tokens, joined, pictures, row
+from transformers import AutoProcessor, AutoTokenizer
+
+from optimum_lfm2 import ORTLfm2VlForConditionalGeneration, compat
+from optimum_lfm2.errors import Lfm2Error
+
+
+NEW = 32
+# The text of each row, and the tiles of each of its pictures. The last picture of the third row has two tiles.
+ROWS = [
+    ("Tell me about this: #", [[(2, 3)]]),
+    ("What is 3 plus 4?", []),
+    ("# Ben put the silver key next to the well. Where is the silver key? #", [[(1, 1)], [(3, 2), (1, 2)]]),
+    ("# What comes after Tuesday?", [[(5, 4)]]),
+]
+
+
+@pytest.fixture(scope="module")
+def model(vl_folder):
+    return ORTLfm2VlForConditionalGeneration.from_pretrained(vl_folder)
+
+
+@pytest.fixture(scope="module")
+def vl_gold(vl_checkpoint):
+    return gold_vl_model(vl_checkpoint)
+
+
+@pytest.fixture(scope="module")
+def rows(vl_gold):
+    """For each row its ids, its pictures (None without) and the gold."""
+    found = []
+    for i, (text, tiles) in enumerate(ROWS):
+        ids = row(text, tiles)
+        shown = pictures([tile for picture in tiles for tile in picture], vl_gold.config, seed=i) if tiles else None
+        found.append((ids, shown, gold_vl_tokens(vl_gold, ids, shown, NEW)))
+    return found
+
+
+def batch(rows, side: str) -> dict[str, torch.Tensor]:
+    """What the processor gives for these rows, padded on a side."""
+    longest = max(len(ids) for ids, *_ in rows)
+    ids, mask = torch.zeros(2, len(rows), longest, dtype=torch.int64)
+    for i, (own, *_) in enumerate(rows):
+        place = slice(longest - len(own), None) if side == "left" else slice(len(own))
+        ids[i, place], mask[i, place] = own, 1
+    shown = [tiles for _, tiles, _ in rows if tiles is not None]
+    return {"input_ids": ids, "attention_mask": mask, **(joined(shown) if shown else {})}
+
+
+def new_tokens(model, inputs, **options) -> list[list[int]]:
+    options = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None, **options}
+    return model.generate(**inputs, **options)[:, inputs["input_ids"].shape[1] :].tolist()
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_rows_of_a_batch_get_the_tokens_that_they_get_alone(side, use_cache, model, rows):
+    assert new_tokens(model, batch(rows, side), use_cache=use_cache) == [gold for *_, gold in rows]
+
+
+def test_the_text_depends_on_the_picture(vl_gold, rows):
+    ids, _, gold = rows[0]
+    others = [gold_vl_tokens(vl_gold, ids, pictures([(2, 3)], vl_gold.config, seed), NEW) for seed in (7, 8)]
+    assert gold not in others
+    assert others[0] != others[1]
+
+
+def test_a_long_prompt_runs_in_chunks_with_its_pictures(model, vl_gold):
+    tiles = [[(8, 9)], [(16, 16), (12, 16)]]
+    shown = pictures([tile for picture in tiles for tile in picture], vl_gold.config, seed=3)
+    ids = row("# and # Tell me a story.", tiles)
+    assert len(ids) > 512
+    inputs = {"input_ids": ids[None], "attention_mask": torch.ones_like(ids)[None], **shown}
+    gold = gold_vl_tokens(vl_gold, ids, shown, NEW)
+    assert new_tokens(model, inputs) == [gold]
+    assert new_tokens(model, inputs, prefill_chunk_size=7) == [gold]
+
+
+def test_sampling_is_transformers(model, vl_gold, rows):
+    inputs = batch(rows[:1], "left")
+    texts = []
+    for one in (model, vl_gold):
+        torch.manual_seed(5)
+        texts.append(new_tokens(one, inputs, do_sample=True, temperature=2.0, num_return_sequences=2))
+    assert texts[0] == texts[1]
+    assert texts[0][0] != texts[0][1]
+
+
+def test_beams_of_a_batch_are_those_of_each_row_alone(model, rows):
+    options = {"num_beams": 3, "num_return_sequences": 2, "length_penalty": 0.0}
+    alone = [tokens for one in rows for tokens in new_tokens(model, batch([one], "left"), **options)]
+    assert new_tokens(model, batch(rows, "left"), **options) == alone
+    assert alone[::2] != [gold for *_, gold in rows]
+
+
+@pytest.mark.skipif(not compat.TRANSFORMERS_5, reason="beam search of transformers 4.57 fails on LFM2's cache")
+def test_beams_are_transformers(model, vl_gold, rows):
+    options = {"num_beams": 3, "length_penalty": 0.0}
+    for one in rows[:2]:
+        assert new_tokens(model, batch([one], "left"), **options) == new_tokens(
+            vl_gold, batch([one], "left"), **options
+        )
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["all pictures", "the new picture"])
+def test_a_chat_goes_on_with_another_picture(whole, model, vl_gold, rows):
+    ids, shown, _ = rows[0]
+    first = model.generate(
+        **batch(rows[:1], "left"), max_new_tokens=8, do_sample=False, eos_token_id=None, return_dict_in_generate=True
+    )
+    ids = torch.cat([first.sequences[0], row("And this? #", [[(2, 2)]])])
+    new = pictures([(2, 2)], vl_gold.config, seed=9)
+    both = joined([shown, new])
+    gold = gold_vl_tokens(vl_gold, ids, both, NEW)
+    inputs = {"input_ids": ids[None], "attention_mask": torch.ones_like(ids)[None], **(both if whole else new)}
+    cache = getattr(first, compat.CACHE)
+    # Without a picture a turn goes on too: those of earlier turns are in the cache.
+    text = torch.cat([first.sequences[0], row("What is 3 plus 4?")])
+    plain = {"input_ids": text[None], "attention_mask": torch.ones_like(text)[None]}
+    assert new_tokens(model, plain, past_key_values=copy.deepcopy(cache)) == [gold_vl_tokens(vl_gold, text, shown, NEW)]
+    assert new_tokens(model, inputs, past_key_values=cache) == [gold]
+
+
+def test_logits_and_features_are_transformers(model, vl_gold, rows):
+    inputs = batch(rows[2:3], "left")
+    with torch.no_grad():
+        gold = vl_gold(**inputs).logits
+        features = compat.picture_features(vl_gold, rows[2][1])
+    torch.testing.assert_close(model(**inputs).logits, gold, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(model.get_image_features(**rows[2][1]), features, rtol=1e-4, atol=1e-4)
+
+
+def test_a_saved_model_loads_again(model, rows, tmp_path):
+    model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "lfm2_vl"
+    again = ORTLfm2VlForConditionalGeneration.from_pretrained(tmp_path)
+    assert new_tokens(again, batch(rows[:1], "left"), max_new_tokens=4)[0] == rows[0][2][:4]
+
+
+def test_pictures_that_do_not_fit_are_one_line(model, rows):
+    inputs = batch(rows[:1], "left")
+    two = inputs | {"input_ids": torch.cat([inputs["input_ids"], torch.tensor([[IMAGE]])], 1)}
+    two["attention_mask"] = torch.ones_like(two["input_ids"])
+    wrong = {
+        "has 7 picture tokens, and the pictures fill 6": two,
+        "there are no pictures": {name: inputs[name] for name in ("input_ids", "attention_mask")},
+        "spatial_shapes is missing": {name: inputs[name] for name in inputs if name != "spatial_shapes"},
+        "do not fit": inputs | {"pixel_attention_mask": inputs["pixel_attention_mask"][:, 1:]},
+        "more patches": inputs | {"spatial_shapes": inputs["spatial_shapes"] * 2},
+    }
+    for said, given in wrong.items():
+        with pytest.raises(Lfm2Error, match=said) as error:
+            model.generate(**given, max_new_tokens=2)
+        assert "\n" not in str(error.value)
+
+
+def test_folders_that_do_not_fit_are_one_line(vl_folder, tmp_path, exported):
+    copied = shutil.copytree(vl_folder, tmp_path / "copy")
+    (copied / "onnx" / "vision_encoder.onnx").unlink()
+    for load, where, said in [
+        (ORTLfm2VlForConditionalGeneration, copied, "has no vision_encoder.onnx"),
+        (ORTLfm2VlForConditionalGeneration, exported("trained"), "text alone"),
+        (ORTModelForCausalLM, vl_folder, "takes pictures too"),
+    ]:
+        with pytest.raises(Lfm2Error, match=said) as error:
+            load.from_pretrained(where)
+        assert "\n" not in str(error.value)
+
+
+def test_the_tokenizer_of_an_export_loads(vl_folder, vl_checkpoint):
+    own, original = (AutoTokenizer.from_pretrained(path) for path in (vl_folder, vl_checkpoint))
+    assert own("Once upon a time").input_ids == original("Once upon a time").input_ids
+
+
+def test_the_snippet_of_the_docs_answers(vl_folder, rows, tmp_path, monkeypatch, capsys):
+    """Transformers' own processor needs torchvision, so that here another stands in its place."""
+    docs = Path(__file__).parent.parent / "docs" / "vision.md"
+    (snippet,) = re.findall(r"```python\n(.*?)```", docs.read_text(encoding="utf-8"), flags=re.DOTALL)
+    shutil.copytree(vl_folder, tmp_path / "lfm2_vl_onnx")
+    monkeypatch.chdir(tmp_path)
+    processor = AutoTokenizer.from_pretrained(vl_folder)
+    monkeypatch.setattr(processor, "apply_chat_template", lambda *_, **__: batch(rows[:1], "left"))
+    monkeypatch.setattr(AutoProcessor, "from_pretrained", lambda _: processor)
+    exec(compile(snippet, "vision.md", "exec"), {})
+    answer = processor.decode(rows[0][2], skip_special_tokens=True)
+    assert answer.startswith(capsys.readouterr().out.strip()[:20])
