@@ -109,12 +109,12 @@ def _candidates() -> Iterator[tuple[str, Method, Scheme]]:
 
 
 def _schemes() -> Iterator[Scheme]:
-    """Return the schemes that are compared. Those of `--variant` are among them."""
+    """Return the schemes that are compared. Those of `--variant` are among them, and one whose table has small blocks."""
     for bits, table in ((4, 4), (4, 8), (8, 8)):
         for size in SIZES:
             yield Scheme(Blocks(bits, size), Blocks(table, size))
         if (bits, table) == (4, 4):
-            yield SCHEMES["q4s"]
+            yield Scheme(Blocks(4, 128), Blocks(4, 32))
 
 
 def _cells(scheme: Scheme) -> str:

@@ -65,7 +65,7 @@ class Lfm2OnnxConfig(TextDecoderOnnxConfig):
     VARIANTS: ClassVar[dict[str, str]] = {
         "default": "Weights in float, as --dtype says.",
         "q4": "Weights in 4 bits; with --dtype fp16 for devices that compute in half precision.",
-        "q4s": "As q4, the embedding and the head in 4 bits too: smaller and faster, half as faithful.",
+        "q4s": "As q4, the embedding and the head in 4 bits too: smaller and faster, with twice the divergence.",
         "q8": "Weights in 8 bits, next to indistinguishable from float.",
     }
 
