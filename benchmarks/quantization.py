@@ -109,7 +109,7 @@ def _candidates() -> Iterator[tuple[str, Method, Scheme]]:
 
 
 def _schemes() -> Iterator[Scheme]:
-    """Return the schemes that are compared. Those of `--variant` are among them, and one whose table has small blocks."""
+    """Return the schemes that are compared: those of `--variant` among them, and one with small blocks in the table."""
     for bits, table in ((4, 4), (4, 8), (8, 8)):
         for size in SIZES:
             yield Scheme(Blocks(bits, size), Blocks(table, size))
