@@ -89,6 +89,27 @@ def test_a_long_prompt_runs_in_chunks_with_its_pictures(model, vl_gold):
     assert new_tokens(model, inputs, prefill_chunk_size=7) == [gold]
 
 
+def test_a_streamer_gets_the_tokens_as_they_come(model, rows):
+    class Streamer:
+        def __init__(self):
+            self.heard = []
+
+        def put(self, value):
+            self.heard += value.flatten().tolist()
+
+        def end(self):
+            self.heard.append("end")
+
+    (ids, _, gold), streamer = rows[0], Streamer()
+    new_tokens(model, batch(rows[:1], "left"), streamer=streamer)
+    assert streamer.heard == [*ids.tolist(), *gold, "end"]
+
+
+def test_text_alone_has_candidates_from_the_prompt(model, rows):
+    *_, gold = rows[1]
+    assert new_tokens(model, batch(rows[1:2], "left"), prompt_lookup_num_tokens=4) == [gold]
+
+
 def test_sampling_is_transformers(model, vl_gold, rows):
     inputs = batch(rows[:1], "left")
     texts = []

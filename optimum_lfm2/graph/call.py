@@ -131,12 +131,14 @@ class AttentionCall:
         last: int32 (batch_size), the index of the last column, the same for every row.
         total: int32 scalar, the number of columns.
         bias: (batch_size, 1, sequence_length, columns), 0 on visible columns and `ops.MASKED` on others.
+        causal: whether a token sees no later token.
     """
 
     rotation: Rotation
     last: torch.Tensor
     total: torch.Tensor
     bias: torch.Tensor
+    causal: bool = True
 
     def attend(
         self,
@@ -146,7 +148,7 @@ class AttentionCall:
         past: tuple[torch.Tensor, ...] | None,
         config: PretrainedConfig,
     ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...], tuple[()]]:
-        """Causal attention over all columns: the context, as wide as the query, the present caches, no state.
+        """Attention over all columns: the context, as wide as the query, the present caches, no state.
 
         Args:
             query: (batch_size, sequence_length, heads * head_dim), rotated.
@@ -169,6 +171,7 @@ class AttentionCall:
             heads,
             kv_heads,
             dim**-0.5,
+            self.causal,
         )
         if padding:
             keys, values = keys[..., :dim], values[..., :dim]

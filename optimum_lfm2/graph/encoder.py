@@ -5,98 +5,22 @@ What they must equal is `families/bidirectional.py` on one row without padding. 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 from transformers import PretrainedConfig
 
-from optimum_lfm2.caches import SEQUENCE, head_dim
+from optimum_lfm2.caches import SEQUENCE
 from optimum_lfm2.graph import ops, shapes
-from optimum_lfm2.graph.call import Call, Rotary, Rotation, narrowed_heads, padded_heads, rotation
+from optimum_lfm2.graph.call import AttentionCall, Call, Rotary, attention_call
 from optimum_lfm2.graph.member import Head, Mixed, Weight
-from optimum_lfm2.graph.tracing import Node, constant, none, typed
+from optimum_lfm2.graph.tracing import Node, constant, typed
 
 
-class _BothWays(Node):
-    @staticmethod
-    def forward(ctx, query, key, value, last, total, bias, num_heads, kv_heads, scale):
-        return torch.zeros_like(query)
-
-    @staticmethod
-    @typed(3)
-    def symbolic(g, query, key, value, last, total, bias, num_heads, kv_heads, scale):
-        context, _keys, _values = g.op(
-            "com.microsoft::GroupQueryAttention",
-            query,
-            key,
-            value,
-            none(g),
-            none(g),
-            last,
-            total,
-            none(g),
-            none(g),
-            none(g),
-            bias,
-            num_heads_i=num_heads,
-            kv_num_heads_i=kv_heads,
-            scale_f=scale,
-            causal_i=0,
-            outputs=3,
-        )
-        return context
-
-
-@dataclass(frozen=True)
-class BothWaysCall:
-    """What layers of attention share: each token sees all unmasked tokens of its row.
-
-    Attributes:
-        rotation: the angles of the tokens.
-        last: int32 (batch_size), the index of the last column, the same for every row.
-        total: int32 scalar, the number of columns.
-        bias: (batch_size, 1, sequence_length, sequence_length), 0 on visible columns and `ops.MASKED` on others.
-    """
-
-    rotation: Rotation
-    last: torch.Tensor
-    total: torch.Tensor
-    bias: torch.Tensor
-
-    def attend(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        past: tuple[torch.Tensor, ...] | None,
-        config: PretrainedConfig,
-    ) -> tuple[torch.Tensor, tuple[()], tuple[()]]:
-        """The context, as wide as the query. There are no caches, and no states.
-
-        Args:
-            query: (batch_size, sequence_length, heads * head_dim), rotated.
-            key, value: (batch_size, sequence_length, kv_heads * head_dim), the key rotated.
-            past: None.
-        """
-        dim = head_dim(config)
-        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-        query, key, value = (padded_heads(x, dim) for x in (query, key, value))
-        context = _BothWays.apply(query, key, value, self.last, self.total, self.bias, heads, kv_heads, dim**-0.5)
-        return narrowed_heads(context, heads, dim), (), ()
-
-
-def both_ways_call(call: Call, config: PretrainedConfig, rotary: Rotary | None) -> BothWaysCall:
-    """Compute what all attention layers of a call share."""
-    nothing = torch.zeros((), dtype=call.dtype)
-    masked = torch.where(call.mask == 0, torch.full((), ops.MASKED, dtype=call.dtype), nothing)
-    last, total = shapes.lengths(call.mask)
-    return BothWaysCall(
-        rotation=rotation(call, rotary),
-        last=last,
-        total=total,
-        bias=masked[:, None, None, :].expand(-1, 1, call.mask.shape[1], -1),
-    )
+def both_ways_call(call: Call, config: PretrainedConfig, rotary: Rotary | None) -> AttentionCall:
+    """Compute what all attention layers of a call share. A token sees all unmasked tokens of its row."""
+    return replace(attention_call(call, rotary), causal=False)
 
 
 class _Tap(Node):

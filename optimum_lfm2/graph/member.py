@@ -103,8 +103,8 @@ class Head:
     Attributes:
         output: the name of the graph's output.
         axes: takes a configuration and returns the axes of the output after the batch axis.
-        forward: takes final hidden states (tokens, hidden_size), the call, the weights and the configuration; returns
-            the output.
+        forward: takes final hidden states (batch_size, sequence_length, hidden_size), the call, the weights and the
+            configuration; returns the output.
     """
 
     output: str

@@ -195,14 +195,14 @@ def rotary_embedding(
 
 class _GroupQueryAttention(Node):
     @staticmethod
-    def forward(ctx, query, key, value, past_key, past_value, last, total, bias, num_heads, kv_heads, scale):
+    def forward(ctx, query, key, value, past_key, past_value, last, total, bias, num_heads, kv_heads, scale, causal):
         batch, _, width = query.shape
         present = query.new_zeros(batch, kv_heads, bias.shape[-1], width // num_heads)
         return torch.zeros_like(query), present, present.clone()
 
     @staticmethod
     @typed(3, 4, 4)
-    def symbolic(g, query, key, value, past_key, past_value, last, total, bias, num_heads, kv_heads, scale):
+    def symbolic(g, query, key, value, past_key, past_value, last, total, bias, num_heads, kv_heads, scale, causal):
         return tuple(
             g.op(
                 "com.microsoft::GroupQueryAttention",
@@ -221,6 +221,7 @@ class _GroupQueryAttention(Node):
                 kv_num_heads_i=kv_heads,
                 scale_f=scale,
                 outputs=3,
+                **({} if causal else {"causal_i": 0}),
             )
         )
 
@@ -236,8 +237,9 @@ def group_query_attention(
     num_heads: int,
     kv_heads: int,
     scale: float,
+    causal: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Causal attention of rows over the cache and themselves; returns the context and the present keys and values.
+    """Attention of rows over the cache and themselves; returns the context and the present keys and values.
 
     Args:
         query: (batch_size, sequence_length, num_heads * head_dim), rotated.
@@ -246,8 +248,9 @@ def group_query_attention(
         last: int32 (batch_size), index of the last column: the same for every row, since `bias` hides padding.
         total: int32 scalar, past_sequence_length + sequence_length.
         bias: added to the scores, (batch_size, 1, sequence_length, total).
+        causal: whether a token sees no later token. Otherwise onnxruntime has to be 1.29.1 or later.
     """
     past_key, past_value = past if past is not None else (None, None)
     return _GroupQueryAttention.apply(
-        query, key, value, past_key, past_value, last, total, bias, num_heads, kv_heads, scale
+        query, key, value, past_key, past_value, last, total, bias, num_heads, kv_heads, scale, causal
     )

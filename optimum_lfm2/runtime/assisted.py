@@ -27,8 +27,7 @@ HEEDED = (EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria)
 class AssistedGeneration:
     """Methods that `generate` calls where several tokens may be accepted at once."""
 
-    can_use_cache: bool
-    config: Any
+    _text_config: Any
     layout: Any
 
     def _check_assisted(self, generation_config: GenerationConfig) -> None:
@@ -84,7 +83,7 @@ class AssistedGeneration:
         return PromptLookup(
             most,
             sizes,
-            min(generation_config.max_length, self.config.max_position_embeddings),
+            min(generation_config.max_length, self._text_config.max_position_embeddings),
             ends=() if ends is None else ends.tolist(),
             stops=_stops(criteria),
             pending=lambda: cache.get_seq_length() - cache.length,

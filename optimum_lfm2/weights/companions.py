@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,7 @@ def generation_settings(model_name_or_path: str, **hub: Any) -> GenerationConfig
     Raises:
         Lfm2Error: for a file that cannot be read, or that transformers does not load.
     """
-    path = _found(model_name_or_path, GENERATION_CONFIG_NAME, hub)
+    path = find_file(model_name_or_path, GENERATION_CONFIG_NAME, hub)
     if path is None:
         return None
     _check_settings(path, read_object(path))
@@ -93,7 +93,7 @@ def check_tokenizer(model_name_or_path: str, **hub: Any) -> None:
     Raises:
         Lfm2Error: one line that names the file.
     """
-    found = {name: _found(model_name_or_path, name, hub) for name in (TOKENIZER, *TOKENIZER_SETTINGS)}
+    found = {name: find_file(model_name_or_path, name, hub) for name in (TOKENIZER, *TOKENIZER_SETTINGS)}
     written = {name: path for name, path in found.items() if path is not None}
     for path in written.values():
         read_object(path)
@@ -115,7 +115,7 @@ def processor_files(model_name_or_path: str, **hub: Any) -> list[Path]:
     Raises:
         Lfm2Error: it has no settings of an image processor, or a file is no JSON object.
     """
-    found = [path for name in PROCESSOR if (path := _found(model_name_or_path, name, hub)) is not None]
+    found = [path for name in PROCESSOR if (path := find_file(model_name_or_path, name, hub)) is not None]
     written = {path.name: read_object(path) for path in found if path.suffix == ".json"}
     if PREPROCESSOR not in written and IMAGE_PROCESSOR not in written.get(PROCESSOR_CONFIG, {}):
         raise Lfm2Error(
@@ -139,7 +139,14 @@ def write_processor(files: Iterable[Path], folder: Path) -> None:
         (folder / PREPROCESSOR).write_text(text, encoding="utf-8")
 
 
-def _found(model_name_or_path: str, name: str, hub: dict[str, Any]) -> Path | None:
+def find_file(model_name_or_path: str, name: str, hub: Mapping[str, Any]) -> Path | None:
+    """Return a checkpoint's file, or None where it has none of this name.
+
+    Args:
+        model_name_or_path: the checkpoint's folder, or its id on the Hub.
+        name: the file's name, relative to the checkpoint.
+        hub: arguments of `transformers.utils.cached_file`, such as `revision`.
+    """
     path = cached_file(
         model_name_or_path,
         name,

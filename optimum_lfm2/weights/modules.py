@@ -8,9 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from transformers.utils import cached_file
-
 from optimum_lfm2.errors import Lfm2Error, read_object
+from optimum_lfm2.weights.companions import find_file
 
 
 MODULES = "modules.json"
@@ -30,14 +29,14 @@ def find_modules(model_name_or_path: str, **hub: Any) -> dict[str, Path]:
         Each file by its name relative to the checkpoint. It is empty where there is no `modules.json`.
 
     Raises:
-        Lfm2Error: a module is of another package, or its folder is outside the checkpoint or empty.
+        Lfm2Error: a module is of another package, or its folder is outside the checkpoint.
     """
-    listed = _found(model_name_or_path, MODULES, hub)
+    listed = find_file(model_name_or_path, MODULES, hub)
     if listed is None:
         return {}
     files = {MODULES: listed}
     for name in SETTINGS:
-        if (path := _found(model_name_or_path, name, hub)) is not None:
+        if (path := find_file(model_name_or_path, name, hub)) is not None:
             read_object(path)
             files[name] = path
     for module in _modules(listed):
@@ -50,7 +49,7 @@ def find_modules(model_name_or_path: str, **hub: Any) -> dict[str, Path]:
         if PurePosixPath(folder).is_absolute() or ".." in PurePosixPath(folder).parts or "\\" in folder:
             raise Lfm2Error(f"{listed} names the folder {folder}, which is outside the checkpoint. Copy it again.")
         if folder:
-            found = {name: _found(model_name_or_path, f"{folder}/{name}", hub) for name in OF_A_MODULE}
+            found = {name: find_file(model_name_or_path, f"{folder}/{name}", hub) for name in OF_A_MODULE}
             files |= {f"{folder}/{name}": path for name, path in found.items() if path is not None}
     return files
 
@@ -70,14 +69,3 @@ def copy_modules(files: Mapping[str, Path], folder: Path) -> None:
     for name, path in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, folder / name)
-
-
-def _found(model_name_or_path: str, name: str, hub: Mapping[str, Any]) -> Path | None:
-    path = cached_file(
-        model_name_or_path,
-        name,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-        **hub,
-    )
-    return None if path is None else Path(path)
