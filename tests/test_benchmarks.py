@@ -47,7 +47,9 @@ NAMES = ["ours-fp32", "loop-fp32", "ours-q4", "transformers-fp32"]
 def results(checkpoint, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("benchmarks")
     places = ["--checkpoint", str(checkpoint("hybrid")), "--work", str(folder / "work"), "--out", str(folder / "out")]
-    run.main([*places, *OPTIONS, "--long-prompt", "48", "--systems", ",".join(NAMES)])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(turns, "PAUSE", 0)
+        run.main([*places, *OPTIONS, "--long-prompt", "48", "--systems", ",".join(NAMES)])
     return folder / "out" / "results.json"
 
 
