@@ -30,10 +30,11 @@ class Point:
 
     Attributes:
         length: the number of columns.
-        states: copies of the states, by the names of their inputs.
+        states: the states, by the names of their inputs: copies, or the cache's spare buffers while `borrowed`.
         rows: of each row its length and its states, where rows have caches of their own; else None.
         ids: the tokens of the call, int64 (batch_size, new).
         columns: the columns that the call added to each state, (batch_size, ..., new, ...); None if they are not known.
+        borrowed: whether the next call of the graph will overwrite `states`. Most points are forgotten before it.
     """
 
     length: int
@@ -41,6 +42,12 @@ class Point:
     rows: list[tuple[int, States]] | None
     ids: torch.Tensor
     columns: States | None = None
+    borrowed: bool = False
+
+    def keep(self) -> None:
+        """Copy what the next call of the graph will overwrite."""
+        if self.borrowed:
+            self.states, self.borrowed = {name: state.clone() for name, state in self.states.items()}, False
 
     def states_after(self, count: int) -> States | None:
         """The states after the first `count` tokens of the call. None if these have to be run again."""
@@ -159,8 +166,12 @@ class Rollback:
         if self.recording is None:
             yield
             return
+        if self.recording:
+            self.recording[-1].keep()
         rows = None if self.alone is None else [(row.length, row._states()) for row in self.alone]
-        point = Point(self.length, self._states(), rows, ids)
+        # One token is one call of the graph, which writes new states to the other buffers.
+        borrowed = ids.shape[1] == 1 and rows is None
+        point = Point(self.length, self._states(copied=not borrowed), rows, ids, borrowed=borrowed)
         self.columns = None
         yield
         # Several calls of the graph, as for long prompts and single rows, leave no columns of the whole call. Masked
@@ -173,8 +184,8 @@ class Rollback:
             first, second, *others = self.recording
             self.recording = [first.followed_by(second), *others]
 
-    def _states(self) -> States:
-        return {name: self.tensors[name].clone() for name in self.spare}
+    def _states(self, copied: bool = True) -> States:
+        return {name: self.tensors[name].clone() if copied else self.tensors[name] for name in self.spare}
 
     def take_pending(self, ids: torch.Tensor) -> torch.Tensor:
         """Return the tokens to run, (batch_size, pending + new): the pending ones are no longer so."""
