@@ -16,6 +16,7 @@ from optimum_lfm2.runtime.session import GraphSession
 
 # The names of the files, as Transformers.js reads them. A precision's suffix follows, such as `_q4`.
 ONNX_FOLDER = "onnx"
+MODEL = "model"  # of a model in one file
 VISION, EMBEDDING, DECODER = "vision_encoder", "embed_tokens", "decoder_model_merged"
 
 
