@@ -25,7 +25,8 @@ from optimum_lfm2.export.loading import weightless
 from optimum_lfm2.export.model_kwargs import ExportOptions
 from optimum_lfm2.export.patcher import DecoderPatcher, EmbeddingPatcher, GraphPatcher, VisionPatcher
 from optimum_lfm2.export.vision_validation import sample_pictures, validate_embedding, validate_vision
-from optimum_lfm2.runtime.parts import DECODER, EMBEDDING, ONNX_FOLDER, VISION
+from optimum_lfm2.file_names import DECODER, EMBEDDING, ONNX_FOLDER, VISION
+from optimum_lfm2.genai_config import write_genai_config
 from optimum_lfm2.weights.blocks import SCHEMES, VISION_SCHEME, Scheme
 from optimum_lfm2.weights.checkpoint import stored_tensors
 from optimum_lfm2.weights.companions import write_processor
@@ -143,6 +144,9 @@ class Lfm2VlOnnxConfig(Lfm2OnnxConfig):
         compat.repeat_chat_template(folder)
         compat.spell_model_type(folder, self.member.model_type)
         declare_external_data(folder, [folder / name for name in onnx_files_subpaths], {})
+        _, decoder = models_and_onnx_configs[f"{ONNX_FOLDER}/{DECODER}"]
+        parts = {part: folder / ONNX_FOLDER / f"{part}.onnx" for part in (DECODER, EMBEDDING)}
+        write_genai_config(folder, f"{ONNX_FOLDER}/{DECODER}.onnx", model.config, decoder.cache_tensors, parts)
         return models_and_onnx_configs, onnx_files_subpaths
 
 

@@ -11,11 +11,11 @@ import onnx_ir as ir
 
 from optimum_lfm2.caches import CACHE_NAMES, CONV, CacheTensor
 from optimum_lfm2.errors import Lfm2Error, first_line
+from optimum_lfm2.file_names import DECODER, EMBEDDING, MODEL, ONNX_FOLDER, VISION
 from optimum_lfm2.graph.editing import graph_cache_tensors
 from optimum_lfm2.metadata import CHECKPOINT, COMPARED, DIFFERENCE, QUALITY, TEXT
 from optimum_lfm2.quality.evaluate import Quality
 from optimum_lfm2.quality.similarity import Similarity
-from optimum_lfm2.runtime.parts import DECODER, EMBEDDING, MODEL, ONNX_FOLDER, VISION
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,8 @@ PRECISIONS = {
     "q4f16": Precision("_q4f16", "fp16", "q4", "4 bits, computes in 16", "8 bits, computes in 16"),
 }
 # The parts of which a model's files are named. The first is the decoder, which has the caches.
-LAYOUTS = ((MODEL,), (DECODER, EMBEDDING, VISION))
+PARTS = (DECODER, EMBEDDING, VISION)
+LAYOUTS = ((MODEL,), PARTS)
 # The precisions in the order of their speed on a CPU. The first one in the folder is the default of onnxruntime-genai
 # and of the examples in the model card.
 PREFERRED = ("q4", "q8", "fp32", "q4f16", "fp16")
@@ -79,7 +80,7 @@ class Published:
         checkpoint: the fingerprint of the checkpoint that the file was made of.
         rounds_in_experts: whether `QMoE` rounds its activations to 8 bits. onnxruntime runs such a file from 1.31 on;
             1.30 refuses it (tests/interop/test_node.py).
-        parts: the files of the other parts of a model in parts, as the decoder's own record has it.
+        parts: the other files of a model in parts, in the order of its layout.
     """
 
     precision: str
@@ -137,6 +138,11 @@ class Published:
     def all(self) -> tuple[Published, ...]:
         """The file itself and those of the other parts."""
         return (self, *self.parts)
+
+    @property
+    def by_part(self) -> dict[str, Path] | None:
+        """The file of each part by its name. None for a model in one file."""
+        return dict(zip(PARTS, (file.path for file in self.all), strict=True)) if self.parts else None
 
     @property
     def cache_names(self) -> str:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from optimum_lfm2.file_names import DECODER, EMBEDDING, VISION
 from optimum_lfm2.publish.precisions import PRECISIONS, Published
-from optimum_lfm2.runtime.parts import DECODER, EMBEDDING, VISION
 
 
 TEMPLATE = """\

@@ -21,8 +21,8 @@ from optimum_lfm2.export.config_check import loaded_config
 from optimum_lfm2.export.loading import Lfm2TasksManager, is_ours, materialize_buffers
 from optimum_lfm2.export.streamed import StandIns, streamed
 from optimum_lfm2.families import member_of
+from optimum_lfm2.file_names import DECODER, EMBEDDING
 from optimum_lfm2.genai_config import GENAI_CONFIG, read_genai_config
-from optimum_lfm2.runtime.parts import DECODER, EMBEDDING
 from optimum_lfm2.vision_configs import text_model
 
 
