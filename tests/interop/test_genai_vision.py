@@ -69,6 +69,7 @@ def test_tokens_are_transformers(sizes, folder, vl_checkpoint, tmp_path):
     assert tokens == gold_vl_tokens(gold_vl_model(vl_checkpoint), torch.tensor(ids), tiles, NEW)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_every_precision_gives_our_tokens(precision, vl_hub_folder, tmp_path):
     """A published folder has graphs for one precision. Here they are written for another."""
