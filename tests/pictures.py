@@ -8,10 +8,12 @@ pixels of random values, as the processor would give them.
 from __future__ import annotations
 
 import json
-import shutil
+import struct
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer, Lfm2VlConfig, PreTrainedModel
 from transformers.models.lfm2_vl.modeling_lfm2_vl import Lfm2VlForConditionalGeneration
@@ -20,7 +22,20 @@ from optimum_lfm2.compat import picture_features
 
 
 TRAINED = Path(__file__).parent.parent / "demo" / "checkpoint"
-IMAGE = 4  # a special token of the trained tokenizer that its texts do not use
+IMAGE = 4  # the id of `<image>`
+# Special tokens of the trained tokenizer that its texts do not use, and what they are in a processor of LFM2-VL.
+RENAMED = {
+    "<|endoftext|>": "<|img_thumbnail|>",
+    "<|fim_pre|>": "<|image_start|>",
+    "<|fim_mid|>": "<image>",
+    "<|fim_suf|>": "<|image_end|>",
+}
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<image>{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 VISION = {
     "model_type": "siglip2_vision_model",
     "hidden_size": 48,
@@ -31,7 +46,19 @@ VISION = {
     "patch_size": 4,
     "vision_use_head": False,
 }
-PROCESSOR = {"image_processor_type": "Lfm2VlImageProcessorFast", "downsample_factor": 2, "encoder_patch_size": 4}
+# As transformers 4.57 saves it, but for the sizes. It ignores `do_resize` and `size`.
+PROCESSOR = {
+    "image_processor_type": "Lfm2VlImageProcessorFast",
+    "processor_class": "Lfm2VlProcessor",
+    "do_resize": True,
+    "size": {"height": 512, "width": 512},
+    "downsample_factor": 2,
+    "encoder_patch_size": 4,
+    "min_image_tokens": 4,
+    "max_image_tokens": 16,
+    "tile_size": 32,
+    "resample": 2,
+}
 
 
 @torch.no_grad()
@@ -60,8 +87,13 @@ def make_vl_checkpoint(folder: Path, **changes: object) -> Path:
         parameter.mul_(scale)
     model.save_pretrained(folder)
     for path in TRAINED.glob("*token*.json"):
-        shutil.copy(path, folder)
-    (folder / "preprocessor_config.json").write_text(json.dumps(PROCESSOR))
+        written = path.read_text(encoding="utf-8")
+        for old, new in RENAMED.items():
+            written = written.replace(old, new)
+        (folder / path.name).write_text(written, encoding="utf-8")
+    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
+    sizes = {"downsample_factor": config.downsample_factor, "encoder_patch_size": config.vision_config.patch_size}
+    (folder / "preprocessor_config.json").write_text(json.dumps(PROCESSOR | sizes))
     return folder
 
 
@@ -124,3 +156,53 @@ def gold_vl_tokens(model: PreTrainedModel, ids: torch.Tensor, tiles: dict | None
         embeds = torch.cat([embeds, model.get_input_embeddings()(torch.tensor([[tokens[-1]]]))], dim=1)
     assert len(set(tokens)) > new // 3, "a gold that repeats itself proves nothing"
     return tokens
+
+
+def drawn(height: int = 24, width: int = 32) -> np.ndarray:
+    """Return a picture, uint8 (height, width, 3). One of 24 x 32 is made of whole patches, so nothing resizes it."""
+    return np.random.default_rng(2).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def write_png(path: Path, pixels: np.ndarray) -> Path:
+    """Write a picture, uint8 (height, width, 3)."""
+    height, width, _ = pixels.shape
+    rows = b"".join(b"\0" + row.tobytes() for row in pixels)
+    chunks = {
+        b"IHDR": struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0),
+        b"IDAT": zlib.compress(rows),
+        b"IEND": b"",
+    }
+    content = [
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        for kind, data in chunks.items()
+    ]
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(content))
+    return path
+
+
+def processed(pixels: np.ndarray) -> dict[str, torch.Tensor]:
+    """Return what transformers' processor makes of a picture that it need not resize: one tile without padding."""
+    size = PROCESSOR["encoder_patch_size"]
+    height, width, channels = pixels.shape
+    rows, columns = height // size, width // size
+    patches = (
+        pixels.reshape(rows, size, columns, size, channels).transpose(0, 2, 1, 3, 4).reshape(1, rows * columns, -1)
+    )
+    return {
+        "pixel_values": torch.from_numpy(patches.astype(np.float32) / 127.5 - 1),
+        "pixel_attention_mask": torch.ones(1, rows * columns, dtype=torch.int64),
+        "spatial_shapes": torch.tensor([[rows, columns]]),
+    }
+
+
+def asked(text: str, shown: Sequence[np.ndarray], tokenizer) -> torch.Tensor:
+    """Return the ids of a chat as transformers' processor gives them, int64 (length): pictures, then text."""
+    content = [*({"type": "image"} for _ in shown), {"type": "text", "text": text}]
+    chat = [{"role": "user", "content": content}]
+    prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+    before, *after = prompt.split("<image>")
+    side = PROCESSOR["encoder_patch_size"] * PROCESSOR["downsample_factor"]
+    for pixels, rest in zip(shown, after, strict=True):
+        count = pixels.shape[0] // side * (pixels.shape[1] // side)
+        before += f"<|image_start|>{'<image>' * count}<|image_end|>{rest}"
+    return torch.tensor(tokenizer(before, add_special_tokens=False)["input_ids"])
