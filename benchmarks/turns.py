@@ -1,7 +1,7 @@
 """Systems side by side: each stays loaded in a process of its own, and one chats at a time, in turn.
 
-A turn takes a second or a few, so a slow minute of a shared machine affects all systems alike. Ratios are taken within a
-round. Each round has an order of its own: the system that follows a heavy one is slower than in another place.
+A turn takes a second or a few, so a slow minute of a shared machine affects all systems alike. Ratios are taken within
+a round. Each round has an order of its own: the system that follows a heavy one is slower than in another place.
 """
 
 from __future__ import annotations
