@@ -21,6 +21,7 @@ RUNTIME = PAGE / "node_modules/onnxruntime-web/dist"
 # Browsers allow threads in WebAssembly only on a page that is isolated from other sites by these headers.
 ISOLATION = {"Cross-Origin-Opener-Policy": "same-origin", "Cross-Origin-Embedder-Policy": "require-corp"}
 NEEDED = ("config.json", "tokenizer.json", "tokenizer_config.json")
+PICTURES_NEED = ("preprocessor_config.json",)  # says how pictures become patches
 
 
 class Model:
@@ -36,7 +37,8 @@ class Model:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.flat = (folder / "model.onnx").is_file()
-        missing = [name for name in NEEDED if not (folder / name).is_file()]
+        needed = NEEDED + (PICTURES_NEED if self._takes_pictures() else ())
+        missing = [name for name in needed if not (folder / name).is_file()]
         if not self.flat and not any(folder.glob("onnx/*.onnx")):
             missing.append("model.onnx")
         if missing:
@@ -45,6 +47,10 @@ class Model:
                 f"Make one with `optimum-cli export onnx --model CHECKPOINT {folder}`."
             )
         self.rewritten = {"config.json": self._config(), "tokenizer_config.json": self._tokenizer_config()}
+
+    def _takes_pictures(self) -> bool:
+        path = self.folder / "config.json"
+        return path.is_file() and "vision_config" in json.loads(path.read_text(encoding="utf-8"))
 
     def _config(self) -> dict[str, Any]:
         config = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
