@@ -32,6 +32,7 @@ from optimum_lfm2.export.model_kwargs import ExportOptions
 from optimum_lfm2.export.patcher import GraphPatcher, Lfm2ModelPatcher
 from optimum_lfm2.export.validation import validate
 from optimum_lfm2.families import member_of
+from optimum_lfm2.file_names import MODEL
 from optimum_lfm2.genai_config import write_genai_config
 from optimum_lfm2.graph import ops
 from optimum_lfm2.graph.member import Member
@@ -69,6 +70,12 @@ class Lfm2OnnxConfig(TextDecoderOnnxConfig):
         "q8": "Weights in 8 bits, next to indistinguishable from float.",
     }
 
+    # How `validate` compares a file, as a model card says it.
+    COMPARISON = (
+        "run layer by layer on random tokens when it was written, and each layer compared with that of transformers on "
+        "the same input, with the values that the file's weights stand for, activations in float: the largest "
+        "difference for a token, as a share of what the layer adds for it"
+    )
     DEFAULT_VARIANT = "default"
     TOKENS = "input_ids"  # the input that says what the tokens are
     # `patch_model_for_export` sets these: Optimum gives a configuration neither the model nor `--model-kwargs` before.
@@ -330,6 +337,10 @@ class Lfm2OnnxConfig(TextDecoderOnnxConfig):
         shapes = {**self.input_shapes(), **self.output_shapes()}
         logits_default = self._options.num_logits_to_keep == "optional"
         bind(model_path, self.weights, shapes, self.metadata(), self.scheme, logits_default, self.member.passes)
+
+    def parts(self, model: Any) -> dict[str, tuple[Any, Lfm2OnnxConfig]]:
+        """Return for each file of the model, by its part's name, a model to trace and its configuration."""
+        return {MODEL: (model, self)}
 
     def validate(
         self, model: Any, path: Path, atol: float | None = None, shapes: Mapping[str, int] | None = None

@@ -18,7 +18,9 @@ from transformers import Lfm2Config, PretrainedConfig
 from optimum_lfm2.caches import CONV, CacheTensor, head_dim
 from optimum_lfm2.errors import Lfm2Error, read_object
 from optimum_lfm2.export.config_check import check_fields
+from optimum_lfm2.export.genai_pictures import write_pictures
 from optimum_lfm2.families import member_of
+from optimum_lfm2.file_names import DECODER, EMBEDDING
 from optimum_lfm2.graph.editing import graph_cache_tensors
 
 
@@ -32,14 +34,21 @@ MODEL_TYPE = "lfm2"
 NARROW_CONV = "CausalConvWithState"
 
 
-def write_genai_config(folder: Path, filename: str, config: PretrainedConfig, caches: Iterable[CacheTensor]) -> bool:
-    """Write `genai_config.json` beside the tokenizer.
+def write_genai_config(
+    folder: Path,
+    filename: str,
+    config: PretrainedConfig,
+    caches: Iterable[CacheTensor],
+    parts: Mapping[str, Path] | None = None,
+) -> bool:
+    """Write `genai_config.json` beside the tokenizer, and what else onnxruntime-genai needs.
 
     Args:
         folder: the folder of the tokenizer and of `config.json`.
         filename: the ONNX file, relative to `folder`.
         config: the model's configuration.
         caches: the graph's cache tensors.
+        parts: the decoder's and the embedding's file of a model that takes pictures, by the names of the parts.
 
     Returns:
         Whether the file was written. It is not written without a tokenizer, nor for a model or for caches that
@@ -49,7 +58,12 @@ def write_genai_config(folder: Path, filename: str, config: PretrainedConfig, ca
     if member_of(config).with_caches(caches).genai_type is None or not (folder / TOKENIZER).is_file():
         return False
     generation = _read(folder / "generation_config.json")
-    text = json.dumps(genai_config(filename, config, caches, generation), indent=2) + "\n"
+    contents = genai_config(filename, config, caches, generation)
+    if parts is not None:
+        sections = write_pictures(folder, parts[DECODER], parts[EMBEDDING], config)
+        contents["model"]["decoder"]["filename"] = sections.pop("decoder")
+        contents["model"] |= sections
+    text = json.dumps(contents, indent=2) + "\n"
     (folder / GENAI_CONFIG).write_text(text, encoding="utf-8")
     return True
 
@@ -72,13 +86,15 @@ def genai_config(
     past: dict[str, str] = {}
     present: dict[str, str] = {}
     growing = {tensor.layer for tensor in caches if tensor.grows}
+    decoder = config.get_text_config()
+    tokens = "input_ids" if decoder is config else "inputs_embeds"
     for tensor in caches:
         past[f"past_{tensor.kind}_names"] = _template(tensor.past, tensor.layer)
         present[f"present_{tensor.kind}_names"] = _template(tensor.present, tensor.layer)
 
     def token(name: str) -> Any:
         value = generation.get(name)
-        return getattr(config, name, None) if value is None else value
+        return getattr(decoder, name, None) if value is None else value
 
     eos, pad = token("eos_token_id"), token("pad_token_id")
     if pad is None:
@@ -88,23 +104,23 @@ def genai_config(
         "bos_token_id": token("bos_token_id"),
         "eos_token_id": eos,
         "pad_token_id": pad,
-        "context_length": config.max_position_embeddings,
-        "vocab_size": config.vocab_size,
+        "context_length": decoder.max_position_embeddings,
+        "vocab_size": decoder.vocab_size,
         "decoder": {
             "filename": filename,
             "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
-            "hidden_size": config.hidden_size,
-            "head_size": head_dim(config),
-            "num_attention_heads": config.num_attention_heads,
-            "num_key_value_heads": config.num_key_value_heads,
-            "num_hidden_layers": config.num_hidden_layers,
+            "hidden_size": decoder.hidden_size,
+            "head_size": head_dim(decoder),
+            "num_attention_heads": decoder.num_attention_heads,
+            "num_key_value_heads": decoder.num_key_value_heads,
+            "num_hidden_layers": decoder.num_hidden_layers,
             # By what a layer keeps: all that onnxruntime-genai wants to know is which inputs it has.
-            "layer_types": [FULL_ATTENTION if layer in growing else CONV for layer in range(config.num_hidden_layers)],
-            "inputs": {"input_ids": "input_ids", "attention_mask": "attention_mask", **past},
+            "layer_types": [FULL_ATTENTION if layer in growing else CONV for layer in range(decoder.num_hidden_layers)],
+            "inputs": {tokens: tokens, "attention_mask": "attention_mask", **past},
             "outputs": {"logits": "logits", **present},
         },
     }
-    return {"model": model, "search": _search(config, generation)}
+    return {"model": model, "search": _search(decoder, generation)}
 
 
 def read_genai_config(folder: Path) -> Lfm2Config:

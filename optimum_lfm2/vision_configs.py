@@ -25,7 +25,8 @@ from optimum_lfm2.export.loading import weightless
 from optimum_lfm2.export.model_kwargs import ExportOptions
 from optimum_lfm2.export.patcher import DecoderPatcher, EmbeddingPatcher, GraphPatcher, VisionPatcher
 from optimum_lfm2.export.vision_validation import sample_pictures, validate_embedding, validate_vision
-from optimum_lfm2.runtime.parts import DECODER, EMBEDDING, ONNX_FOLDER, VISION
+from optimum_lfm2.file_names import DECODER, EMBEDDING, ONNX_FOLDER, VISION
+from optimum_lfm2.genai_config import write_genai_config
 from optimum_lfm2.weights.blocks import SCHEMES, VISION_SCHEME, Scheme
 from optimum_lfm2.weights.checkpoint import stored_tensors
 from optimum_lfm2.weights.companions import write_processor
@@ -64,6 +65,7 @@ class EmbeddingOnnxConfig(_PartOnnxConfig):
     """The decoder's embedding: ids in, `inputs_embeds` out."""
 
     _MODEL_PATCHER = EmbeddingPatcher
+    COMPARISON = "compared with the values that its weights stand for, on random tokens"
 
     def input_shapes(self) -> Shapes:
         return {"input_ids": (BATCH, SEQUENCE)}
@@ -88,6 +90,11 @@ class VisionOnnxConfig(_PartOnnxConfig):
     """
 
     _MODEL_PATCHER = VisionPatcher
+    COMPARISON = (
+        "run as a whole on pictures of random pixels of five sizes, and compared with transformers, which computes "
+        "with the values that the file's weights stand for: the largest difference for a picture token, as a share of "
+        "its length"
+    )
 
     @property
     def scheme(self) -> Scheme | None:
@@ -117,7 +124,6 @@ class Lfm2VlOnnxConfig(Lfm2OnnxConfig):
     """The configuration of a whole model. Optimum exports each of its `parts`."""
 
     def parts(self, model: PreTrainedModel) -> dict[str, tuple[PreTrainedModel, Lfm2OnnxConfig]]:
-        """Return for each file, without its suffix, a model to trace and its configuration."""
         text = text_model(model)
         with_caches = {"task": "text-generation", "use_past": True, "use_past_in_inputs": True}
         parts: dict[str, tuple[PreTrainedModel, Lfm2OnnxConfig]] = {
@@ -127,7 +133,7 @@ class Lfm2VlOnnxConfig(Lfm2OnnxConfig):
         }
         for _, config in parts.values():
             config.variant = self.variant
-        return {f"{ONNX_FOLDER}/{name}": part for name, part in parts.items()}
+        return parts
 
     def post_process_exported_models(self, path: Path, models_and_onnx_configs: dict, onnx_files_subpaths: list[str]):
         """Write the processor's files, and make all files beside the graphs readable for every runtime."""
@@ -138,6 +144,9 @@ class Lfm2VlOnnxConfig(Lfm2OnnxConfig):
         compat.repeat_chat_template(folder)
         compat.spell_model_type(folder, self.member.model_type)
         declare_external_data(folder, [folder / name for name in onnx_files_subpaths], {})
+        _, decoder = models_and_onnx_configs[f"{ONNX_FOLDER}/{DECODER}"]
+        parts = {part: folder / ONNX_FOLDER / f"{part}.onnx" for part in (DECODER, EMBEDDING)}
+        write_genai_config(folder, f"{ONNX_FOLDER}/{DECODER}.onnx", model.config, decoder.cache_tensors, parts)
         return models_and_onnx_configs, onnx_files_subpaths
 
 
@@ -180,7 +189,7 @@ def in_parts(original: Callable[..., Any]) -> Callable[..., Any]:
         config, models = original(*args, **kwargs)
         if isinstance(config, Lfm2VlOnnxConfig):
             ((model, _),) = models.values()
-            return config, config.parts(model)
+            return config, {f"{ONNX_FOLDER}/{name}": part for name, part in config.parts(model).items()}
         return config, models
 
     return get_submodels_and_onnx_configs

@@ -19,20 +19,12 @@ from transformers.generation import GenerationMode
 from optimum_lfm2 import compat
 from optimum_lfm2.errors import Lfm2Error
 from optimum_lfm2.families import MODEL_TYPES, member_of
+from optimum_lfm2.file_names import DECODER, EMBEDDING, ONNX_FOLDER, VISION
 from optimum_lfm2.modeling import WARNINGS_OFF, ORTLfm2ForCausalLM
 from optimum_lfm2.runtime.arguments import check_ids, is_empty
 from optimum_lfm2.runtime.cache import Lfm2Cache
 from optimum_lfm2.runtime.files import generation_config_of, refused_graphs
-from optimum_lfm2.runtime.parts import (
-    DECODER,
-    EMBEDDING,
-    ONNX_FOLDER,
-    VISION,
-    EmbeddedSession,
-    Part,
-    part_files,
-    picture_features,
-)
+from optimum_lfm2.runtime.parts import EmbeddedSession, Part, part_files, picture_features
 from optimum_lfm2.runtime.rows import RowRunner
 
 

@@ -136,11 +136,11 @@ def experts_folder(checkpoint: Callable[[str], Path], made_once: Callable[..., P
 
 
 @pytest.fixture(scope="session")
-def vl_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def vl_checkpoint(made_once: Callable[..., Path]) -> Path:
     """The tiny LFM2-VL of `tests.pictures`. Never write to it."""
     from pictures import make_vl_checkpoint
 
-    return make_vl_checkpoint(tmp_path_factory.mktemp("vl") / "checkpoint")
+    return made_once("vl-checkpoint", lambda folder: make_vl_checkpoint(folder / "vl")) / "vl"
 
 
 @pytest.fixture(scope="session")
@@ -151,6 +151,17 @@ def vl_folder(vl_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     path = tmp_path_factory.mktemp("vl") / "export"
     main_export(str(vl_checkpoint), path)
     return path
+
+
+@pytest.fixture(scope="session")
+def vl_hub_folder(vl_checkpoint: Path, made_once: Callable[..., Path]) -> Path:
+    """What `optimum-cli export lfm2` wrote for it, in every precision. Never write to it."""
+    from publishing import TEXT, run
+
+    def publish(place: Path) -> None:
+        assert run("--model", vl_checkpoint, place / "lfm2-vl", "--base-model", "me/vl", *TEXT) == 0
+
+    return made_once("vl-publish", publish) / "lfm2-vl"
 
 
 @pytest.fixture

@@ -8,7 +8,6 @@ pixels of random values, as the processor would give them.
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,7 +19,20 @@ from optimum_lfm2.compat import picture_features
 
 
 TRAINED = Path(__file__).parent.parent / "demo" / "checkpoint"
-IMAGE = 4  # a special token of the trained tokenizer that its texts do not use
+IMAGE = 4  # the id of `<image>`
+# Special tokens of the trained tokenizer that its texts do not use, and what they are in a processor of LFM2-VL.
+RENAMED = {
+    "<|endoftext|>": "<|img_thumbnail|>",
+    "<|fim_pre|>": "<|image_start|>",
+    "<|fim_mid|>": "<image>",
+    "<|fim_suf|>": "<|image_end|>",
+}
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<image>{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 VISION = {
     "model_type": "siglip2_vision_model",
     "hidden_size": 48,
@@ -31,7 +43,19 @@ VISION = {
     "patch_size": 4,
     "vision_use_head": False,
 }
-PROCESSOR = {"image_processor_type": "Lfm2VlImageProcessorFast", "downsample_factor": 2, "encoder_patch_size": 4}
+# As transformers 4.57 saves it, but for the sizes. It ignores `do_resize` and `size`.
+PROCESSOR = {
+    "image_processor_type": "Lfm2VlImageProcessorFast",
+    "processor_class": "Lfm2VlProcessor",
+    "do_resize": True,
+    "size": {"height": 512, "width": 512},
+    "downsample_factor": 2,
+    "encoder_patch_size": 4,
+    "min_image_tokens": 4,
+    "max_image_tokens": 16,
+    "tile_size": 32,
+    "resample": 2,
+}
 
 
 @torch.no_grad()
@@ -60,7 +84,11 @@ def make_vl_checkpoint(folder: Path, **changes: object) -> Path:
         parameter.mul_(scale)
     model.save_pretrained(folder)
     for path in TRAINED.glob("*token*.json"):
-        shutil.copy(path, folder)
+        written = path.read_text(encoding="utf-8")
+        for old, new in RENAMED.items():
+            written = written.replace(old, new)
+        (folder / path.name).write_text(written, encoding="utf-8")
+    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
     (folder / "preprocessor_config.json").write_text(json.dumps(PROCESSOR))
     return folder
 

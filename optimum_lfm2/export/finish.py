@@ -62,7 +62,7 @@ def bind(
     _replace_placeholders(model.graph, weights)
     _declare_shapes(model.graph, shapes)
     if logits_default:
-        _add_default(model.graph)
+        keep_all_logits(model.graph)
     model.metadata_props.update(metadata)
     model.ir_version = IR_VERSION
     model.opset_imports.pop(PLACEHOLDER_DOMAIN, None)
@@ -94,7 +94,7 @@ def _declare_shapes(graph: ir.Graph, shapes: Mapping[str, Sequence[int | str] | 
         value.shape = None if shape is None else ir.Shape(shape)
 
 
-def _add_default(graph: ir.Graph) -> None:
+def keep_all_logits(graph: ir.Graph) -> None:
     """Give `num_logits_to_keep` the default 0, which means all. A loop that does not feed it still runs."""
     for value in graph.inputs:
         if value.name == LOGITS_TO_KEEP:

@@ -92,5 +92,5 @@ MEMBER = replace(
     fields=FIELDS,
     check=check_vision,
     checkpoint=VlCheckpoint,
-    genai_type=None,
+    genai_type="lfm2_vl",
 )

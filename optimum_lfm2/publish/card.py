@@ -14,10 +14,13 @@ from huggingface_hub import ModelCard, ModelCardData
 from transformers.utils import CONFIG_NAME, cached_file
 
 from optimum_lfm2.families import member_of
+from optimum_lfm2.file_names import DECODER, EMBEDDING, VISION
 from optimum_lfm2.graph.member import Member
 from optimum_lfm2.publish.encoder_card import TEMPLATE as ENCODER_TEMPLATE
 from optimum_lfm2.publish.encoder_card import encoder_values
 from optimum_lfm2.publish.precisions import PRECISIONS, Published, preferred
+from optimum_lfm2.publish.vision_card import TEMPLATE as VISION_TEMPLATE
+from optimum_lfm2.publish.vision_card import vision_values
 
 
 CARD = "README.md"
@@ -192,6 +195,9 @@ def write_card(folder: Path, files: list[Published], old: Path, model: str, opti
         data.tags = [*data.tags, JAVASCRIPT]
     name = options.repo_id or _repo_id(before) or old.resolve().name
     values, template = _values(folder, files, name, data), TEMPLATE
+    if _member(folder).text is not None:
+        values |= vision_values(files, preferred(files))
+        template = VISION_TEMPLATE
     if _member(folder).encodes:
         values, template = values | encoder_values(folder, _task(folder)), ENCODER_TEMPLATE
         if values["pooled"]:
@@ -312,8 +318,13 @@ def _row(cells: Iterable[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+def _part(file: Published) -> str:
+    names = {DECODER: "Each decoder", EMBEDDING: "Each embedding", VISION: "Each vision encoder"}
+    return next((name for part, name in names.items() if file.path.name.startswith(part)), "Each file")
+
+
 def _measured(files: list[Published]) -> Iterator[str]:
     """Yield sentences on how the table's figures were measured."""
-    for compared in dict.fromkeys(file.compared for file in files):
-        yield f"Each file was {compared}."
+    compared = {(_part(part), part.compared): None for file in files for part in file.all}
+    yield from (f"{part} was {how}." for part, how in compared)
     yield from dict.fromkeys(file.quality.measured(file.text) for file in files if file.quality)

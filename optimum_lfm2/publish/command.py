@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from optimum_lfm2.export.command import quiet, reported
-from optimum_lfm2.publish.folder import Job, publish
+from optimum_lfm2.publish.folder import publish
+from optimum_lfm2.publish.job import Job
 
 
 def run_publish(args: Namespace, config: Mapping[str, Any]) -> None:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import gc
 import json
-from argparse import Namespace
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -17,22 +16,21 @@ from optimum.utils.save_utils import maybe_save_preprocessors
 from transformers import AutoTokenizer, PretrainedConfig
 
 from optimum_lfm2 import compat
-from optimum_lfm2.caches import CACHE_NAMES
 from optimum_lfm2.configs import DTYPES
 from optimum_lfm2.errors import Lfm2Error, read_object
 from optimum_lfm2.export.config_check import loaded_config
 from optimum_lfm2.export.js_config import JS_CONFIG, declare_external_data
 from optimum_lfm2.export.loading import Lfm2TasksManager, task_of
-from optimum_lfm2.export.options import check_atol, check_model
 from optimum_lfm2.export.staging import staged
-from optimum_lfm2.export.validation import validate
 from optimum_lfm2.families import member_of
+from optimum_lfm2.file_names import ONNX_FOLDER
 from optimum_lfm2.genai_config import write_genai_config
 from optimum_lfm2.metadata import CHECKPOINT, COMPARED, DIFFERENCE, QUALITY, TEXT
-from optimum_lfm2.publish.card import CardOptions, write_card
+from optimum_lfm2.publish.card import write_card
+from optimum_lfm2.publish.job import LEAST_COSINE, WITH_PAST, Job
 from optimum_lfm2.publish.precisions import (
+    LAYOUTS,
     MEASURED_OF_ENCODERS,
-    ONNX_FOLDER,
     PRECISIONS,
     Precision,
     Published,
@@ -44,93 +42,13 @@ from optimum_lfm2.quality.evaluate import Quality, measure, read_chunks
 from optimum_lfm2.quality.scoring import load, reference_model
 from optimum_lfm2.quality.similarity import Similarity, compare_encoders, load_encoder, reference_encoder
 from optimum_lfm2.weights.checkpoint import find_tensors, fingerprint
+from optimum_lfm2.weights.companions import write_processor
 from optimum_lfm2.weights.modules import copy_modules
 
 
-TASK = "text-generation"
-WITH_PAST = "-with-past"
-LEAST_COSINE = 0.99  # of an encoder in 4 bits with its checkpoint: below, the vectors find other documents
-COMPARISON = (
-    "run layer by layer on random tokens when it was written, and each layer compared with that of transformers on the "
-    "same input, with the values that the file's weights stand for, activations in float: the largest difference for a "
-    "token, as a share of what the layer adds for it"
-)
 # The traced graph is the same for any shape. A small one is chosen since a CPU is slow in half precision.
 TRACED = {"batch_size": 1, "sequence_length": 2}
 TOKENIZER = "tokenizer.json"
-
-
-@dataclass(frozen=True)
-class Job:
-    """A request to `optimum-cli export lfm2`.
-
-    Attributes:
-        model: the checkpoint's folder, or its id on the Hub.
-        output: the folder to write.
-        precisions: keys of `PRECISIONS`.
-        cache_names: the naming convention of the caches, a key of `CACHE_NAMES`.
-        atol: the tolerance of the check, as `validate` takes it.
-        text: the text file on which the quality is measured; None measures nothing.
-        chunks, length: the largest number of chunks of that text, and the tokens of a chunk.
-        cache_dir: the folder of the Hub's cache; None is its default.
-        card: what the user wants the model card to say.
-        task: what the files are for: `text-generation-with-past`, or the task of an encoder's head.
-    """
-
-    model: str
-    output: Path
-    precisions: tuple[str, ...]
-    cache_names: str
-    atol: float | None
-    text: Path | None
-    chunks: int
-    length: int
-    cache_dir: str | None
-    card: CardOptions
-    task: str
-
-    @classmethod
-    def read(cls, args: Namespace, config: Mapping[str, Any]) -> Job:
-        """Read the request from parsed arguments and the checkpoint's `config.json`.
-
-        Raises:
-            Lfm2Error: the request cannot work. It is refused before any work.
-        """
-        check_model(args.model, config)
-        if member_of(config).text is not None:
-            raise Lfm2Error(
-                f"{args.model} takes pictures too, which optimum-cli export lfm2 does not write yet. "
-                "Use optimum-cli export onnx."
-            )
-        encodes = member_of(config).encodes
-        if unknown := sorted(set(args.precisions or ()) - PRECISIONS.keys()):
-            raise Lfm2Error(f"--precisions {' '.join(unknown)} is not known. Choose among {', '.join(PRECISIONS)}.")
-        if args.cache_names not in CACHE_NAMES:
-            raise Lfm2Error(f"--cache-names {args.cache_names} is not known. Choose among {', '.join(CACHE_NAMES)}.")
-        if encodes and args.cache_names != "hub":
-            raise Lfm2Error(f"--cache-names {args.cache_names}: an encoder has no caches. Leave the option out.")
-        if encodes and args.text is None and (risky := sorted(set(args.precisions or ()) & MEASURED_OF_ENCODERS)):
-            raise Lfm2Error(
-                f"--precisions {' '.join(risky)}: 4 bits change the vectors of an encoder. Give --text, on which the "
-                f"cosine with the checkpoint is measured: {LEAST_COSINE} is asked for."
-            )
-        check_atol(args.atol)
-        default = [name for name in PRECISIONS if not (encodes and name in MEASURED_OF_ENCODERS)]
-        if Path(args.model).is_dir() and args.output.resolve() == Path(args.model).resolve():
-            raise Lfm2Error(f"{args.output} is the checkpoint itself. Give another folder to write to.")
-        return cls(
-            args.model,
-            args.output,
-            tuple(name for name in PRECISIONS if name in (args.precisions or default)),
-            args.cache_names,
-            args.atol,
-            args.text,
-            args.chunks,
-            args.length,
-            args.cache_dir,
-            CardOptions(args.repo_id, args.base_model, args.license),
-            member_of(config).task(config.get("architectures")) if encodes else f"{TASK}{WITH_PAST}",
-        )
 
 
 def publish(job: Job) -> list[str]:
@@ -152,38 +70,40 @@ def publish(job: Job) -> list[str]:
         text = _read_text(job, folder)
         failed = _write_files(job, folder, checkpoint)
         if text is not None:
-            failed += _measure(job, published(folder), text)
+            failed += _measure(job, folder, text)
         if not published(folder):
             raise Lfm2Error("\n".join(failed))
         files = published(job.output, folder)
         _declare_external_data(job, folder, files)
         chosen = preferred(files, encodes=member_of(config).encodes)
-        write_genai_config(folder, f"{ONNX_FOLDER}/{chosen.path.name}", config, chosen.caches)
+        write_genai_config(folder, f"{ONNX_FOLDER}/{chosen.path.name}", config, chosen.caches, chosen.by_part)
         write_card(folder, files, job.output, job.model, job.card, cache_dir=job.cache_dir)
     return failed
 
 
 def _save_configuration(job: Job, folder: Path) -> PretrainedConfig:
-    """Write config.json, generation_config.json and the tokenizer's files, in a form that every runtime reads."""
+    """Write config.json, generation_config.json, and the files of tokenizer and processor, for every runtime."""
     config = loaded_config(job.model, cache_dir=job.cache_dir)
-    compat.spell_rope_for_both(config)
-    encodes = member_of(config).encodes
-    if not encodes and task_of(config) != TASK:
+    compat.spell_rope_for_both(config.get_text_config())
+    member = member_of(config)
+    if job.task.removesuffix(WITH_PAST) != task_of(config):
         raise Lfm2Error(
             f"{job.model} has no language modelling head. Use optimum-cli export onnx --task feature-extraction."
         )
-    if encodes:
-        model = _load(job, "fp32")
+    model = _load(job, "fp32")
+    if member.encodes:
         config = model.config  # it does not name the checkpoint's code
         copy_modules(model.source.modules, folder)
     else:
-        _load(job, "fp32").generation_config.save_pretrained(folder)
+        model.generation_config.save_pretrained(folder)
     config.save_pretrained(folder)
     maybe_save_preprocessors(job.model, folder)
+    write_processor(getattr(model, "processor_files", ()), folder)
     if not (folder / TOKENIZER).is_file():
         raise Lfm2Error(f"{job.model} has no tokenizer, and every runtime needs one. Copy {TOKENIZER} there.")
     compat.spell_tokenizer_for_both(folder)
     compat.repeat_chat_template(folder)
+    compat.spell_model_type(folder, member.model_type)
     return config
 
 
@@ -197,7 +117,9 @@ def _check_output(job: Job, folder: Path, checkpoint: str) -> None:
             f"{job.output} holds another model: {', '.join(different)} differ in its config.json. Give another folder."
         )
     for file in published(job.output):
-        if file.checkpoint != checkpoint:
+        if "" in (part.checkpoint for part in file.all):
+            raise Lfm2Error(f"{file.path} is no file of optimum-cli export lfm2. Give another folder.")
+        if any(part.checkpoint != checkpoint for part in file.all):
             raise Lfm2Error(f"{file.path} was made of other weights than {job.model} has. Give another folder.")
         if file.cache_names != job.cache_names:
             raise Lfm2Error(
@@ -226,25 +148,29 @@ def _write_files(job: Job, folder: Path, checkpoint: str) -> list[str]:
         precisions = {name: PRECISIONS[name] for name in job.precisions if PRECISIONS[name].dtype == dtype}
         model = _load(job, dtype) if precisions else None
         for name, precision in precisions.items():
-            path = folder / ONNX_FOLDER / precision.file
             try:
-                notes = _write_file(job, model, precision, path)
+                for path, notes in _write_precision(job, model, precision, folder / ONNX_FOLDER):
+                    annotate(path, {CHECKPOINT: checkpoint, **notes})
             except Lfm2Error as error:
-                failed.append(_removed(name, path, error))
+                failed.append(_removed(name, folder, error))
                 continue
-            annotate(path, {CHECKPOINT: checkpoint, **notes})
-            file = Published.read(name, path)
-            size, difference = f"{file.size / 1e6:.1f} MB", f"{file.difference:.2g}"
-            print(f"{name}: {precision.file}, {size}, within {difference} of transformers")
+            (file,) = (file for file in published(folder) if file.precision == name)
+            names, size = " ".join(part.path.name for part in file.all), f"{file.size / 1e6:.1f} MB"
+            print(f"{name}: {names}, {size}, within {_difference(file):.2g} of transformers")
         del model
         gc.collect()
     return failed
 
 
-def _removed(name: str, path: Path, error: Lfm2Error) -> str:
-    """Remove the file of a precision that failed, and return the line that reports it."""
-    for written in path.parent.glob(f"{path.name}*"):
-        written.unlink()
+def _difference(file: Published) -> float:
+    return max(part.difference for part in file.all)
+
+
+def _removed(name: str, folder: Path, error: Lfm2Error) -> str:
+    """Remove the files of a precision that failed, and return the line that reports it."""
+    for part in chain.from_iterable(LAYOUTS):
+        for written in folder.glob(f"{ONNX_FOLDER}/{PRECISIONS[name].named(part)}*"):
+            written.unlink()
     return f"{name}: {' '.join(str(error).split())}"
 
 
@@ -254,30 +180,34 @@ def _load(job: Job, dtype: str) -> Any:
     )
 
 
-def _write_file(job: Job, model: Any, precision: Precision, path: Path) -> dict[str, str]:
-    """Export to `path` and check the file. Return what the check found, as entries for the file's metadata."""
+def _write_precision(job: Job, model: Any, precision: Precision, folder: Path) -> Iterator[tuple[Path, dict[str, str]]]:
+    """Export the files of a precision and check them. Yield each with what its check found, for its metadata."""
     task, cached = job.task.removesuffix(WITH_PAST), job.task.endswith(WITH_PAST)
     constructor: Any = TasksManager.get_exporter_config_constructor(
         "onnx", model=model, task=job.task, library_name="transformers"
     )
-    config = constructor.func(
+    whole = constructor.func(
         model.config, task=task, float_dtype=precision.dtype, use_past=cached, use_past_in_inputs=cached
     )
-    config.variant = precision.variant
-    # Transformers.js 4.3 and onnxruntime-genai 0.18 feed `num_logits_to_keep` only where it has no default. With a
-    # default, a browser would compute the logits of the whole prompt and run out of memory.
-    options = {"num_logits_to_keep": "required", "cache_names": job.cache_names} if cached else {}
-    if config.scheme is not None:
-        # Builds of onnxruntime for the browser have no kernel for the fused embedding (see `EMBEDDINGS`).
-        options["embedding"] = "portable"
-    convert.export(model, config, path, dtype=precision.dtype, input_shapes=dict(TRACED), model_kwargs=dict(options))
-    differences = validate(config, model, path, job.atol)
-    return {DIFFERENCE: repr(max(differences.values())), COMPARED: COMPARISON}
+    whole.variant = precision.variant
+    for name, (part, config) in whole.parts(model).items():
+        path = folder / precision.named(name)
+        # Transformers.js 4.3 and onnxruntime-genai 0.18 feed `num_logits_to_keep` only where it has no default. With a
+        # default, a browser would compute the logits of the whole prompt and run out of memory.
+        options = {"num_logits_to_keep": "required", "cache_names": job.cache_names} if config.use_past else {}
+        if config.scheme is not None:
+            # Builds of onnxruntime for the browser have no kernel for the fused embedding (see `EMBEDDINGS`).
+            options["embedding"] = "portable"
+        given = {"dtype": precision.dtype, "input_shapes": dict(TRACED), "model_kwargs": dict(options)}
+        convert.export(part, config, path, **given)
+        differences = config.validate(part, path, job.atol)
+        yield path, {DIFFERENCE: repr(max(differences.values())), COMPARED: config.COMPARISON}
 
 
-def _measure(job: Job, files: list[Published], text: list[torch.Tensor]) -> list[str]:
+def _measure(job: Job, folder: Path, text: list[torch.Tensor]) -> list[str]:
     """Compare each file with the checkpoint in float32 and note the result in it. Return a line per failure."""
     failed: list[str] = []
+    files = published(folder)
     if not files:
         return failed
     compare = _comparison(job)
@@ -287,7 +217,7 @@ def _measure(job: Job, files: list[Published], text: list[torch.Tensor]) -> list
             if isinstance(quality, Similarity) and file.precision in MEASURED_OF_ENCODERS:
                 _check_similarity(quality)
         except Lfm2Error as error:
-            failed.append(_removed(file.precision, file.path, error))
+            failed.append(_removed(file.precision, folder, error))
             continue
         annotate(file.path, {QUALITY: json.dumps(quality.as_dict()), TEXT: job.text.name})
         print(f"{file.precision}: {quality.summary()}")
@@ -297,7 +227,7 @@ def _measure(job: Job, files: list[Published], text: list[torch.Tensor]) -> list
 def _comparison(job: Job) -> Callable[[Path, list[torch.Tensor]], Quality | Similarity]:
     """Return what compares a file with the checkpoint in float32 on chunks of text."""
     model = _load(job, "fp32")
-    if job.task.endswith(WITH_PAST):
+    if not member_of(model.config).encodes:
         gold = reference_model(model)
         return lambda path, text: measure(load(path), gold, text)
     encoder = reference_encoder(model)
@@ -316,4 +246,6 @@ def _declare_external_data(job: Job, folder: Path, files: Iterable[Published]) -
     """Declare to Transformers.js which files have external weights. Its other settings in an older folder stay."""
     before = job.output / "config.json"
     old = read_object(before).get(JS_CONFIG) if before.is_file() else None
-    declare_external_data(folder, [file.path for file in files], old if isinstance(old, dict) else {})
+    declare_external_data(
+        folder, [part.path for file in files for part in file.all], old if isinstance(old, dict) else {}
+    )

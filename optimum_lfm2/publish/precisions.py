@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import onnx_ir as ir
 
 from optimum_lfm2.caches import CACHE_NAMES, CONV, CacheTensor
 from optimum_lfm2.errors import Lfm2Error, first_line
+from optimum_lfm2.file_names import DECODER, EMBEDDING, MODEL, ONNX_FOLDER, VISION
 from optimum_lfm2.graph.editing import graph_cache_tensors
 from optimum_lfm2.metadata import CHECKPOINT, COMPARED, DIFFERENCE, QUALITY, TEXT
 from optimum_lfm2.quality.evaluate import Quality
 from optimum_lfm2.quality.similarity import Similarity
-
-
-ONNX_FOLDER = "onnx"
 
 
 @dataclass(frozen=True)
@@ -25,25 +23,39 @@ class Precision:
     """One way to store a checkpoint.
 
     Attributes:
-        file: the file's name, as Transformers.js looks for it.
+        suffix: what follows the name of a file, as Transformers.js looks for it.
         dtype: the dtype of the export, `fp32` or `fp16`.
         variant: the variant of the export, such as `q4`.
         weights: how the model card describes the weights.
+        vision: the same for a vision encoder, which never has 4 bits.
     """
 
-    file: str
+    suffix: str
     dtype: str
     variant: str
     weights: str
+    vision: str
+
+    def named(self, part: str) -> str:
+        """Return the name of the file that holds a part of a model."""
+        return f"{part}{self.suffix}.onnx"
+
+    @property
+    def file(self) -> str:
+        """The name of the file of a model in one file."""
+        return self.named(MODEL)
 
 
 PRECISIONS = {
-    "fp32": Precision("model.onnx", "fp32", "default", "32 bits"),
-    "fp16": Precision("model_fp16.onnx", "fp16", "default", "16 bits"),
-    "q8": Precision("model_quantized.onnx", "fp32", "q8", "8 bits"),
-    "q4": Precision("model_q4.onnx", "fp32", "q4", "4 bits"),
-    "q4f16": Precision("model_q4f16.onnx", "fp16", "q4", "4 bits, computes in 16"),
+    "fp32": Precision("", "fp32", "default", "32 bits", "32 bits"),
+    "fp16": Precision("_fp16", "fp16", "default", "16 bits", "16 bits"),
+    "q8": Precision("_quantized", "fp32", "q8", "8 bits", "8 bits"),
+    "q4": Precision("_q4", "fp32", "q4", "4 bits", "8 bits"),
+    "q4f16": Precision("_q4f16", "fp16", "q4", "4 bits, computes in 16", "8 bits, computes in 16"),
 }
+# The parts of which a model's files are named. The first is the decoder, which has the caches.
+PARTS = (DECODER, EMBEDDING, VISION)
+LAYOUTS = ((MODEL,), PARTS)
 # The precisions in the order of their speed on a CPU. The first one in the folder is the default of onnxruntime-genai
 # and of the examples in the model card.
 PREFERRED = ("q4", "q8", "fp32", "q4f16", "fp16")
@@ -55,7 +67,7 @@ MEASURED_OF_ENCODERS = frozenset({"q4", "q4f16"})
 
 @dataclass(frozen=True)
 class Published:
-    """An ONNX file of a published folder.
+    """An ONNX file of a published folder: a model, or its decoder where the model has parts.
 
     Attributes:
         precision: a key of `PRECISIONS`.
@@ -68,6 +80,7 @@ class Published:
         checkpoint: the fingerprint of the checkpoint that the file was made of.
         rounds_in_experts: whether `QMoE` rounds its activations to 8 bits. onnxruntime runs such a file from 1.31 on;
             1.30 refuses it (tests/interop/test_node.py).
+        parts: the other files of a model in parts, in the order of its layout.
     """
 
     precision: str
@@ -79,6 +92,7 @@ class Published:
     text: str
     checkpoint: str
     rounds_in_experts: bool
+    parts: tuple[Published, ...] = ()
 
     @classmethod
     def read(cls, precision: str, path: Path) -> Published:
@@ -116,8 +130,19 @@ class Published:
 
     @property
     def size(self) -> int:
-        """The bytes of the ONNX file and of its weights."""
-        return sum(path.stat().st_size for path in (self.path, self.data) if path.is_file())
+        """The bytes of the ONNX file and of its weights, with those of the other parts."""
+        own = sum(path.stat().st_size for path in (self.path, self.data) if path.is_file())
+        return own + sum(part.size for part in self.parts)
+
+    @property
+    def all(self) -> tuple[Published, ...]:
+        """The file itself and those of the other parts."""
+        return (self, *self.parts)
+
+    @property
+    def by_part(self) -> dict[str, Path] | None:
+        """The file of each part by its name. None for a model in one file."""
+        return dict(zip(PARTS, (file.path for file in self.all), strict=True)) if self.parts else None
 
     @property
     def cache_names(self) -> str:
@@ -142,14 +167,20 @@ def annotate(path: Path, notes: Mapping[str, str]) -> None:
 
 
 def published(*folders: Path) -> list[Published]:
-    """List the ONNX files of published folders, in the order of `PRECISIONS`.
+    """List the precisions of published folders, in the order of `PRECISIONS`. One that lacks a part is left out.
 
     Where several folders have a file of the same precision, the file of the last such folder is listed.
     """
     found = []
     for name, precision in PRECISIONS.items():
-        paths = [path for folder in folders if (path := folder / ONNX_FOLDER / precision.file).is_file()]
-        found += [Published.read(name, paths[-1])] if paths else []
+        for layout in LAYOUTS:
+            paths = [
+                [path for folder in folders if (path := folder / ONNX_FOLDER / precision.named(part)).is_file()]
+                for part in layout
+            ]
+            if all(paths):
+                own, *parts = (Published.read(name, of_part[-1]) for of_part in paths)
+                found.append(replace(own, parts=tuple(parts)))
     return found
 
 

@@ -25,7 +25,7 @@ from optimum_lfm2.export.staging import terminable
 from optimum_lfm2.graph.editing import add_initializer, graph_cache_tensors
 from optimum_lfm2.metadata import COMPARED, DIFFERENCE, QUALITY, TEXT
 from optimum_lfm2.quality.evaluate import Quality, find_tokenizer, measure, read_chunks
-from optimum_lfm2.quality.scoring import OnnxModel, onnx_file
+from optimum_lfm2.quality.scoring import EMBEDS, OnnxModel, onnx_file
 from optimum_lfm2.runtime.files import FileIdentity
 
 
@@ -60,6 +60,8 @@ def quantize_cache(
         raise Lfm2Error(f"onnxruntime {installed} cannot run an 8-bit KV cache. Install {NEEDED} or later.")
     source = _source(Path(model))
     quantized = _load(source)
+    if EMBEDS in (value.name for value in quantized.graph.inputs):
+        raise Lfm2Error(f"{source} is the decoder of a model that takes pictures too. Its KV cache stays in float yet.")
     found = FileIdentity.of(source)
     nodes = _attention_nodes(quantized.graph, source)
     _check_weights(quantized.graph)

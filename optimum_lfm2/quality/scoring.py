@@ -20,13 +20,17 @@ from optimum_lfm2.errors import Lfm2Error, first_line
 from optimum_lfm2.export.config_check import loaded_config
 from optimum_lfm2.export.loading import Lfm2TasksManager, is_ours, materialize_buffers
 from optimum_lfm2.export.streamed import StandIns, streamed
+from optimum_lfm2.families import member_of
+from optimum_lfm2.file_names import DECODER, EMBEDDING
 from optimum_lfm2.genai_config import GENAI_CONFIG, read_genai_config
+from optimum_lfm2.vision_configs import text_model
 
 
 # A model takes chunks of ids, int64 (1, length) each. For each chunk it yields the logits that are scored, float
 # (scored(ids), vocabulary).
 Model = Callable[[Sequence[torch.Tensor]], Iterator[torch.Tensor]]
 
+EMBEDS = "inputs_embeds"
 TOKENS_A_PASS = 8192  # tokens that go through a streamed layer at a time; bounds the memory of its hidden states
 DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int8)": np.int8}
 
@@ -58,12 +62,13 @@ def load(path: Path) -> Model:
 
 
 def onnx_file(folder: Path) -> Path | None:
-    """Find the only ONNX file in a folder and its subfolder `onnx`, or None.
+    """Find the only ONNX file in a folder and its subfolder `onnx`, or None. Of a model in parts it is the decoder.
 
     Raises:
         Lfm2Error: there are several.
     """
     files = with_float_caches([*folder.glob("*.onnx"), *folder.glob("onnx/*.onnx")])
+    files = [file for file in files if file.name.startswith(DECODER)] or files
     if len(files) > 1:
         raise Lfm2Error(f"{folder} holds several models. Give one of them: {', '.join(map(str, files))}.")
     return files[0] if files else None
@@ -73,7 +78,7 @@ class OnnxModel:
     """An ONNX decoder, by this exporter or another, with cache inputs or without. Every chunk starts on empty caches.
 
     Args:
-        path: the ONNX file.
+        path: the ONNX file. The embedding lies beside a decoder that takes `inputs_embeds`.
 
     Raises:
         Lfm2Error: the file cannot be loaded or has no output `logits`. Calling the model raises it where the graph
@@ -81,16 +86,10 @@ class OnnxModel:
     """
 
     def __init__(self, path: Path) -> None:
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
-        # torch computes between the calls, and onnxruntime's threads would hold the cores while they spin.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        try:
-            self._session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # onnxruntime's errors have no common class of their own
-            raise Lfm2Error(f"{path} cannot be loaded ({' '.join(str(error).split())}). Export it again.") from None
+        self._session = _session(path)
         self._inputs = {value.name: value for value in self._session.get_inputs()}
         self._path = path
+        self._embedding = _session(_embedding_of(path)) if EMBEDS in self._inputs else None
         if "logits" not in (output.name for output in self._session.get_outputs()):
             raise Lfm2Error(f"{path} has no output named logits. Export it for text-generation.")
 
@@ -125,6 +124,8 @@ class OnnxModel:
     def _feed(self, value: Any, ids: torch.Tensor) -> np.ndarray:
         if value.name == "input_ids":
             return ids.numpy()
+        if value.name == EMBEDS:
+            return self._embedding.run([EMBEDS], {"input_ids": ids.numpy()})[0]
         if value.name == "attention_mask":
             return np.ones(ids.shape, dtype=np.int64)
         if value.name == "position_ids":
@@ -156,11 +157,31 @@ class OnnxModel:
         )
 
 
+def _session(path: Path) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    # torch computes between the calls, and onnxruntime's threads would hold the cores while they spin.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    try:
+        return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime's errors have no common class of their own
+        raise Lfm2Error(f"{path} cannot be loaded ({' '.join(str(error).split())}). Export it again.") from None
+
+
+def _embedding_of(decoder: Path) -> Path:
+    """Return the file of the embedding that belongs to a decoder."""
+    path = decoder.with_name(decoder.name.replace(DECODER, EMBEDDING))
+    if path == decoder or not path.is_file():
+        raise Lfm2Error(f"{decoder} takes {EMBEDS}, and has no {EMBEDDING} beside it. Give a whole exported folder.")
+    return path
+
+
 def _transformers_model(folder: Path) -> Model:
     try:
         if is_ours(folder):
-            model = Lfm2TasksManager.get_model_from_task("text-generation", str(folder), torch_dtype=torch.float32)
-            return reference_model(model)
+            in_parts = member_of(loaded_config(folder)).text is not None
+            task = Lfm2TasksManager.infer_task_from_model(str(folder)) if in_parts else "text-generation"
+            return reference_model(Lfm2TasksManager.get_model_from_task(task, str(folder), torch_dtype=torch.float32))
         return _WholeModel(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval())
     except Lfm2Error:
         raise
@@ -171,7 +192,12 @@ def _transformers_model(folder: Path) -> Model:
 
 
 def reference_model(model: Any) -> Model:
-    """Wrap a float32 model of `Lfm2TasksManager` as a reference for `measure`. It is read layer by layer."""
+    """Wrap a float32 model of `Lfm2TasksManager` as a reference for `measure`. It is read layer by layer.
+
+    Of a model that takes pictures too, the decoder is the reference.
+    """
+    if member_of(model.config).text is not None:
+        model = text_model(model)
     return _StreamedModel(model, model.checkpoint)
 
 

@@ -11,12 +11,8 @@ from onnxruntime import InferenceSession
 from optimum.onnxruntime.base import ORTSessionMixin
 
 from optimum_lfm2.errors import Lfm2Error
+from optimum_lfm2.file_names import DECODER, EMBEDDING, VISION
 from optimum_lfm2.runtime.session import GraphSession
-
-
-# The names of the files, as Transformers.js reads them. A precision's suffix follows, such as `_q4`.
-ONNX_FOLDER = "onnx"
-VISION, EMBEDDING, DECODER = "vision_encoder", "embed_tokens", "decoder_model_merged"
 
 
 def part_files(files: Iterable[Path], file_name: str | None, where: object) -> dict[str, Path]:

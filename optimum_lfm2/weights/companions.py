@@ -18,6 +18,8 @@ TOKENIZER = "tokenizer.json"
 TOKENIZER_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 PREPROCESSOR = "preprocessor_config.json"
 PROCESSOR_CONFIG = "processor_config.json"
+PROCESSOR_CLASS = "processor_class"
+IMAGE_DEFAULTS = {"do_normalize": True, "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
 IMAGE_PROCESSOR = "image_processor"  # the key of its settings in PROCESSOR_CONFIG
 PROCESSOR = (PREPROCESSOR, PROCESSOR_CONFIG, "chat_template.jinja", "chat_template.json")
 NUMBERS = ("temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty", "length_penalty")
@@ -126,17 +128,25 @@ def processor_files(model_name_or_path: str, **hub: Any) -> list[Path]:
 
 
 def write_processor(files: Iterable[Path], folder: Path) -> None:
-    """Copy a processor's files, and write the image processor's settings where Transformers.js 4.3 reads them.
+    """Copy a processor's files, and write the image processor's settings as Transformers.js 4.3 reads them.
 
-    transformers 5 saves the settings within `processor_config.json`.
+    transformers 5 saves the settings within `processor_config.json`. Transformers.js reads `preprocessor_config.json`
+    alone. It needs the class of the processor there, and knows fewer defaults than transformers. It also heeds
+    `do_resize`, which transformers saves and ignores for LFM2-VL: every picture would become a square of `size` first.
     """
+    written = {}
     for path in files:
         (folder / path.name).write_bytes(path.read_bytes())
-    whole = folder / PROCESSOR_CONFIG
-    settings = read_object(whole).get(IMAGE_PROCESSOR) if whole.is_file() else None
-    if settings is not None and not (folder / PREPROCESSOR).is_file():
-        text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
-        (folder / PREPROCESSOR).write_text(text, encoding="utf-8")
+        if path.suffix == ".json":
+            written[path.name] = read_object(path)
+    if not written:
+        return
+    whole = written.get(PROCESSOR_CONFIG, {})
+    settings = written.get(PREPROCESSOR) or whole[IMAGE_PROCESSOR]
+    named = {name: whole[name] for name in (PROCESSOR_CLASS,) if name in whole}
+    settings = {**IMAGE_DEFAULTS, **named, **settings, "do_resize": False}
+    text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
+    (folder / PREPROCESSOR).write_text(text, encoding="utf-8")
 
 
 def find_file(model_name_or_path: str, name: str, hub: Mapping[str, Any]) -> Path | None:

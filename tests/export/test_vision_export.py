@@ -12,7 +12,7 @@ import pytest
 import torch
 from commands import assert_unharmed
 from optimum.exporters.onnx import convert
-from pictures import gold_vl_model, make_vl_checkpoint, pictures
+from pictures import PROCESSOR, gold_vl_model, make_vl_checkpoint, pictures
 from safetensors.torch import load_file, save_file
 
 from optimum_lfm2 import ORTLfm2VlForConditionalGeneration, compat
@@ -22,6 +22,13 @@ from optimum_lfm2.graph import vision
 from optimum_lfm2.vision_configs import VisionOnnxConfig
 
 
+# tests/interop/test_node_vision.py shows why.
+FOR_JAVASCRIPT = PROCESSOR | {
+    "do_resize": False,
+    "do_normalize": True,
+    "image_mean": [0.5, 0.5, 0.5],
+    "image_std": [0.5, 0.5, 0.5],
+}
 PARTS = ["decoder_model_merged", "embed_tokens", "vision_encoder"]
 # Each knob has a value that a mistake would not survive.
 KNOBS = {
@@ -98,7 +105,7 @@ def test_the_command_writes_a_folder_for_transformers_js(options, vl_checkpoint,
     assert (config["model_type"], config["text_config"]["model_type"]) == ("lfm2_vl", "lfm2")
     declared = config["transformers.js_config"]["use_external_data_format"]
     assert declared == {f"{part}.onnx": True for part in PARTS}
-    assert (out / "preprocessor_config.json").read_bytes() == (vl_checkpoint / "preprocessor_config.json").read_bytes()
+    assert json.loads((out / "preprocessor_config.json").read_text()) == FOR_JAVASCRIPT
     assert (out / "tokenizer.json").is_file()
     graphs = {part: ir.load(out / "onnx" / f"{part}.onnx").graph for part in PARTS}
     between = [graphs["decoder_model_merged"].inputs[0], graphs["embed_tokens"].outputs[0]]
@@ -109,11 +116,13 @@ def test_the_command_writes_a_folder_for_transformers_js(options, vl_checkpoint,
 def test_settings_within_those_of_the_processor_are_written_beside_them_too(vl_checkpoint, tmp_path, cli):
     """Transformers 5 saves one file, and Transformers.js 4.3 reads the other."""
     source = shutil.copytree(vl_checkpoint, tmp_path / "source")
-    settings = json.loads((source / "preprocessor_config.json").read_text())
     (source / "preprocessor_config.json").unlink()
-    (source / "processor_config.json").write_text(json.dumps({"image_processor": settings}))
+    own = {name: value for name, value in PROCESSOR.items() if name != "processor_class"}
+    whole = {"image_processor": own, "processor_class": "Lfm2VlProcessor"}
+    (source / "processor_config.json").write_text(json.dumps(whole))
     assert cli("export", "onnx", "--model", source, tmp_path / "out", "--variant", "q8") == (0, "")
-    assert json.loads((tmp_path / "out" / "preprocessor_config.json").read_text()) == settings
+    assert json.loads((tmp_path / "out" / "preprocessor_config.json").read_text()) == FOR_JAVASCRIPT
+    assert json.loads((tmp_path / "out" / "processor_config.json").read_text()) == whole
 
 
 @pytest.mark.parametrize("level", ["", "vision_model."], ids=["transformers 5", "transformers 4"])

@@ -1,0 +1,91 @@
+"""What `optimum-cli export lfm2` is asked for, read and checked before any work."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from optimum_lfm2.caches import CACHE_NAMES
+from optimum_lfm2.errors import Lfm2Error
+from optimum_lfm2.export.options import check_atol, check_model
+from optimum_lfm2.families import member_of
+from optimum_lfm2.publish.card import CardOptions
+from optimum_lfm2.publish.precisions import MEASURED_OF_ENCODERS, PRECISIONS
+
+
+TASK = "text-generation"
+WITH_PAST = "-with-past"
+LEAST_COSINE = 0.99  # of an encoder in 4 bits with its checkpoint: below, the vectors find other documents
+
+
+@dataclass(frozen=True)
+class Job:
+    """A request to `optimum-cli export lfm2`.
+
+    Attributes:
+        model: the checkpoint's folder, or its id on the Hub.
+        output: the folder to write.
+        precisions: keys of `PRECISIONS`.
+        cache_names: the naming convention of the caches, a key of `CACHE_NAMES`.
+        atol: the tolerance of the check, as `validate` takes it.
+        text: the text file on which the quality is measured; None measures nothing.
+        chunks, length: the largest number of chunks of that text, and the tokens of a chunk.
+        cache_dir: the folder of the Hub's cache; None is its default.
+        card: what the user wants the model card to say.
+        task: what the files are for: `text-generation-with-past`, `image-text-to-text` or the task of an encoder's
+            head.
+    """
+
+    model: str
+    output: Path
+    precisions: tuple[str, ...]
+    cache_names: str
+    atol: float | None
+    text: Path | None
+    chunks: int
+    length: int
+    cache_dir: str | None
+    card: CardOptions
+    task: str
+
+    @classmethod
+    def read(cls, args: Namespace, config: Mapping[str, Any]) -> Job:
+        """Read the request from parsed arguments and the checkpoint's `config.json`.
+
+        Raises:
+            Lfm2Error: the request cannot work. It is refused before any work.
+        """
+        check_model(args.model, config)
+        member = member_of(config)
+        encodes = member.encodes
+        if unknown := sorted(set(args.precisions or ()) - PRECISIONS.keys()):
+            raise Lfm2Error(f"--precisions {' '.join(unknown)} is not known. Choose among {', '.join(PRECISIONS)}.")
+        if args.cache_names not in CACHE_NAMES:
+            raise Lfm2Error(f"--cache-names {args.cache_names} is not known. Choose among {', '.join(CACHE_NAMES)}.")
+        if encodes and args.cache_names != "hub":
+            raise Lfm2Error(f"--cache-names {args.cache_names}: an encoder has no caches. Leave the option out.")
+        if encodes and args.text is None and (risky := sorted(set(args.precisions or ()) & MEASURED_OF_ENCODERS)):
+            raise Lfm2Error(
+                f"--precisions {' '.join(risky)}: 4 bits change the vectors of an encoder. Give --text, on which the "
+                f"cosine with the checkpoint is measured: {LEAST_COSINE} is asked for."
+            )
+        check_atol(args.atol)
+        default = [name for name in PRECISIONS if not (encodes and name in MEASURED_OF_ENCODERS)]
+        if Path(args.model).is_dir() and args.output.resolve() == Path(args.model).resolve():
+            raise Lfm2Error(f"{args.output} is the checkpoint itself. Give another folder to write to.")
+        return cls(
+            args.model,
+            args.output,
+            tuple(name for name in PRECISIONS if name in (args.precisions or default)),
+            args.cache_names,
+            args.atol,
+            args.text,
+            args.chunks,
+            args.length,
+            args.cache_dir,
+            CardOptions(args.repo_id, args.base_model, args.license),
+            f"{TASK}{WITH_PAST}" if TASK in member.tasks else member.task(config.get("architectures")),
+        )
