@@ -8,9 +8,12 @@ pixels of random values, as the processor would give them.
 from __future__ import annotations
 
 import json
+import struct
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer, Lfm2VlConfig, PreTrainedModel
 from transformers.models.lfm2_vl.modeling_lfm2_vl import Lfm2VlForConditionalGeneration
@@ -152,3 +155,52 @@ def gold_vl_tokens(model: PreTrainedModel, ids: torch.Tensor, tiles: dict | None
         embeds = torch.cat([embeds, model.get_input_embeddings()(torch.tensor([[tokens[-1]]]))], dim=1)
     assert len(set(tokens)) > new // 3, "a gold that repeats itself proves nothing"
     return tokens
+
+
+def drawn(height: int = 24, width: int = 32) -> np.ndarray:
+    """Return a picture, uint8 (height, width, 3). One of 24 x 32 is made of whole patches, so nothing resizes it."""
+    return np.random.default_rng(2).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def write_png(path: Path, pixels: np.ndarray) -> Path:
+    """Write a picture, uint8 (height, width, 3)."""
+    height, width, _ = pixels.shape
+    rows = b"".join(b"\0" + row.tobytes() for row in pixels)
+    chunks = {
+        b"IHDR": struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0),
+        b"IDAT": zlib.compress(rows),
+        b"IEND": b"",
+    }
+    content = [
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        for kind, data in chunks.items()
+    ]
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(content))
+    return path
+
+
+def processed(pixels: np.ndarray) -> dict[str, torch.Tensor]:
+    """Return what transformers' processor makes of a picture that it need not resize: one tile without padding."""
+    size = PROCESSOR["encoder_patch_size"]
+    height, width, channels = pixels.shape
+    rows, columns = height // size, width // size
+    patches = (
+        pixels.reshape(rows, size, columns, size, channels).transpose(0, 2, 1, 3, 4).reshape(1, rows * columns, -1)
+    )
+    return {
+        "pixel_values": torch.from_numpy(patches.astype(np.float32) / 127.5 - 1),
+        "pixel_attention_mask": torch.ones(1, rows * columns, dtype=torch.int64),
+        "spatial_shapes": torch.tensor([[rows, columns]]),
+    }
+
+
+def asked(text: str, pixels: np.ndarray | None, tokenizer) -> torch.Tensor:
+    """Return the ids of a chat as transformers' processor gives them, int64 (length): a picture, if any, then text."""
+    content = [{"type": "image"}] * (pixels is not None) + [{"type": "text", "text": text}]
+    chat = [{"role": "user", "content": content}]
+    prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+    if pixels is not None:
+        side = PROCESSOR["encoder_patch_size"] * PROCESSOR["downsample_factor"]
+        count = pixels.shape[0] // side * (pixels.shape[1] // side)
+        prompt = prompt.replace("<image>", f"<|image_start|>{'<image>' * count}<|image_end|>")
+    return torch.tensor(tokenizer(prompt, add_special_tokens=False)["input_ids"])

@@ -111,14 +111,16 @@ def _check_output(job: Job, folder: Path, checkpoint: str) -> None:
     """Refuse a folder whose files are of another checkpoint or name their caches differently."""
     if (job.output / "model.onnx").exists():
         raise Lfm2Error(f"{job.output} has a model.onnx of optimum-cli export onnx. Give another folder.")
+    present = published(job.output)
+    for file in present:
+        if "" in (part.checkpoint for part in file.all):
+            raise Lfm2Error(f"{file.path} is no file of optimum-cli export lfm2. Give another folder.")
     old, new = (_read_config(path) for path in (job.output, folder))
     if old and (different := sorted(name for name in old.keys() & new.keys() if old[name] != new[name])):
         raise Lfm2Error(
             f"{job.output} holds another model: {', '.join(different)} differ in its config.json. Give another folder."
         )
-    for file in published(job.output):
-        if "" in (part.checkpoint for part in file.all):
-            raise Lfm2Error(f"{file.path} is no file of optimum-cli export lfm2. Give another folder.")
+    for file in present:
         if any(part.checkpoint != checkpoint for part in file.all):
             raise Lfm2Error(f"{file.path} was made of other weights than {job.model} has. Give another folder.")
         if file.cache_names != job.cache_names:

@@ -162,7 +162,7 @@ def vision_values(files: Sequence[Published], chosen: Published) -> dict[str, An
         "table": "\n".join(_table(files)),
         "vision": own.named(VISION),
         "embedding": own.named(EMBEDDING),
-        "in_8_bits": f"{names} have 8" if small else "q4 gives it 8",
+        "in_8_bits": f"{names} have 8" if small else "q4 gives them 8",
         "parts": ", ".join(f'{part}: "{dtype}"' for part, dtype in dtypes.items()),
     }
 

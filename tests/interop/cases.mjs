@@ -8,6 +8,7 @@
  */
 export async function makeClient(library, name, device) {
   const { AutoTokenizer, AutoModelForCausalLM, AutoModelForImageTextToText, Tensor, TextGenerationPipeline } = library;
+  const { AutoProcessor, RawImage } = library;
   const tokenizer = await AutoTokenizer.from_pretrained(name);
   const models = {};
   const load = async (dtype) => (models[dtype] ??= await AutoModelForCausalLM.from_pretrained(name, { dtype, device }));
@@ -69,6 +70,13 @@ export async function makeClient(library, name, device) {
         inputs[key] = new Tensor(type, type === "int64" ? BigInt64Array.from(data, BigInt) : Float32Array.from(data), dims);
       }
       return numbers(await model.generate({ ...inputs, max_new_tokens }))[0].slice(ids.length);
+    },
+
+    /** Return what the library's processor makes of a picture. */
+    async process({ path }) {
+      const processor = await AutoProcessor.from_pretrained(name);
+      const { pixel_values, spatial_shapes } = await processor(await RawImage.read(path));
+      return { values: Array.from(pixel_values.data), dims: pixel_values.dims, shapes: numbers(spatial_shapes) };
     },
 
     /** Return the answer to a chat as text, from the library's pipeline. */
