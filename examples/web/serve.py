@@ -36,11 +36,12 @@ class Model:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.flat = (folder / "model.onnx").is_file()
-        needed = NEEDED + (PICTURES_NEED if self._takes_pictures() else ())
+        pictures = self._takes_pictures()
+        self.flat = not pictures and (folder / "model.onnx").is_file()  # it may be of an older export
+        needed = NEEDED + (PICTURES_NEED if pictures else ())
         missing = [name for name in needed if not (folder / name).is_file()]
         if not self.flat and not any(folder.glob("onnx/*.onnx")):
-            missing.append("model.onnx")
+            missing.append("onnx/vision_encoder.onnx" if pictures else "model.onnx")
         if missing:
             raise ValueError(
                 f"{folder} is no exported model: it has no {', '.join(missing)}. "

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from clients import case, up_to_end
 from pictures import PROCESSOR, drawn, gold_vl_model, gold_vl_tokens, processed, write_png
 from test_node import ask
-from test_web import browse, browser, installed, run_serve
+from test_web import browse, browser, installed, run_serve, serve
 from transformers import AutoTokenizer
 
 from optimum_lfm2 import ORTLfm2VlForConditionalGeneration
@@ -164,3 +164,13 @@ def test_a_missing_processor_is_said_in_one_line(vl_folder, tmp_path):
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1
     assert name in done.stderr
+
+
+@installed
+def test_files_of_an_older_export_of_text_are_not_served(vl_folder, tmp_path):
+    folder = tmp_path / "export"
+    folder.mkdir()
+    for path in vl_folder.iterdir():
+        (folder / path.name).symlink_to(path)
+    (folder / "model.onnx").touch()
+    assert serve.Model(folder).root("onnx/vision_encoder.onnx") == (folder, "onnx/vision_encoder.onnx")
