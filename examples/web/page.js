@@ -105,11 +105,14 @@ const handlers = {
     setBusy(false);
   },
   error({ message }) {
-    failed = true;
-    bar.hidden = true;
-    status.textContent = message;
-    status.classList.add("error");
-    if (!ready) return;
+    if (!ready) {
+      failed = true;
+      bar.hidden = true;
+      status.textContent = message;
+      status.classList.add("error");
+      return;
+    }
+    notice.textContent = message;
     // Take the question out of the chat and put it back into the box, so that the user can ask again.
     bubble.closest("li").remove();
     log.lastElementChild.remove();
@@ -129,6 +132,7 @@ form.addEventListener("submit", (event) => {
   const content = prompt.value.trim();
   if (send.disabled || content === "") return;
   prompt.value = "";
+  notice.textContent = "";
   turns.push({ role: "user", content, ...(chosen.length && { pictures: chosen }) });
   showTurn("user", content, chosen);
   chosen = [];

@@ -1,10 +1,14 @@
 // Use the chat page in headless Chromium as a person would: node browse.mjs CHROMIUM FOLDER < job > result, both JSON.
 //
-// The job is {url, gpu, chat, refused, stopped, prompts, cases}. `gpu` is a key of GPU below. `chat` has messages that are
-// typed one after the other, and `refused` one whose pictures are no pictures. A message is {text, pictures, how}: each
-// picture is {name, base64}, and `how` is a key of GIVE below. `stopped` is a message whose answer has no end of its own,
-// and is stopped at once. `prompts` has chats whose answers are returned as token ids, with the model's inputs. `cases` has questions for
-// cases.mjs. The browser's profile and the screenshots go to FOLDER.
+// The job has these fields. The browser's profile and the screenshots go to FOLDER.
+//   url, gpu    the page, and a key of GPU below
+//   chat        messages that are typed one after the other
+//   refused     a message whose pictures are no pictures
+//   failing     a message that the model does not take
+//   stopped     a message whose answer is stopped at once. It would have no end of its own
+//   prompts     chats whose answers are returned as token ids, with the model's inputs
+//   cases       questions for cases.mjs
+// A message is {text, pictures, how}. Each picture is {name, base64}, and `how` is a key of GIVE below.
 import { readFileSync } from "node:fs";
 import { createRequire } from "node:module";
 import { fileURLToPath } from "node:url";
@@ -25,7 +29,7 @@ const DESKTOP = { width: 900, height: 700 };
 const PHONE = { width: 360, height: 640 };
 
 const [executablePath, folder] = process.argv.slice(2);
-const { url, gpu, chat, refused, stopped, prompts, cases } = JSON.parse(readFileSync(0, "utf-8"));
+const { url, gpu, chat, refused, failing, stopped, prompts, cases } = JSON.parse(readFileSync(0, "utf-8"));
 
 // Give pictures to the page. Playwright neither pastes nor drops files, so these events are made in the page.
 const GIVE = {
@@ -100,6 +104,16 @@ try {
       await GIVE[refused.how](page, refused.pictures);
       await page.getByRole("alert").filter({ hasText: /./ }).waitFor();
       result.refused = await page.getByRole("alert").textContent();
+    }
+    if (failing) {
+      await type(page, failing);
+      await page.getByRole("alert").filter({ hasText: /./ }).waitFor();
+      result.failing = {
+        alert: await page.getByRole("alert").textContent(),
+        message: await page.getByLabel("Message").inputValue(),
+        pictures: await page.locator("#tray img").count(),
+        turns: await page.locator("#log li").count(),
+      };
     }
     await page.setViewportSize(PHONE);
     await page.screenshot({ path: `${folder}/phone.png` });
