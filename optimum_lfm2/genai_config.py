@@ -51,8 +51,8 @@ def write_genai_config(
         parts: the decoder's and the embedding's file of a model that takes pictures, by the names of the parts.
 
     Returns:
-        Whether the file was written. It is not written without a tokenizer, nor for a model or for caches that
-        onnxruntime-genai does not support.
+        Whether the file was written. It is not written without a tokenizer, nor for a model, caches or a processor
+        that onnxruntime-genai does not support.
     """
     caches = list(caches)
     if member_of(config).with_caches(caches).genai_type is None or not (folder / TOKENIZER).is_file():
@@ -61,6 +61,8 @@ def write_genai_config(
     contents = genai_config(filename, config, caches, generation)
     if parts is not None:
         sections = write_pictures(folder, parts[DECODER], parts[EMBEDDING], config)
+        if sections is None:
+            return False
         contents["model"]["decoder"]["filename"] = sections.pop("decoder")
         contents["model"] |= sections
     text = json.dumps(contents, indent=2) + "\n"

@@ -29,7 +29,7 @@ from optimum_lfm2.file_names import DECODER, EMBEDDING, ONNX_FOLDER, VISION
 from optimum_lfm2.genai_config import write_genai_config
 from optimum_lfm2.weights.blocks import SCHEMES, VISION_SCHEME, Scheme
 from optimum_lfm2.weights.checkpoint import stored_tensors
-from optimum_lfm2.weights.companions import write_processor
+from optimum_lfm2.weights.processor import write_processor
 
 
 class DecoderOnnxConfig(Lfm2OnnxConfig):

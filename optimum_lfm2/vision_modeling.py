@@ -18,17 +18,17 @@ from transformers.generation import GenerationMode
 
 from optimum_lfm2 import compat
 from optimum_lfm2.errors import Lfm2Error
-from optimum_lfm2.families import MODEL_TYPES, member_of
+from optimum_lfm2.families import member_of
 from optimum_lfm2.file_names import DECODER, EMBEDDING, ONNX_FOLDER, VISION
 from optimum_lfm2.modeling import WARNINGS_OFF, ORTLfm2ForCausalLM
 from optimum_lfm2.runtime.arguments import check_ids, is_empty
 from optimum_lfm2.runtime.cache import Lfm2Cache
 from optimum_lfm2.runtime.files import generation_config_of, refused_graphs
 from optimum_lfm2.runtime.parts import EmbeddedSession, Part, part_files, picture_features
+from optimum_lfm2.runtime.picture_checks import PICTURE, check_folder, check_pictures, check_type
 from optimum_lfm2.runtime.rows import RowRunner
 
 
-PICTURE = ("pixel_values", "pixel_attention_mask", "spatial_shapes")
 HUB = ("subfolder", "revision", "force_download", "local_files_only", "cache_dir", "token")
 
 
@@ -95,27 +95,8 @@ class ORTLfm2VlForConditionalGeneration(ORTLfm2ForCausalLM):
         Raises:
             Lfm2Error: the arguments do not fit each other or the model.
         """
-        self._check_pictures(pixel_values, spatial_shapes, pixel_attention_mask)
+        check_pictures(pixel_values, spatial_shapes, pixel_attention_mask, self.config.vision_config)
         return picture_features(self._vision, pixel_values, pixel_attention_mask, spatial_shapes)
-
-    def _check_pictures(self, pixels: Any, shapes: Any, mask: Any) -> None:
-        given = dict(zip(PICTURE, (pixels, mask, shapes), strict=True))
-        if missing := [name for name, value in given.items() if not isinstance(value, torch.Tensor)]:
-            raise Lfm2Error(
-                f"{missing[0]} is missing, which the processor returns beside the other values of a picture. "
-                "Pass all that it returns: generate(**processor(...))."
-            )
-        vision = self.config.vision_config
-        width = vision.num_channels * vision.patch_size**2
-        tiles, patches = pixels.shape[:2]
-        fits = pixels.dim() == 3 and pixels.shape[2] == width
-        if not fits or tuple(mask.shape) != (tiles, patches) or tuple(shapes.shape) != (tiles, 2):
-            raise Lfm2Error(
-                f"pixel_values {tuple(pixels.shape)}, pixel_attention_mask {tuple(mask.shape)} and spatial_shapes "
-                f"{tuple(shapes.shape)} do not fit: give (tiles, patches, {width}), (tiles, patches) and (tiles, 2)."
-            )
-        if bool((shapes < 1).any()) or int(shapes.prod(1).max()) > patches:
-            raise Lfm2Error(f"spatial_shapes {shapes.tolist()} asks for more patches than pixel_values has, or none.")
 
     def forward(  # transformers reads the names of the arguments
         self,
@@ -264,6 +245,22 @@ class ORTLfm2VlForConditionalGeneration(ORTLfm2ForCausalLM):
         compat.spell_model_type(Path(save_directory), member_of(self.config).model_type)
 
     @classmethod
+    def from_pretrained(cls, model_id: str | Path, *args: Any, **kwargs: Any) -> ORTLfm2VlForConditionalGeneration:
+        """Load an exported folder, or export a checkpoint, as Optimum's classes do.
+
+        Args:
+            model_id: a folder, or an id of the Hub.
+            args, kwargs: Optimum's arguments. `file_name` chooses the precision by the decoder's file, such as
+                `decoder_model_merged_q4.onnx`. Its default is the file without a suffix, or the only one.
+
+        Raises:
+            Lfm2Error: a local folder is of another model, or its config.json is missing or wrong.
+        """
+        if (folder := Path(model_id)).is_dir() and not kwargs.get("config"):
+            check_folder(folder, kwargs.get("subfolder") or "")
+        return super().from_pretrained(model_id, *args, **kwargs)
+
+    @classmethod
     def _export(cls, *args: Any, **kwargs: Any) -> ORTLfm2VlForConditionalGeneration:
         return ORTModel._export.__func__(cls, *args, **kwargs)  # type: ignore[attr-defined]
 
@@ -282,8 +279,7 @@ class ORTLfm2VlForConditionalGeneration(ORTLfm2ForCausalLM):
         model_save_dir: str | Path | TemporaryDirectory | None = None,
         **kwargs: Any,
     ) -> ORTLfm2VlForConditionalGeneration:
-        if getattr(config, "model_type", None) not in MODEL_TYPES or member_of(config).text is None:
-            raise Lfm2Error(f"{model_id} is a model of text alone. Load it with ORTModelForCausalLM.")
+        check_type(getattr(config, "model_type", None), model_id)
         hub = {name: kwargs[name] for name in HUB if kwargs.get(name) is not None}
         where = {name: hub[name] for name in ("subfolder", "revision", "token") if name in hub}
         files = find_files_matching_pattern(model_id, r".*\.onnx$", glob_pattern="**/*.onnx", **where)

@@ -92,7 +92,8 @@ def make_vl_checkpoint(folder: Path, **changes: object) -> Path:
             written = written.replace(old, new)
         (folder / path.name).write_text(written, encoding="utf-8")
     (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
-    (folder / "preprocessor_config.json").write_text(json.dumps(PROCESSOR))
+    sizes = {"downsample_factor": config.downsample_factor, "encoder_patch_size": config.vision_config.patch_size}
+    (folder / "preprocessor_config.json").write_text(json.dumps(PROCESSOR | sizes))
     return folder
 
 

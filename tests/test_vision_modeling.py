@@ -180,6 +180,8 @@ def test_pictures_that_do_not_fit_are_one_line(model, rows):
         "there are no pictures": {name: inputs[name] for name in ("input_ids", "attention_mask")},
         "spatial_shapes is missing": {name: inputs[name] for name in inputs if name != "spatial_shapes"},
         "do not fit": inputs | {"pixel_attention_mask": inputs["pixel_attention_mask"][:, 1:]},
+        "has to be float": inputs | {"pixel_values": (inputs["pixel_values"] * 255).to(torch.uint8)},
+        "pixel_values is missing, or no tensor": inputs | {"pixel_values": inputs["pixel_values"].tolist()},
         "more patches": inputs | {"spatial_shapes": inputs["spatial_shapes"] * 2},
     }
     for said, given in wrong.items():
@@ -188,17 +190,37 @@ def test_pictures_that_do_not_fit_are_one_line(model, rows):
         assert "\n" not in str(error.value)
 
 
-def test_folders_that_do_not_fit_are_one_line(vl_folder, tmp_path, exported):
-    copied = shutil.copytree(vl_folder, tmp_path / "copy")
-    (copied / "onnx" / "vision_encoder.onnx").unlink()
+def test_folders_that_do_not_fit_are_one_line(vl_folder, vl_checkpoint, tmp_path, exported, checkpoint):
+    def without(*names: str) -> Path:
+        return shutil.copytree(vl_folder, tmp_path / "-".join(names), ignore=shutil.ignore_patterns(*names))
+
+    def with_config(name: str, text: str) -> Path:
+        folder = shutil.copytree(vl_folder, tmp_path / name)
+        (folder / "config.json").write_text(text)
+        return folder
+
+    config = json.loads((vl_folder / "config.json").read_text())
+    wrong = json.dumps(config | {"text_config": config["text_config"] | {"hidden_size": "wide"}})
+    ours = ORTLfm2VlForConditionalGeneration
     for load, where, said in [
-        (ORTLfm2VlForConditionalGeneration, copied, "has no vision_encoder.onnx"),
-        (ORTLfm2VlForConditionalGeneration, exported("trained"), "text alone"),
+        (ours, without("vision_encoder.onnx"), "has no vision_encoder.onnx"),
+        (ours, without("embed_tokens.onnx_data"), "cannot load .*embed_tokens.onnx"),
+        (ours, without("config.json"), "has no config.json"),
+        (ours, with_config("broken", "{"), "config.json"),
+        (ours, with_config("wrong", wrong), "hidden_size in the text_config"),
+        (ours, exported("trained"), "text alone"),
+        (ours, checkpoint("trained"), "text alone"),
         (ORTModelForCausalLM, vl_folder, "takes pictures too"),
+        (ORTModelForCausalLM, vl_checkpoint, "takes pictures too"),
     ]:
         with pytest.raises(Lfm2Error, match=said) as error:
             load.from_pretrained(where)
         assert "\n" not in str(error.value)
+
+
+def test_a_file_may_be_named_with_its_folder(vl_folder):
+    own = ORTLfm2VlForConditionalGeneration.from_pretrained(vl_folder, file_name="onnx/decoder_model_merged.onnx")
+    assert Path(own.path).name == "decoder_model_merged.onnx"
 
 
 def test_the_tokenizer_of_an_export_loads(vl_folder, vl_checkpoint):

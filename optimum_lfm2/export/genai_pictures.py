@@ -17,10 +17,10 @@ import onnx_ir as ir
 from transformers import PretrainedConfig
 
 from optimum_lfm2.caches import LOGITS_TO_KEEP
-from optimum_lfm2.errors import Lfm2Error
+from optimum_lfm2.errors import read_object
 from optimum_lfm2.export.finish import keep_all_logits
 from optimum_lfm2.file_names import DECODER, ONNX_FOLDER, VISION
-from optimum_lfm2.weights.companions import PREPROCESSOR, read_object
+from optimum_lfm2.weights.processor import PREPROCESSOR
 
 
 GENAI_EMBEDDING, GENAI_DECODER = "genai_embedding.onnx", "genai_decoder.onnx"
@@ -28,20 +28,9 @@ GENAI_PROCESSOR = "genai_processor_config.json"
 FEATURES = "image_features"
 # PIL's numbers of filters, as a preprocessor_config.json has them.
 FILTERS = {0: "NEAREST", 1: "LANCZOS", 2: "LINEAR", 3: "CUBIC"}
-# transformers' defaults of the settings (4.57, 5.24).
-DEFAULTS = {
-    "encoder_patch_size": 16,
-    "downsample_factor": 2,
-    "min_image_tokens": 64,
-    "max_image_tokens": 256,
-    "resample": 2,
-    "rescale_factor": 1 / 255,
-    "image_mean": [0.5, 0.5, 0.5],
-    "image_std": [0.5, 0.5, 0.5],
-}
 
 
-def write_pictures(folder: Path, decoder: Path, embedding: Path, config: PretrainedConfig) -> dict[str, Any]:
+def write_pictures(folder: Path, decoder: Path, embedding: Path, config: PretrainedConfig) -> dict[str, Any] | None:
     """Write the second graphs, and the settings of onnxruntime-genai's image processor.
 
     Args:
@@ -52,8 +41,11 @@ def write_pictures(folder: Path, decoder: Path, embedding: Path, config: Pretrai
 
     Returns:
         The name of the decoder's graph as `genai_config.json` has it, and the sections there for the other parts.
+        None where onnxruntime-genai lacks the filter that resizes the model's pictures. Nothing is written then.
     """
-    settings = DEFAULTS | read_object(folder / PREPROCESSOR)
+    settings = read_object(folder / PREPROCESSOR)
+    if settings["resample"] not in FILTERS:
+        return None
     text = json.dumps(processor_settings(settings), indent=2) + "\n"
     (folder / GENAI_PROCESSOR).write_text(text, encoding="utf-8")
     place = folder / ONNX_FOLDER
@@ -94,21 +86,12 @@ def write_pictures(folder: Path, decoder: Path, embedding: Path, config: Pretrai
 
 
 def processor_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings of onnxruntime-genai's image processor for those of transformers' processor.
-
-    Raises:
-        Lfm2Error: pictures are resized by a filter that onnxruntime-genai has not.
-    """
-    if settings["resample"] not in FILTERS:
-        raise Lfm2Error(
-            f"resample in {PREPROCESSOR} is {settings['resample']!r}; it has to be one of "
-            f"{', '.join(map(str, FILTERS))}. Correct it, or copy the file again."
-        )
+    """Return the settings of onnxruntime-genai's image processor for those of transformers' processor, all of them."""
     patch, factor = settings["encoder_patch_size"], settings["downsample_factor"]
     pixels = (patch * factor) ** 2  # of a picture token
     resize = {
-        "height": settings.get("tile_size", 512),
-        "width": settings.get("tile_size", 512),
+        "height": settings["tile_size"],
+        "width": settings["tile_size"],
         "interpolation": FILTERS[settings["resample"]],
         "smart_resize": 1,
         "min_pixels": settings["min_image_tokens"] * pixels,
@@ -120,13 +103,17 @@ def processor_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
         ("decode_image", "DecodeImage", {"color_space": "RGB"}),
         ("resize", "Resize", resize),
         ("rescale", "Rescale", {"rescale_factor": settings["rescale_factor"]}),
-        ("normalize", "Normalize", {"mean": settings["image_mean"], "std": settings["image_std"]}),
+        ("normalize", "Normalize", {name: _listed(settings[f"image_{name}"]) for name in ("mean", "std")}),
         ("to_channel_first", "Permute3D", {"dims": [2, 0, 1]}),
         ("image_sizes", "PixtralImageSizes", {}),
     ]
     operations = [{"name": name, "type": kind, **({"attrs": attrs} if attrs else {})} for name, kind, attrs in steps]
     transforms = [{"operation": operation} for operation in operations]
     return {"processor": {"name": "lfm2_vl_image_processor", "transforms": transforms}}
+
+
+def _listed(value: float | list[float]) -> list[float]:
+    return value if isinstance(value, list) else [value] * 3
 
 
 def take_features(graph: ir.Graph, image_token: int) -> None:

@@ -18,9 +18,10 @@ from optimum_lfm2.export.supported import check_architecture
 from optimum_lfm2.families import MEMBERS, MODEL_TYPES, member_of
 from optimum_lfm2.graph.member import Member
 from optimum_lfm2.weights.checkpoint import find_tensors, stored_tensors
-from optimum_lfm2.weights.companions import check_tokenizer, generation_settings, processor_files
+from optimum_lfm2.weights.companions import check_tokenizer, generation_settings
 from optimum_lfm2.weights.experts import is_part
 from optimum_lfm2.weights.modules import find_modules
+from optimum_lfm2.weights.processor import processor_files
 
 
 def is_ours(model_name_or_path: str | Path, **kwargs: Any) -> bool:
@@ -106,7 +107,7 @@ class Lfm2TasksManager(TasksManager):
             )
         model.checkpoint = member.checkpoint(files, model)
         if member.text is not None:
-            model.processor_files = processor_files(model_name_or_path, **hub)
+            model.processor_files = processor_files(model_name_or_path, config, **hub)
         return model
 
 

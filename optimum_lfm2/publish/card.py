@@ -15,6 +15,7 @@ from transformers.utils import CONFIG_NAME, cached_file
 
 from optimum_lfm2.families import member_of
 from optimum_lfm2.file_names import DECODER, EMBEDDING, VISION
+from optimum_lfm2.genai_config import GENAI_CONFIG
 from optimum_lfm2.graph.member import Member
 from optimum_lfm2.publish.encoder_card import TEMPLATE as ENCODER_TEMPLATE
 from optimum_lfm2.publish.encoder_card import encoder_values
@@ -286,7 +287,7 @@ def _values(folder: Path, files: list[Published], name: str, data: ModelCardData
     return {
         "name": name,
         "model_type": member.model_type,
-        "genai": member.genai_type is not None,
+        "genai": (folder / GENAI_CONFIG).is_file(),
         "unknown": f"{' and '.join(unknown)} {'have' if len(unknown) > 1 else 'has'}" if unknown else "",
         "base_model": data.base_model,
         "file": chosen.path.name,

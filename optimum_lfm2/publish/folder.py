@@ -42,8 +42,8 @@ from optimum_lfm2.quality.evaluate import Quality, measure, read_chunks
 from optimum_lfm2.quality.scoring import load, reference_model
 from optimum_lfm2.quality.similarity import Similarity, compare_encoders, load_encoder, reference_encoder
 from optimum_lfm2.weights.checkpoint import find_tensors, fingerprint
-from optimum_lfm2.weights.companions import write_processor
 from optimum_lfm2.weights.modules import copy_modules
+from optimum_lfm2.weights.processor import write_processor
 
 
 # The traced graph is the same for any shape. A small one is chosen since a CPU is slow in half precision.

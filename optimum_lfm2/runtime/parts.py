@@ -39,6 +39,7 @@ def part_files(files: Iterable[Path], file_name: str | None, where: object) -> d
         if f"{DECODER}.onnx" not in decoders and len(decoders) > 1:
             raise Lfm2Error(f'{where} holds {", ".join(decoders)}. Choose one, such as file_name="{decoders[0]}".')
         file_name = f"{DECODER}.onnx" if f"{DECODER}.onnx" in decoders else decoders[0]
+    file_name = Path(file_name).name
     if not file_name.startswith(DECODER):
         raise Lfm2Error(f"file_name={file_name!r}: give the file of the decoder, such as {DECODER}_q4.onnx.")
     suffix = file_name.removeprefix(DECODER)

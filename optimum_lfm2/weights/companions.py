@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +15,6 @@ from optimum_lfm2.errors import Lfm2Error, read_object
 
 TOKENIZER = "tokenizer.json"
 TOKENIZER_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
-PREPROCESSOR = "preprocessor_config.json"
-PROCESSOR_CONFIG = "processor_config.json"
-PROCESSOR_CLASS = "processor_class"
-IMAGE_DEFAULTS = {"do_normalize": True, "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
-IMAGE_PROCESSOR = "image_processor"  # the key of its settings in PROCESSOR_CONFIG
-PROCESSOR = (PREPROCESSOR, PROCESSOR_CONFIG, "chat_template.jinja", "chat_template.json")
 NUMBERS = ("temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty", "length_penalty")
 WHOLE = ("max_length", "max_new_tokens", "min_length", "min_new_tokens", "num_beams", "num_return_sequences", "top_k")
 FLAGS = ("do_sample", "use_cache", "output_scores", "output_logits", "return_dict_in_generate")
@@ -109,44 +102,6 @@ def check_tokenizer(model_name_or_path: str, **hub: Any) -> None:
         raise Lfm2Error(
             f"The tokenizer beside {path} cannot be loaded ({_one_line(error)}). Download or copy its files again."
         ) from error
-
-
-def processor_files(model_name_or_path: str, **hub: Any) -> list[Path]:
-    """Return the files of a checkpoint's processor.
-
-    Raises:
-        Lfm2Error: it has no settings of an image processor, or a file is no JSON object.
-    """
-    found = [path for name in PROCESSOR if (path := find_file(model_name_or_path, name, hub)) is not None]
-    written = {path.name: read_object(path) for path in found if path.suffix == ".json"}
-    if PREPROCESSOR not in written and IMAGE_PROCESSOR not in written.get(PROCESSOR_CONFIG, {}):
-        raise Lfm2Error(
-            f"{model_name_or_path} has no {PREPROCESSOR}, which says how pictures become patches. "
-            "Copy it there from the model that this one was made of."
-        )
-    return found
-
-
-def write_processor(files: Iterable[Path], folder: Path) -> None:
-    """Copy a processor's files, and write the image processor's settings as Transformers.js 4.3 reads them.
-
-    transformers 5 saves the settings within `processor_config.json`. Transformers.js reads `preprocessor_config.json`
-    alone. It needs the class of the processor there, and knows fewer defaults than transformers. It also heeds
-    `do_resize`, which transformers saves and ignores for LFM2-VL: every picture would become a square of `size` first.
-    """
-    written = {}
-    for path in files:
-        (folder / path.name).write_bytes(path.read_bytes())
-        if path.suffix == ".json":
-            written[path.name] = read_object(path)
-    if not written:
-        return
-    whole = written.get(PROCESSOR_CONFIG, {})
-    settings = written.get(PREPROCESSOR) or whole[IMAGE_PROCESSOR]
-    named = {name: whole[name] for name in (PROCESSOR_CLASS,) if name in whole}
-    settings = {**IMAGE_DEFAULTS, **named, **settings, "do_resize": False}
-    text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
-    (folder / PREPROCESSOR).write_text(text, encoding="utf-8")
 
 
 def find_file(model_name_or_path: str, name: str, hub: Mapping[str, Any]) -> Path | None:

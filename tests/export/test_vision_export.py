@@ -20,15 +20,11 @@ from optimum_lfm2.errors import Lfm2Error
 from optimum_lfm2.export.loading import Lfm2TasksManager
 from optimum_lfm2.graph import vision
 from optimum_lfm2.vision_configs import VisionOnnxConfig
+from optimum_lfm2.weights.processor import DEFAULTS
 
 
 # tests/interop/test_node_vision.py shows why.
-FOR_JAVASCRIPT = PROCESSOR | {
-    "do_resize": False,
-    "do_normalize": True,
-    "image_mean": [0.5, 0.5, 0.5],
-    "image_std": [0.5, 0.5, 0.5],
-}
+FOR_JAVASCRIPT = DEFAULTS | PROCESSOR | {"do_resize": False}
 PARTS = ["decoder_model_merged", "embed_tokens", "vision_encoder"]
 # Each knob has a value that a mistake would not survive.
 KNOBS = {
@@ -100,7 +96,7 @@ def test_a_wrong_vision_encoder_is_refused(broken, vl_checkpoint, tmp_path, monk
 def test_the_command_writes_a_folder_for_transformers_js(options, vl_checkpoint, tmp_path, cli):
     out = tmp_path / "out"
     assert cli("export", "onnx", "--model", vl_checkpoint, out, *options) == (0, "")
-    assert sorted(path.stem for path in out.glob("onnx/*.onnx")) == PARTS
+    assert sorted(path.stem for path in out.glob("onnx/*.onnx")) == sorted([*PARTS, "genai_embedding"])
     config = json.loads((out / "config.json").read_text())
     assert (config["model_type"], config["text_config"]["model_type"]) == ("lfm2_vl", "lfm2")
     declared = config["transformers.js_config"]["use_external_data_format"]
@@ -183,17 +179,44 @@ def test_what_cannot_be_exported_is_one_line(keys, value, said, vl_checkpoint, t
     assert_unharmed(out)
 
 
-def test_a_missing_processor_and_wrong_options_are_one_line(vl_checkpoint, tmp_path, out, cli):
-    source = shutil.copytree(vl_checkpoint, tmp_path / "source")
+def test_wrong_options_are_one_line(vl_checkpoint, out, cli):
     for options, said in [(["--monolith"], "three"), (["--task", "text-generation"], "image-text-to-text")]:
-        code, err = cli("export", "onnx", "--model", source, out, *options)
+        code, err = cli("export", "onnx", "--model", vl_checkpoint, out, *options)
         assert (code, err.count("\n")) == (1, 1)
         assert said in err
-    (source / "preprocessor_config.json").unlink()
-    for command in (["onnx"], ["lfm2"]):
-        code, err = cli("export", *command, "--model", source, out)
-        assert (code, err.count("\n")) == (1, 1)
     assert_unharmed(out)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (None, "has no preprocessor_config.json"),
+        ("{", "preprocessor_config.json"),
+        (json.dumps(PROCESSOR | {"encoder_patch_size": 16}), "is 16, and the model's config.json says 4"),
+        (json.dumps(PROCESSOR | {"downsample_factor": 3}), "downsample_factor in preprocessor_config.json is 3"),
+        (json.dumps(PROCESSOR | {"max_image_tokens": "all"}), "max_image_tokens in preprocessor_config.json is all"),
+    ],
+    ids=["none", "no JSON", "other patches", "other factor", "no number"],
+)
+def test_a_processor_that_does_not_fit_is_one_line(settings, said, vl_checkpoint, tmp_path, out, cli):
+    source = shutil.copytree(vl_checkpoint, tmp_path / "source")
+    (source / "preprocessor_config.json").unlink()
+    if settings is not None:
+        (source / "preprocessor_config.json").write_text(settings)
+    for command, folder in ((["onnx"], out), (["lfm2"], tmp_path / "hub")):
+        code, err = cli("export", *command, "--model", source, folder)
+        assert (code, err.count("\n")) == (1, 1)
+        assert said in err
+    assert_unharmed(out)
+    assert not (tmp_path / "hub").exists()
+
+
+def test_pictures_of_a_filter_that_genai_lacks(vl_checkpoint, tmp_path, cli):
+    """They are no reason to refuse an export, and other runtimes run it."""
+    source = shutil.copytree(vl_checkpoint, tmp_path / "source")
+    (source / "preprocessor_config.json").write_text(json.dumps(PROCESSOR | {"resample": 5, "image_mean": None}))
+    assert cli("export", "onnx", "--model", source, tmp_path / "out") == (0, "")
+    assert not list(tmp_path.glob("out/**/genai*"))
 
 
 def test_both_spellings_of_the_type_are_exported(vl_checkpoint, tmp_path):

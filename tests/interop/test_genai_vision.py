@@ -13,9 +13,10 @@ from pictures import asked, drawn, gold_vl_model, gold_vl_tokens, processed, wri
 from transformers import AutoConfig, AutoTokenizer
 
 from optimum_lfm2 import ORTLfm2VlForConditionalGeneration
-from optimum_lfm2.export.genai_pictures import DEFAULTS, processor_settings
+from optimum_lfm2.export.genai_pictures import processor_settings
 from optimum_lfm2.genai_config import write_genai_config
 from optimum_lfm2.publish.precisions import PRECISIONS, published
+from optimum_lfm2.weights.processor import DEFAULTS
 
 
 og = pytest.importorskip("onnxruntime_genai", reason="onnxruntime-genai is not installed")

@@ -1,0 +1,116 @@
+"""Read the processor of a checkpoint that takes pictures, and write it for every runtime."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import PretrainedConfig
+
+from optimum_lfm2.errors import Lfm2Error, read_object
+from optimum_lfm2.fields import SIZE, Field
+from optimum_lfm2.weights.companions import find_file
+
+
+PREPROCESSOR = "preprocessor_config.json"
+PROCESSOR_CONFIG = "processor_config.json"
+PROCESSOR_CLASS = "processor_class"
+IMAGE_PROCESSOR = "image_processor"  # the key of its settings in PROCESSOR_CONFIG
+FILES = (PREPROCESSOR, PROCESSOR_CONFIG, "chat_template.jinja", "chat_template.json")
+
+# transformers' defaults (4.57, 5.24), which other runtimes do not know.
+DEFAULTS = {
+    "encoder_patch_size": 16,
+    "downsample_factor": 2,
+    "min_image_tokens": 64,
+    "max_image_tokens": 256,
+    "tile_size": 512,
+    "resample": 2,
+    "do_normalize": True,
+    "rescale_factor": 1 / 255,
+    "image_mean": [0.5, 0.5, 0.5],
+    "image_std": [0.5, 0.5, 0.5],
+}
+FIELDS = {
+    **dict.fromkeys(("encoder_patch_size", "downsample_factor", "tile_size"), SIZE),
+    **dict.fromkeys(("min_image_tokens", "max_image_tokens"), SIZE),
+    "resample": Field(int, 0, 5),
+    "rescale_factor": Field(float, 0, 1),
+    "image_mean": Field(float, -1e3, 1e3, listed=True),
+    "image_std": Field(float, 1e-6, 1e3, listed=True),
+}
+
+
+def processor_files(model_name_or_path: str, config: PretrainedConfig, **hub: Any) -> list[Path]:
+    """Return the files of a checkpoint's processor.
+
+    Args:
+        model_name_or_path: the checkpoint's folder, or its id on the Hub.
+        config: the configuration of the whole model.
+        hub: `revision` and the like, as `transformers.utils.cached_file` takes them.
+
+    Raises:
+        Lfm2Error: it has no settings of an image processor, they contradict the model, or a file is no JSON object.
+    """
+    found = [path for name in FILES if (path := find_file(model_name_or_path, name, hub)) is not None]
+    if not any(path.name == PREPROCESSOR or _whole(path).get(IMAGE_PROCESSOR) for path in found):
+        raise Lfm2Error(
+            f"{model_name_or_path} has no {PREPROCESSOR}, which says how pictures become patches. "
+            "Copy it there from the model that this one was made of."
+        )
+    written = {path.name: read_object(path) for path in found if path.suffix == ".json"}
+    name = PREPROCESSOR if PREPROCESSOR in written else f"{IMAGE_PROCESSOR} in {PROCESSOR_CONFIG}"
+    settings = DEFAULTS | image_settings(written)
+    for field, rule in FIELDS.items():
+        if not rule.takes(settings[field]):
+            raise Lfm2Error(
+                f"{field} in {name} is {str(settings[field])[:60]}; it has to be {rule}. Correct it, or copy it again."
+            )
+    for field, own in (
+        ("encoder_patch_size", config.vision_config.patch_size),
+        ("downsample_factor", config.downsample_factor),
+    ):
+        if settings[field] != own:
+            raise Lfm2Error(
+                f"{field} in {name} is {settings[field]}, and the model's config.json says {own}. "
+                "Copy the file of this model there."
+            )
+    return found
+
+
+def image_settings(written: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the settings of the image processor that are not null.
+
+    Args:
+        written: the contents of a processor's JSON files, by their names.
+    """
+    whole = written.get(PROCESSOR_CONFIG, {})
+    settings = written.get(PREPROCESSOR) or whole.get(IMAGE_PROCESSOR) or {}
+    return {name: value for name, value in settings.items() if value is not None}
+
+
+def write_processor(files: Iterable[Path], folder: Path) -> None:
+    """Copy a processor's files, and write the image processor's settings as Transformers.js 4.3 reads them.
+
+    transformers 5 saves the settings within `processor_config.json`. Transformers.js reads `preprocessor_config.json`
+    alone. It needs the class of the processor there, and knows fewer defaults than transformers. It also heeds
+    `do_resize`, which transformers saves and ignores for LFM2-VL: every picture would become a square of `size` first.
+    """
+    written = {}
+    for path in files:
+        (folder / path.name).write_bytes(path.read_bytes())
+        if path.suffix == ".json":
+            written[path.name] = read_object(path)
+    if not written:
+        return
+    whole = written.get(PROCESSOR_CONFIG, {})
+    named = {name: whole[name] for name in (PROCESSOR_CLASS,) if name in whole}
+    settings = {**DEFAULTS, **named, **image_settings(written), "do_resize": False}
+    text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
+    (folder / PREPROCESSOR).write_text(text, encoding="utf-8")
+
+
+def _whole(path: Path) -> Mapping[str, Any]:
+    return read_object(path) if path.name == PROCESSOR_CONFIG else {}
