@@ -1,14 +1,17 @@
 """Measure a model of LFM2-VL-450M's shape: one picture of 512 x 512, then text.
 
 `python -m benchmarks.vision --work FOLDER` makes a checkpoint with random weights, exports it, and prints a table. The
-systems are transformers in torch and the exported files in each precision. All of them stay loaded, and every round
-runs each of them in turn. Ratios to the first system are taken within a round.
+systems are transformers in torch, the exported files in each precision, and those in 4 bits in onnxruntime-genai. All
+of them stay loaded, and every round runs each of them in turn. Ratios to the first system are taken within a round.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import struct
 import time
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,27 +38,34 @@ TOWER = {
     "patch_size": 16,
     "vision_use_head": False,
 }
-PROJECTOR = {"projector_hidden_size": 2560, "image_token_id": 396}
-PROCESSOR = '{"image_processor_type": "Lfm2VlImageProcessorFast"}'
+IMAGE = 4
+PROJECTOR = {"projector_hidden_size": 2560, "image_token_id": IMAGE}
+# Tokens of the demo's tokenizer that its texts do not use, and what they are in LFM2-VL's. `<image>` has the id IMAGE.
+RENAMED = {"<|fim_pre|>": "<|image_start|>", "<|fim_mid|>": "<image>", "<|fim_suf|>": "<|image_end|>"}
+PROCESSOR = {"image_processor_type": "Lfm2VlImageProcessorFast", "processor_class": "Lfm2VlProcessor"}
 DTYPES = {"transformers": torch.float32, "transformers-bf16": torch.bfloat16}
 VARIANTS = {"ours-fp32": "default", "ours-q8": "q8", "ours-q4": "q4"}
-SYSTEMS = (*DTYPES, *VARIANTS)
+GENAI = "genai-q4"
+SYSTEMS = (*DTYPES, *VARIANTS, GENAI)
 PAUSE = 0.1  # seconds: the threads of the system before spin for a while after their last call
 
 
 @dataclass(frozen=True)
 class System:
-    """A loaded system: `encode` makes features of the picture, and `generate` as many tokens as it is told."""
+    """A loaded system: `generate` makes as many tokens as it is told, and `encode` features of the picture.
 
-    encode: Callable[[], Any]
+    onnxruntime-genai does not say when it encodes: its `encode` is None.
+    """
+
     generate: Callable[[int], torch.Tensor]
+    encode: Callable[[], Any] | None
 
 
 @dataclass(frozen=True)
 class Turn:
     """What a system took in a round: seconds of the encoder, seconds to the first token, seconds for each later one."""
 
-    encoder: float
+    encoder: float | None
     first: float
     token: float
 
@@ -64,8 +74,13 @@ def make(path: Path, **changes: Any) -> Path:
     """Save a checkpoint with seeded random weights. `changes` are options of `Lfm2VlConfig`."""
     options = {"text_config": {**TEXT, "block_multiple_of": 256}, "vision_config": TOWER, **PROJECTOR, **changes}
     save_seeded(path, Lfm2VlForConditionalGeneration, Lfm2VlConfig(**options))
-    (path / "preprocessor_config.json").write_text(PROCESSOR)
-    return add_tokenizer(path)
+    (path / "preprocessor_config.json").write_text(json.dumps(PROCESSOR))
+    for file in add_tokenizer(path).glob("*token*.json"):
+        text = file.read_text(encoding="utf-8")
+        for old, new in RENAMED.items():
+            text = text.replace(old, new)
+        file.write_text(text, encoding="utf-8")
+    return path
 
 
 def prepare(work: Path, names: Sequence[str], **changes: Any) -> None:
@@ -99,7 +114,9 @@ def question(config: Lfm2VlConfig, side: int, words: int) -> dict[str, torch.Ten
 
 
 def load(name: str, work: Path, threads: int, side: int, words: int) -> System:
-    """Load one of `SYSTEMS`."""
+    """Load one of `SYSTEMS`. The arguments from `side` on are those of `question`."""
+    if name == GENAI:
+        return _genai(work / "ours-q4", threads, side, words)
     torch.set_num_threads(threads)
     if name in DTYPES:
         model: Any = AutoModelForImageTextToText.from_pretrained(work / "checkpoint", dtype=DTYPES[name]).eval()
@@ -120,7 +137,43 @@ def load(name: str, work: Path, threads: int, side: int, words: int) -> System:
         limits = {"max_new_tokens": new, "min_new_tokens": new}
         return model.generate(**given, **limits, do_sample=False, pad_token_id=0)[:, length:]
 
-    return System(encode, generate)
+    return System(generate, encode)
+
+
+def _genai(folder: Path, threads: int, side: int, words: int) -> System:
+    import onnxruntime_genai as og
+
+    config = og.Config(str(folder))
+    own = {"session_options": {"intra_op_num_threads": threads}}  # by default it takes one here
+    config.overlay(json.dumps({"model": dict.fromkeys(("decoder", "embedding", "vision"), own)}))
+    model = og.Model(config)
+    picture = folder / "picture.png"
+    picture.write_bytes(_white(side))
+    prompt = f"<image>{' key' * (words - 2)}"  # two tokens stand around the picture's
+    given = model.create_multimodal_processor()(prompt, images=og.Images.open(str(picture)))
+    length = given["input_ids"].shape()[1]
+
+    def generate(new: int) -> torch.Tensor:
+        parameters = og.GeneratorParams(model)
+        parameters.set_search_options(max_length=length + new, min_length=length + new, do_sample=False)
+        generator = og.Generator(model, parameters)
+        generator.set_inputs(given)
+        for _ in range(new):
+            generator.generate_next_token()
+        return torch.tensor(generator.get_sequence(0)[length:])[None]
+
+    return System(generate, None)
+
+
+def _white(side: int) -> bytes:
+    """Return the PNG file of a white square."""
+    chunks = {
+        b"IHDR": struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0),
+        b"IDAT": zlib.compress((b"\0" + b"\xff" * 3 * side) * side),
+        b"IEND": b"",
+    }
+    parts = (struct.pack(">I", len(x)) + k + x + struct.pack(">I", zlib.crc32(k + x)) for k, x in chunks.items())
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
 
 
 def _exported(folder: Path, threads: int) -> Any:
@@ -144,7 +197,8 @@ def take_turns(systems: dict[str, System], new: int, rounds: int) -> dict[str, l
     def turn(system: System) -> Turn:
         time.sleep(PAUSE)
         first, whole = seconds(lambda: system.generate(1)), seconds(lambda: system.generate(1 + new))
-        return Turn(seconds(system.encode), first, (whole - first) / new)
+        encoder = None if system.encode is None else seconds(system.encode)
+        return Turn(encoder, first, (whole - first) / new)
 
     turns: dict[str, list[Turn]] = {name: [] for name in systems}
     names = list(systems)
@@ -164,6 +218,9 @@ def table(turns: dict[str, list[Turn]]) -> str:
         cells = [name]
         for field in columns:
             times = [getattr(turn, field) for turn in own]
+            if None in times:
+                cells += ["", ""]
+                continue
             ratios = [getattr(base, field) / time for base, time in zip(baseline, times, strict=True)]
             low, middle, high = np.quantile(ratios, (0.25, 0.5, 0.75))
             median = float(np.median(times))

@@ -86,7 +86,7 @@ def shown(inputs):
 @installed
 @browser
 def test_tokens_in_the_browser_are_those_of_transformers(visit, inputs, vl_checkpoint):
-    """Transformers gets the page's ids and pixel values."""
+    """The reference gets the ids and pixel values of the page."""
     model = gold_vl_model(vl_checkpoint)
     gold = []
     for given in inputs:
