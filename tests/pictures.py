@@ -195,13 +195,14 @@ def processed(pixels: np.ndarray) -> dict[str, torch.Tensor]:
     }
 
 
-def asked(text: str, pixels: np.ndarray | None, tokenizer) -> torch.Tensor:
-    """Return the ids of a chat as transformers' processor gives them, int64 (length): a picture, if any, then text."""
-    content = [{"type": "image"}] * (pixels is not None) + [{"type": "text", "text": text}]
+def asked(text: str, shown: Sequence[np.ndarray], tokenizer) -> torch.Tensor:
+    """Return the ids of a chat as transformers' processor gives them, int64 (length): pictures, then text."""
+    content = [*({"type": "image"} for _ in shown), {"type": "text", "text": text}]
     chat = [{"role": "user", "content": content}]
     prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
-    if pixels is not None:
-        side = PROCESSOR["encoder_patch_size"] * PROCESSOR["downsample_factor"]
+    before, *after = prompt.split("<image>")
+    side = PROCESSOR["encoder_patch_size"] * PROCESSOR["downsample_factor"]
+    for pixels, rest in zip(shown, after, strict=True):
         count = pixels.shape[0] // side * (pixels.shape[1] // side)
-        prompt = prompt.replace("<image>", f"<|image_start|>{'<image>' * count}<|image_end|>")
-    return torch.tensor(tokenizer(prompt, add_special_tokens=False)["input_ids"])
+        before += f"<|image_start|>{'<image>' * count}<|image_end|>{rest}"
+    return torch.tensor(tokenizer(before, add_special_tokens=False)["input_ids"])

@@ -85,9 +85,14 @@ def image_settings(written: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 
     Args:
         written: the contents of a processor's JSON files, by their names.
+
+    Raises:
+        Lfm2Error: they are no JSON object.
     """
     whole = written.get(PROCESSOR_CONFIG, {})
     settings = written.get(PREPROCESSOR) or whole.get(IMAGE_PROCESSOR) or {}
+    if not isinstance(settings, Mapping):
+        raise Lfm2Error(f"{IMAGE_PROCESSOR} in {PROCESSOR_CONFIG} is no object of settings. Copy the file again.")
     return {name: value for name, value in settings.items() if value is not None}
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from pictures import asked, drawn, gold_vl_model, gold_vl_tokens, processed, write_png
+from pictures import asked, drawn, gold_vl_model, gold_vl_tokens, joined, processed, write_png
 from transformers import AutoConfig, AutoTokenizer
 
 from optimum_lfm2 import ORTLfm2VlForConditionalGeneration
@@ -55,19 +55,15 @@ def folder(vl_folder, tmp_path_factory):
     return without_end(shutil.copytree(vl_folder, tmp_path_factory.mktemp("genai") / "vl"))
 
 
-@pytest.mark.parametrize("shown", [True, False], ids=["a picture", "text alone"])
-def test_tokens_are_transformers(shown, folder, vl_checkpoint, tmp_path):
-    pixels = drawn() if shown else None
-    content = [{"type": "image"}] * shown + [{"type": "text", "text": QUESTION}]
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    prompt = tokenizer.apply_chat_template(
-        [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
-    )
-    images = og.Images.open(str(write_png(tmp_path / "picture.png", pixels))) if shown else None
-    ids, tokens, values = run(folder, prompt, images)
-    assert ids == asked(QUESTION, pixels, tokenizer).tolist()
-    tiles = processed(pixels) if shown else None
-    if shown:
+@pytest.mark.parametrize("sizes", [[(24, 32)], [(24, 32), (16, 16)], []], ids=["a picture", "two", "none"])
+def test_tokens_are_transformers(sizes, folder, vl_checkpoint, tmp_path):
+    shown = [drawn(*size) for size in sizes]
+    prompt = f"<|startoftext|><|im_start|>user\n{'<image>' * len(shown)}{QUESTION}<|im_end|>\n<|im_start|>assistant\n"
+    paths = [str(write_png(tmp_path / f"{i}.png", pixels)) for i, pixels in enumerate(shown)]
+    ids, tokens, values = run(folder, prompt, og.Images.open(*paths) if paths else None)
+    assert ids == asked(QUESTION, shown, AutoTokenizer.from_pretrained(folder)).tolist()
+    tiles = joined([processed(pixels) for pixels in shown]) if shown else None
+    if tiles is not None:
         np.testing.assert_allclose(values["pixel_values"], tiles["pixel_values"], atol=1e-6)
         assert values["image_sizes"].tolist() == tiles["spatial_shapes"].tolist()
     assert tokens == gold_vl_tokens(gold_vl_model(vl_checkpoint), torch.tensor(ids), tiles, NEW)
@@ -81,9 +77,9 @@ def test_every_precision_gives_our_tokens(precision, vl_hub_folder, tmp_path):
     written = AutoConfig.from_pretrained(folder)
     assert write_genai_config(folder, f"onnx/{chosen.path.name}", written, chosen.caches, chosen.by_part)
     pixels, tokenizer = drawn(), AutoTokenizer.from_pretrained(folder)
-    prompt = tokenizer.decode(asked(QUESTION, None, tokenizer)).replace("user\n", "user\n<image>")
+    prompt = tokenizer.decode(asked(QUESTION, [], tokenizer)).replace("user\n", "user\n<image>")
     ids, tokens, _ = run(without_end(folder), prompt, og.Images.open(str(write_png(tmp_path / "picture.png", pixels))))
-    assert ids == asked(QUESTION, pixels, tokenizer).tolist()
+    assert ids == asked(QUESTION, [pixels], tokenizer).tolist()
     model = ORTLfm2VlForConditionalGeneration.from_pretrained(folder, file_name=chosen.path.name)
     inputs = {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids)), **processed(pixels)}
     own = model.generate(**inputs, max_new_tokens=NEW, do_sample=False, eos_token_id=None)

@@ -115,7 +115,7 @@ def test_the_example_of_the_card_answers(vl_hub_folder, tmp_path):
     done = subprocess.run(command, input=script, cwd=WEB, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     tokenizer = AutoTokenizer.from_pretrained(vl_hub_folder)
-    ids = asked("What is in this picture?", pixels, tokenizer)
+    ids = asked("What is in this picture?", [pixels], tokenizer)
     model = ORTLfm2VlForConditionalGeneration.from_pretrained(vl_hub_folder, file_name="decoder_model_merged_q4.onnx")
     inputs = {"input_ids": ids[None], "attention_mask": torch.ones_like(ids)[None], **processed(pixels)}
     tokens = model.generate(**inputs, max_new_tokens=64, do_sample=False)[0, len(ids) :].tolist()

@@ -29,7 +29,7 @@ GENAI = ["genai_decoder.onnx", "genai_embedding.onnx"]
 @pytest.fixture(scope="module")
 def inputs(vl_checkpoint):
     pixels = drawn()
-    ids = asked(QUESTION, pixels, AutoTokenizer.from_pretrained(vl_checkpoint))
+    ids = asked(QUESTION, [pixels], AutoTokenizer.from_pretrained(vl_checkpoint))
     return {"input_ids": ids[None], "attention_mask": torch.ones_like(ids)[None], **processed(pixels)}
 
 

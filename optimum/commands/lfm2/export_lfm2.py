@@ -24,6 +24,9 @@ Write a folder for the Hub. Optimum, ONNX Runtime GenAI and Transformers.js run 
   OUT/onnx/model_q4.onnx             q4     4-bit weights: the fastest on a CPU
   OUT/onnx/model_q4f16.onnx          q4f16  4-bit weights, computed in fp16: for WebGPU
 
+Of a model that takes pictures, decoder_model_merged, embed_tokens and vision_encoder stand in the place of model. Its
+vision encoder has 8 bits in q4 and q4f16.
+
 Every file is run and compared with transformers before it is kept."""
 
 EPILOG = """\
