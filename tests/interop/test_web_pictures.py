@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from clients import case, up_to_end
-from pictures import PROCESSOR, drawn, gold_vl_model, gold_vl_tokens, processed, write_png
+from pictures import PROCESSOR, asked, drawn, gold_vl_model, gold_vl_tokens, processed, write_png
 from test_node import ask
 from test_web import browse, browser, installed, run_serve, serve
 from transformers import AutoTokenizer
@@ -94,6 +94,22 @@ def test_tokens_in_the_browser_are_those_of_transformers(visit, inputs, vl_check
         gold.append(gold_vl_tokens(model, given["input_ids"][0], pixels or None, NEW))
     assert visit["ids"] == [up_to_end(tokens) for tokens in gold]
     assert len({tuple(tokens[:8]) for tokens in gold}) > 3, "the pictures make no difference"
+
+
+@installed
+@browser
+@pytest.mark.parametrize("name", ["wide", "tall"])
+def test_the_ids_are_those_of_transformers_processor(shown, vl_folder, name):
+    ids = asked("Tell me about this.", [drawn(*SIZES[name])], AutoTokenizer.from_pretrained(vl_folder))
+    assert shown[name]["input_ids"][0].tolist() == ids.tolist()
+
+
+@installed
+@browser
+def test_the_model_gets_the_pictures_of_every_turn(inputs, shown):
+    both = inputs[len(SIZES)]
+    for key in PICTURE:
+        assert torch.equal(both[key], torch.cat([shown["wide"][key], shown["tall"][key]]))
 
 
 @installed
