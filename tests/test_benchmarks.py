@@ -24,6 +24,7 @@ from benchmarks import (
     run,
     speculation,
     turns,
+    vision,
     windows,
     worker,
 )
@@ -344,3 +345,36 @@ def test_encoders(tmp_path, capsys):
         own = torch.nn.functional.normalize(own, dim=1)
         gold = torch.nn.functional.normalize(vectors["torch"], dim=1)
         torch.testing.assert_close(own, gold, atol=1e-4, rtol=0, msg=name)
+
+
+def test_a_picture(tmp_path, capsys):
+    """Every system is measured, those in float32 generate the same tokens, and a ratio is of a system to the first."""
+    text = {"vocab_size": 2048, "hidden_size": 64, "intermediate_size": 96, "block_multiple_of": 8}
+    text |= {"num_hidden_layers": 2, "layer_types": ["conv", "full_attention"], "num_attention_heads": 4}
+    tower = {
+        **vision.TOWER,
+        "hidden_size": 48,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
+    options = ["--side", "64", "--words", "6", "--new", "3", "--rounds", "2", "--threads", "1"]
+    shape = {"text_config": {**text, "num_key_value_heads": 2}, "vision_config": tower, "projector_hidden_size": 40}
+    with_genai = importlib.util.find_spec("onnxruntime_genai") is not None
+    names = [name for name in vision.SYSTEMS if with_genai or name != vision.GENAI]
+    vision.main(["--work", str(tmp_path), "--systems", ",".join(names), *options], **shape)
+    rows = cells(capsys.readouterr().out.splitlines()[-len(names) :])
+    assert [row[0] for row in rows] == names
+    assert min(float(row[3]) for row in rows) > 0
+    assert min(float(row[1]) for row in rows if row[0] != vision.GENAI) > 0
+    tokens = [vision.load(name, tmp_path, 1, 64, 6).generate(8).tolist() for name in ("transformers", "ours-fp32")]
+    assert tokens[0] == tokens[1]
+
+
+def test_ratios_of_pictures_are_taken_within_a_round():
+    slow = [vision.Turn(2, 4, 0.1), vision.Turn(4, 8, 0.2), vision.Turn(6, 9, 0.4)]
+    fast = [vision.Turn(1, 2, 0.05), vision.Turn(2, 2, 0.1), vision.Turn(3, 3, 0.1)]
+    assert cells(vision.table({"slow": slow, "fast": fast}).splitlines()[2:]) == [
+        ["slow", "4", "1.00 (1.00 to 1.00)", "8", "1.00 (1.00 to 1.00)", "5.0", "1.00 (1.00 to 1.00)"],
+        ["fast", "2", "2.00 (2.00 to 2.00)", "2", "3.00 (2.50 to 3.50)", "10.0", "2.00 (2.00 to 3.00)"],
+    ]

@@ -1,7 +1,10 @@
 // Load the model from /model/ and answer chats, in the browser.
-import { AutoModelForCausalLM, AutoTokenizer, TextStreamer, env } from "/library/transformers.min.js";
+import {
+  AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer, RawImage, TextStreamer, env,
+} from "/library/transformers.min.js";
 
 const RUNTIME = "/onnxruntime/ort-wasm-simd-threaded.asyncify";
+const IMAGE = "<image>"; // what a chat template writes for a picture, and the library's processor reads
 
 env.allowRemoteModels = false;
 env.allowLocalModels = true;
@@ -10,6 +13,40 @@ env.useBrowserCache = false; // the folder may have been exported again; for an 
 env.useWasmCache = false;
 env.backends.onnx.wasm.wasmPaths = { mjs: `${RUNTIME}.mjs`, wasm: `${RUNTIME}.wasm` };
 
+/**
+ * A turn of a chat. Only a user's turn has pictures.
+ *
+ * @typedef {{role: string, content: string, pictures?: Blob[]}} Turn
+ */
+
+// What a folder can do. `Reader` is the library's class that reads a chat, and `read` makes a chat into the model's inputs.
+const TEXT = {
+  pictures: false,
+  Model: AutoModelForCausalLM,
+  Reader: AutoTokenizer,
+  tokenizer: (reader) => reader,
+  read: (reader, chat) => reader.apply_chat_template(chat, { add_generation_prompt: true, return_dict: true }),
+};
+const TEXT_AND_PICTURES = {
+  pictures: true,
+  Model: AutoModelForImageTextToText,
+  Reader: AutoProcessor,
+  tokenizer: (reader) => reader.tokenizer,
+  async read(reader, chat) {
+    if (chat.some(({ content }) => content.includes(IMAGE))) throw new Error(`Leave ${IMAGE} out: it stands for a picture.`);
+    const turns = chat.map(({ role, content, pictures }) => ({
+      role,
+      content: pictures ? [...pictures.map(() => ({ type: "image" })), { type: "text", text: content }] : content,
+    }));
+    const text = reader.apply_chat_template(turns, { add_generation_prompt: true });
+    const options = { add_special_tokens: false }; // the template has written them
+    const pictures = await Promise.all(chat.flatMap((turn) => turn.pictures ?? []).map((blob) => RawImage.read(blob)));
+    return pictures.length ? reader(pictures, text, options) : reader.tokenizer(text, options);
+  },
+};
+// By the model type in config.json. All others are models of text.
+const KINDS = { lfm2_vl: TEXT_AND_PICTURES };
+
 /** Return "webgpu" where the browser has a WebGPU adapter, else "wasm". */
 export async function chooseDevice() {
   const adapter = await navigator.gpu?.requestAdapter().catch(() => null);
@@ -17,16 +54,19 @@ export async function chooseDevice() {
 }
 
 /**
- * Load the tokenizer and the file of `dtype`, onnx/model{suffix}.onnx.
+ * Load the model's files of `dtype`, onnx/{name}{suffix}.onnx, and what reads a chat for it.
  *
  * @param {{dtype?: string, device?: string | null, onProgress?: (loaded: number, total: number) => void}} options
- * @returns {Promise<{tokenizer: object, model: object, dtype: string, device: string}>}
+ * @returns {Promise<{kind: object, reader: object, model: object, dtype: string, device: string}>} `kind.pictures` says
+ *   whether the model takes pictures
  */
 export async function load({ dtype = "fp32", device = null, onProgress = () => {} } = {}) {
   const chosen = device ?? (await chooseDevice());
-  const [tokenizer, model] = await Promise.all([
-    AutoTokenizer.from_pretrained("model"),
-    AutoModelForCausalLM.from_pretrained("model", {
+  const config = await AutoConfig.from_pretrained("model");
+  const kind = KINDS[config.model_type] ?? TEXT;
+  const [reader, model] = await Promise.all([
+    kind.Reader.from_pretrained("model"),
+    kind.Model.from_pretrained("model", {
       dtype,
       device: chosen,
       progress_callback: (event) => {
@@ -34,21 +74,45 @@ export async function load({ dtype = "fp32", device = null, onProgress = () => {
       },
     }),
   ]);
-  return { tokenizer, model, dtype, device: chosen };
+  takeMessages(model);
+  return { kind, reader, model, dtype, device: chosen };
 }
+
+/** Let a worker take its messages before each token. WebAssembly computes without a pause, and a stop would wait for the end. */
+function takeMessages(model) {
+  const { port1, port2 } = new MessageChannel(); // setTimeout would wait 4 ms
+  const forward = model.forward.bind(model);
+  model.forward = async (inputs) => {
+    await new Promise((resolve) => {
+      port1.onmessage = resolve;
+      port2.postMessage(null);
+    });
+    return forward(inputs);
+  };
+}
+
+/**
+ * Return the model's inputs for a chat: `input_ids` and `attention_mask`, and the pixels of its pictures.
+ *
+ * @param {{kind: object, reader: object}} loaded the result of `load`
+ * @param {Turn[]} chat the turns so far; the last one is the user's
+ */
+export const read = async ({ kind, reader }, chat) => kind.read(reader, chat);
 
 /**
  * Generate the next message of a chat, with the settings of the export's generation config.
  *
- * @param {{tokenizer: object, model: object}} loaded the result of `load`
- * @param {{role: string, content: string}[]} chat the turns so far; the last one is the user's
- * @param {{maxNewTokens?: number, onText?: (piece: string, tokens: number, seconds: number) => void}} options
- *   `onText` gets each new piece of text, and the number of tokens and seconds since the first token
+ * @param {{kind: object, reader: object, model: object}} loaded the result of `load`
+ * @param {Turn[]} chat the turns so far; the last one is the user's
+ * @param {{maxNewTokens?: number, stop?: object, onText?: (piece: string, tokens: number, seconds: number) => void}} options
+ *   `stop` is a stopping criterion of the library. `onText` gets each new piece of text, and the number of tokens and
+ *   seconds since the first token
  * @returns {Promise<{text: string, ids: number[], speed: number | null}>} `ids` are the new tokens, with the end of turn.
  *   `speed` is in tokens per second after the first token; it is null for an answer of one token
  */
-export async function answer({ tokenizer, model }, chat, { maxNewTokens = 512, onText = () => {} } = {}) {
-  const inputs = tokenizer.apply_chat_template(chat, { add_generation_prompt: true, return_dict: true });
+export async function answer(loaded, chat, { maxNewTokens = 512, stop = null, onText = () => {} } = {}) {
+  const inputs = await read(loaded, chat);
+  const tokenizer = loaded.kind.tokenizer(loaded.reader);
   let tokens = 0;
   let first = 0;
   let last = 0;
@@ -61,7 +125,12 @@ export async function answer({ tokenizer, model }, chat, { maxNewTokens = 512, o
     },
     callback_function: (piece) => onText(piece, tokens - 1, (last - first) / 1000),
   });
-  const output = await model.generate({ ...inputs, max_new_tokens: maxNewTokens, streamer });
+  const output = await loaded.model.generate({
+    ...inputs,
+    max_new_tokens: maxNewTokens,
+    streamer,
+    stopping_criteria: stop,
+  });
   const prompt = inputs.input_ids.dims.at(-1);
   const ids = output.tolist()[0].slice(prompt).map(Number);
   return {

@@ -21,6 +21,7 @@ RUNTIME = PAGE / "node_modules/onnxruntime-web/dist"
 # Browsers allow threads in WebAssembly only on a page that is isolated from other sites by these headers.
 ISOLATION = {"Cross-Origin-Opener-Policy": "same-origin", "Cross-Origin-Embedder-Policy": "require-corp"}
 NEEDED = ("config.json", "tokenizer.json", "tokenizer_config.json")
+PICTURES_NEED = ("preprocessor_config.json",)  # says how pictures become patches
 
 
 class Model:
@@ -35,16 +36,22 @@ class Model:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.flat = (folder / "model.onnx").is_file()
-        missing = [name for name in NEEDED if not (folder / name).is_file()]
+        pictures = self._takes_pictures()
+        self.flat = not pictures and (folder / "model.onnx").is_file()  # it may be of an older export
+        needed = NEEDED + (PICTURES_NEED if pictures else ())
+        missing = [name for name in needed if not (folder / name).is_file()]
         if not self.flat and not any(folder.glob("onnx/*.onnx")):
-            missing.append("model.onnx")
+            missing.append("onnx/vision_encoder.onnx" if pictures else "model.onnx")
         if missing:
             raise ValueError(
                 f"{folder} is no exported model: it has no {', '.join(missing)}. "
                 f"Make one with `optimum-cli export onnx --model CHECKPOINT {folder}`."
             )
         self.rewritten = {"config.json": self._config(), "tokenizer_config.json": self._tokenizer_config()}
+
+    def _takes_pictures(self) -> bool:
+        path = self.folder / "config.json"
+        return path.is_file() and "vision_config" in json.loads(path.read_text(encoding="utf-8"))
 
     def _config(self) -> dict[str, Any]:
         config = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))

@@ -1,8 +1,14 @@
 // Use the chat page in headless Chromium as a person would: node browse.mjs CHROMIUM FOLDER < job > result, both JSON.
 //
-// The job is {url, gpu, chat, prompts, cases}. `gpu` is a key of GPU below. `chat` has messages that are typed one after
-// the other. `prompts` has chats whose answers are returned as token ids. `cases` has questions for cases.mjs.
-// The browser's profile and the screenshots go to FOLDER.
+// The job has these fields. The browser's profile and the screenshots go to FOLDER.
+//   url, gpu    the page, and a key of GPU below
+//   chat        messages that are typed one after the other
+//   refused     a message whose pictures are no pictures
+//   failing     a message that the model does not take
+//   stopped     a message whose answer is stopped at once. It would have no end of its own
+//   prompts     chats whose answers are returned as token ids, with the model's inputs
+//   cases       questions for cases.mjs
+// A message is {text, pictures, how}. Each picture is {name, base64}, and `how` is a key of GIVE below.
 import { readFileSync } from "node:fs";
 import { createRequire } from "node:module";
 import { fileURLToPath } from "node:url";
@@ -23,7 +29,35 @@ const DESKTOP = { width: 900, height: 700 };
 const PHONE = { width: 360, height: 640 };
 
 const [executablePath, folder] = process.argv.slice(2);
-const { url, gpu, chat, prompts, cases } = JSON.parse(readFileSync(0, "utf-8"));
+const { url, gpu, chat, refused, failing, stopped, prompts, cases } = JSON.parse(readFileSync(0, "utf-8"));
+
+// Give pictures to the page. Playwright neither pastes nor drops files, so these events are made in the page.
+const GIVE = {
+  file: (page, pictures) =>
+    page.locator("#file").setInputFiles(
+      pictures.map(({ name, base64 }) => ({ name, mimeType: "image/png", buffer: Buffer.from(base64, "base64") })),
+    ),
+  paste: (page, pictures) => dispatch(page, pictures, "ClipboardEvent", "paste", "clipboardData"),
+  drop: (page, pictures) => dispatch(page, pictures, "DragEvent", "drop", "dataTransfer"),
+};
+
+const dispatch = (page, pictures, type, name, field) =>
+  page.evaluate(([pictures, type, name, field]) => {
+    const data = new DataTransfer();
+    for (const { name, base64 } of pictures) {
+      data.items.add(new File([Uint8Array.from(atob(base64), (c) => c.charCodeAt(0))], name, { type: "image/png" }));
+    }
+    document.body.dispatchEvent(new window[type](name, { [field]: data, bubbles: true, cancelable: true }));
+  }, [pictures, type, name, field]);
+
+async function type(page, { text, pictures = [], how }) {
+  if (pictures.length) {
+    await GIVE[how](page, pictures);
+    await page.locator(`#tray:has(button:nth-child(${pictures.length}))`).waitFor();
+  }
+  await page.getByLabel("Message").fill(text);
+  await page.keyboard.press("Enter");
+}
 
 const context = await chromium.launchPersistentContext(`${folder}/profile`, {
   executablePath, args: [...FLAGS, ...GPU[gpu]], headless: true, viewport: DESKTOP,
@@ -54,28 +88,52 @@ try {
     for (const message of chat) {
       await page.evaluate(() => {
         window.seen = [];
-        const look = () => window.seen.push(document.querySelector("li:last-child p").textContent);
+        const look = () => window.seen.push(document.querySelector("li:last-child p")?.textContent);
         new MutationObserver(look).observe(document.getElementById("log"), { childList: true, subtree: true });
       });
-      await page.getByLabel("Message").fill(message);
-      await page.keyboard.press("Enter");
+      await type(page, message);
       await page.locator("#log[aria-busy=false] li.assistant").last().waitFor();
       result.answers.push(await page.locator("li.assistant p").last().textContent());
       result.speeds.push(await page.locator("#speed").textContent());
       result.pieces.push(new Set(await page.evaluate(() => window.seen)).size);
     }
+    result.takesPictures = await page.getByRole("button", { name: "Picture", exact: true }).isVisible();
+    result.shown = await page.locator("li.user").evaluateAll((items) => items.map((li) => li.querySelectorAll("img").length));
     await page.screenshot({ path: `${folder}/desktop.png` });
+    if (refused) {
+      await GIVE[refused.how](page, refused.pictures);
+      await page.getByRole("alert").filter({ hasText: /./ }).waitFor();
+      result.refused = await page.getByRole("alert").textContent();
+    }
+    if (failing) {
+      await type(page, failing);
+      await page.getByRole("alert").filter({ hasText: /./ }).waitFor();
+      result.failing = {
+        alert: await page.getByRole("alert").textContent(),
+        message: await page.getByLabel("Message").inputValue(),
+        pictures: await page.locator("#tray img").count(),
+        turns: await page.locator("#log li").count(),
+      };
+    }
     await page.setViewportSize(PHONE);
     await page.screenshot({ path: `${folder}/phone.png` });
     result.phoneWidth = await page.evaluate(() => document.documentElement.scrollWidth);
     result.asked = await page.evaluate(() => window.asked);
     result.isolated = await page.evaluate(() => crossOriginIsolated);
-    result.ids = await page.evaluate(async (chats) => {
-      const { answer, load } = await import("/lfm2.js");
+    [result.ids, result.inputs] = await page.evaluate(async (chats) => {
+      const { answer, load, read } = await import("/lfm2.js");
       const loaded = await load({ dtype: "fp32", device: "wasm" });
-      const all = [];
-      for (const chat of chats) all.push((await answer(loaded, chat, { maxNewTokens: 48 })).ids);
-      return all;
+      const decoded = ({ base64 }) => new Blob([Uint8Array.from(atob(base64), (c) => c.charCodeAt(0))], { type: "image/png" });
+      const plain = ({ type, dims, data }) => ({ type, dims, data: Array.from(data, Number) });
+      const ids = [];
+      const inputs = [];
+      for (const turns of chats) {
+        const chat = turns.map((turn) => (turn.pictures ? { ...turn, pictures: turn.pictures.map(decoded) } : turn));
+        ids.push((await answer(loaded, chat, { maxNewTokens: 48 })).ids);
+        const tensors = Object.entries(await read(loaded, chat)).filter(([, tensor]) => tensor.dims);
+        inputs.push(Object.fromEntries(tensors.map(([name, tensor]) => [name, plain(tensor)])));
+      }
+      return [ids, inputs];
     }, prompts);
     const path = fileURLToPath(new URL("cases.mjs", import.meta.url));
     await page.route("**/cases.mjs", (route) => route.fulfill({ path, contentType: "text/javascript" }));
@@ -87,6 +145,18 @@ try {
       for (const one of cases) all.push(await answer(one));
       return all;
     }, cases);
+    if (stopped) {
+      await page.route("**/model/*config.json", async (route) => {
+        const json = await (await route.fetch()).json();
+        await route.fulfill({ json: { ...json, eos_token_id: null } });
+      });
+      await page.goto(url);
+      await status.filter({ hasText: "Ready" }).waitFor();
+      await type(page, stopped);
+      await page.getByRole("button", { name: "Stop" }).dispatchEvent("click");
+      await page.locator("#log[aria-busy=false] li.assistant").waitFor();
+      result.stopped = await page.locator("li.assistant p").textContent();
+    }
   }
   const origin = new URL(url).origin;
   const elsewhere = requests.filter((request) => !request.startsWith("data:") && !request.startsWith("blob:") &&

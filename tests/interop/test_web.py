@@ -35,6 +35,7 @@ CHAT = [
     "Ben put the silver key next to the well. Where is the silver key?",
     "Tell me more.",
 ]
+LONG = "Tell me a story."
 CHATS = [
     [{"role": "user", "content": "Ben put the silver key next to the well. Where is the silver key?"}],
     [{"role": "user", "content": "Tell me a story."}],
@@ -71,6 +72,7 @@ def served(folder):
 
 def browse(folder, artifacts, query="", gpu="none", **asked):
     job = {"gpu": gpu, "chat": [], "prompts": [], "cases": [], **asked}
+    job["chat"] = [{"text": message} if isinstance(message, str) else message for message in job["chat"]]
     with served(folder) as url:
         done = subprocess.run(
             ["node", str(Path(__file__).with_name("browse.mjs")), CHROMIUM, str(artifacts)],
@@ -87,7 +89,8 @@ def browse(folder, artifacts, query="", gpu="none", **asked):
 @pytest.fixture(scope="module")
 def visit(exported, tmp_path_factory):
     artifacts = tmp_path_factory.mktemp("web")
-    return browse(exported("trained"), artifacts, chat=CHAT, prompts=CHATS) | {"artifacts": artifacts}
+    asked = {"chat": CHAT, "prompts": CHATS, "stopped": {"text": LONG}}
+    return browse(exported("trained"), artifacts, **asked) | {"artifacts": artifacts}
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +113,7 @@ def gold(checkpoint, gold_model):
 @browser
 def test_a_chat_is_answered_as_transformers_answers_it(visit, gold):
     turns = []
-    for message, answer, asked in zip(CHAT, visit["answers"], visit["asked"], strict=True):
+    for message, answer, asked in zip(CHAT, visit["answers"], visit["asked"], strict=False):
         turns.append({"role": "user", "content": message})
         assert asked == turns
         assert answer == gold(turns)[1]
@@ -138,6 +141,24 @@ def test_the_page_fits_a_phone_and_stays_by_itself(visit):
     assert visit["elsewhere"] == []
     for name in ("desktop.png", "phone.png"):
         assert (visit["artifacts"] / name).stat().st_size > 5000
+
+
+@installed
+@browser
+def test_an_answer_can_be_stopped(visit, tokenizer, gold_continuation):
+    """What stands there is the beginning of what would have come."""
+    ids = tokenizer.apply_chat_template(
+        [{"role": "user", "content": LONG}], add_generation_prompt=True, return_dict=True
+    )
+    whole = tokenizer.decode(gold_continuation(ids["input_ids"], 96), skip_special_tokens=True)
+    assert visit["stopped"]
+    assert whole.startswith(visit["stopped"])
+
+
+@installed
+@browser
+def test_a_model_of_text_is_not_offered_pictures(visit):
+    assert not visit["takesPictures"]
 
 
 @installed
