@@ -103,6 +103,9 @@ class Checkpoint(Mapping[str, torch.Tensor]):
             raise Lfm2Error(f"{stored} in {self._files[stored]} holds values that are {remedy}")
         return converted
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._stored  # Mapping's own reads the tensor to find out
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._stored)
 

@@ -29,6 +29,13 @@ def test_every_parameter(name, checkpoint, gold_model):
     assert_same(opened(checkpoint(name)), gold_model(name).state_dict())
 
 
+def test_whether_there_is_a_tensor_is_told_without_reading_it(checkpoint, monkeypatch):
+    monkeypatch.setattr(Checkpoint, "_read", lambda *_: pytest.fail("it was read"))
+    weights = opened(checkpoint("hybrid"))
+    assert "model.embedding_norm.weight" in weights
+    assert "no.weight" not in weights
+
+
 def test_shards(gold_model, tmp_path):
     gold_model("hybrid").save_pretrained(tmp_path, max_shard_size="100KB")
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
