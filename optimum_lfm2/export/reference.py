@@ -68,7 +68,7 @@ class Reference:
         return {name: torch.full(tuple(shape), torch.nan) for name, shape in shapes.items()}
 
     def _states(self) -> list[CacheTensor]:
-        """The states whose new columns the graph gives."""
+        """Return the states for which the graph has an output with their new columns."""
         return [tensor for tensor in self._config.cache_tensors if tensor.columns in self._config.outputs]
 
     def compute(self) -> list[Values]:
