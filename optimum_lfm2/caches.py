@@ -1,4 +1,4 @@
-"""Names, axes and order of the cache tensors of a graph. No other module spells them.
+"""Names, axes and order of the cache tensors of a graph. No other module spells the names out.
 
 A convolution layer keeps a conv state: the last `conv_L_cache` columns of `B * x`. An attention layer keeps a KV
 cache, which grows by one column a token. The cache inputs follow each other in layer order, and the cache outputs in
@@ -65,7 +65,7 @@ class CacheTensor:
 
     @property
     def grows(self) -> bool:
-        """Whether axis 2 grows with the sequence. It does for keys and values; a conv state has a fixed width."""
+        """Whether axis 2 grows with the sequence. It does in a KV cache. Conv states and windows have a fixed width."""
         return self.kind != CONV and self.axes[1] is GROWS
 
     @property

@@ -39,9 +39,9 @@ Caches = Sequence[tuple[torch.Tensor, ...]]
 TRANSFORMERS_5 = int(transformers.__version__.split(".")[0]) >= 5
 # The name of the cache among a forward's arguments and outputs. transformers 5.24 renamed it. Goes with 5.23.
 CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
-# Whether `Cache.crop` takes the number of tokens to remove, and 0 means none; that of 4.57 takes a length. Goes with 4.
+# Whether `Cache.crop` takes the number of tokens to remove. In 4.57 it takes the length to keep. Goes with 4.
 CROPS_BY_NUMBER = "tokens_to_remove" in signature(Cache.crop).parameters
-# Whether a forward over a filled cache takes several new tokens; that of 4.57 takes one. Goes with transformers 4.
+# Whether a forward over a filled cache takes several new tokens. In 4.57 it takes one. Goes with transformers 4.
 CONTINUES_WITH_SEVERAL_TOKENS = TRANSFORMERS_5
 # Whether transformers' forward takes `cache_position`. Goes with transformers 4.
 HEEDS_CACHE_POSITION = not TRANSFORMERS_5
@@ -84,19 +84,19 @@ def complete_transformers() -> None:
     _route_pipelines(pipelines)
 
 
-# The types that a release does not know, and the first that knows each. Goes with the last of these.
+# Model types that some supported release lacks, and the first release that has each. Goes when all of them have all.
 LATER_MODELS = {"lfm2_moe": "5.0", "lfm3": "5.23"}
 
 
 def _stand_in(name: str) -> type[PretrainedConfig]:
-    """A config for a model that this transformers lacks: an exported one asks for no more than its config."""
+    """Make a config class for a model that this transformers lacks. To run an export, its config is enough."""
     return type("StandInConfig", (Lfm2Config,), {"model_type": name, "__module__": __name__})
 
 
 STAND_INS = {name: _stand_in(name) for name in LATER_MODELS if name not in CONFIG_MAPPING}
 
 
-# How transformers 4.57 writes the type `lfm2_vl`. Neither release reads it. Goes when both do.
+# transformers 4.57 writes the type `lfm2_vl` this way, and no release up to 5.24 reads it. Goes when they do.
 LFM2_VL_OF_4 = "lfm2-vl"
 
 
@@ -248,7 +248,10 @@ if TRANSFORMERS_5:
     from transformers.cache_utils import DynamicLayer
 
     class _HybridCache(DynamicCache):
-        """transformers 5's cache, told its length: it reads it off an attention layer, and a model may have none."""
+        """The cache of transformers 5 with a length that is set from outside.
+
+        transformers reads the length from an attention layer, and a model may have none.
+        """
 
         length = 0
 
@@ -266,7 +269,7 @@ if TRANSFORMERS_5:
                 length, head_dim). None makes an empty cache.
         """
         cache: Any = _HybridCache(config=model.config)
-        # All keys of sliding attention, which its mask hides: a window of its own would be another thing to be right.
+        # Sliding layers keep all keys here, and transformers' mask hides those outside the window.
         cache.layers = [DynamicLayer() if getattr(layer, "is_sliding", False) else layer for layer in cache.layers]
         for layer, tensors in enumerate(caches or ()):
             update = cache.update_conv_state if len(tensors) == 1 else cache.update
@@ -299,7 +302,10 @@ else:
     from transformers.models.lfm2.modeling_lfm2 import Lfm2HybridConvCache
 
     class _ConvCache(Lfm2HybridConvCache):
-        """transformers 4's cache, told its length: it reads it off an attention layer, and a model may have none."""
+        """The cache of transformers 4 with a length that is set from outside.
+
+        transformers reads the length from an attention layer, and a model may have none.
+        """
 
         def __init__(self, model: PreTrainedModel) -> None:
             self.key_cache: list[torch.Tensor] = []

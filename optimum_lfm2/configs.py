@@ -78,7 +78,7 @@ class Lfm2OnnxConfig(TextDecoderOnnxConfig):
     )
     DEFAULT_VARIANT = "default"
     TOKENS = "input_ids"  # the input that says what the tokens are
-    # `patch_model_for_export` sets these: Optimum gives a configuration neither the model nor `--model-kwargs` before.
+    # `patch_model_for_export` sets these. Optimum gives a configuration neither the model nor `--model-kwargs` earlier.
     _options = ExportOptions()
     _weights: Mapping[str, torch.Tensor] = MappingProxyType({})
 
@@ -345,7 +345,7 @@ class Lfm2OnnxConfig(TextDecoderOnnxConfig):
     def validate(
         self, model: Any, path: Path, atol: float | None = None, shapes: Mapping[str, int] | None = None
     ) -> dict[str, float]:
-        """Compare the exported file with transformers, as `validation.validate` tells."""
+        """Compare the exported file with transformers, as `validation.validate` does, with its result and errors."""
         return validate(self, model, path, atol, shapes)
 
     def post_process_exported_models(self, path: Path, models_and_onnx_configs: dict, onnx_files_subpaths: list[str]):

@@ -1,4 +1,4 @@
-"""The error for bad input, whose message a user can act on, and how a JSON file that may be broken is read."""
+"""The error for bad input, and a reader of JSON files that raises it for a broken file."""
 
 import json
 from pathlib import Path
@@ -18,10 +18,10 @@ def first_line(error: Exception) -> str:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """The JSON object that a file holds.
+    """Read a JSON file that holds an object.
 
     Raises:
-        Lfm2Error: where it is no JSON, or something else than an object.
+        Lfm2Error: the file is no JSON, or holds something else.
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))

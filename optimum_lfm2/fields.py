@@ -11,16 +11,16 @@ from optimum_lfm2.errors import Lfm2Error
 
 @dataclass(frozen=True)
 class Field:
-    """What a field may hold.
+    """The values that a field may have.
 
     Attributes:
         kind: `int`, `float` (which takes whole numbers too), `bool`, `str` or `dict`.
         least: the smallest number.
         most: the largest.
-        optional: whether null stands for transformers' default.
-        listed: whether a list of such values may stand for one.
-        many: whether only a list will do.
-        values: the only values, where they are few.
+        optional: whether the value may be null, for which transformers takes its default.
+        listed: whether the value may also be a list of such values.
+        many: whether the value has to be a list.
+        values: all allowed values of a string. Empty where any string will do.
     """
 
     kind: type
@@ -32,7 +32,7 @@ class Field:
     values: tuple[str, ...] = ()
 
     def takes(self, value: Any) -> bool:
-        """Whether a value, as JSON gives it, may stand in the field."""
+        """Return whether the field may have a value, which is as JSON gives it."""
         if value is None:
             return self.optional
         if self.many or (self.listed and isinstance(value, list)):
@@ -64,5 +64,5 @@ NUMBER_TYPES = ("float32", "float16", "bfloat16", "float64")
 
 
 def contradiction(name: str, one: str, other: str) -> Lfm2Error:
-    """The error for two fields of the file `name` that cannot both be right."""
+    """Return the error for two fields of the file `name` that cannot both be right."""
     return Lfm2Error(f"{name} contradicts itself: {one}, but {other}. Correct it, or copy the file again.")

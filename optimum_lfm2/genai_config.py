@@ -116,7 +116,7 @@ def genai_config(
             "num_attention_heads": decoder.num_attention_heads,
             "num_key_value_heads": decoder.num_key_value_heads,
             "num_hidden_layers": decoder.num_hidden_layers,
-            # By what a layer keeps: all that onnxruntime-genai wants to know is which inputs it has.
+            # onnxruntime-genai 0.18 reads from these which cache inputs a layer has.
             "layer_types": [FULL_ATTENTION if layer in growing else CONV for layer in range(decoder.num_hidden_layers)],
             "inputs": {tokens: tokens, "attention_mask": "attention_mask", **past},
             "outputs": {"logits": "logits", **present},
@@ -162,7 +162,7 @@ def read_genai_config(folder: Path) -> Lfm2Config:
 
 
 def is_of_our_type(path: Path) -> bool:
-    """Whether a `genai_config.json` says that its model is LFM2. False for a file that cannot be read."""
+    """Return whether a `genai_config.json` says that its model is LFM2. Return False if it cannot be read."""
     try:
         return _read(path)["model"]["type"] == MODEL_TYPE
     except (KeyError, TypeError, ValueError, OSError):

@@ -1,4 +1,4 @@
-"""Whether a `config.json` can be a model's at all: the type and range of each field that something computes with."""
+"""Check a `config.json`: the type and range of each field that something computes with."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from optimum_lfm2.families import MODEL_TYPES, member_of
 from optimum_lfm2.fields import FLAG, NUMBER_TYPES, POSITIVE, SIZE, TOKEN, Field, contradiction
 
 
-# What all members have; a record adds its own. The limits keep a wrong number from taking all memory or time before
-# the weights' shapes can contradict it: a module is made for each layer, a rotary table has a row for each position,
-# and each expert is looked up by name.
+# The fields of all members. A record adds its own. The upper limits are for wrong numbers, which would take all memory
+# or time before the shapes of the weights contradict them: a module is made for each layer, a rotary table has a row
+# for each position, and each expert is looked up by name.
 FIELDS = {
     "vocab_size": SIZE,
     "hidden_size": SIZE,
@@ -82,15 +82,15 @@ ROPE_NEEDS = {
 
 
 def check_fields(config: Mapping[str, Any], name: str = "config.json") -> None:
-    """Refuse a configuration that no model has, before any work.
+    """Refuse a configuration that no model can have, before any work.
 
     Args:
-        config: the contents of a `config.json`; fields that are not there have transformers' defaults. By its
-            `model_type` a member's record adds fields of its own.
-        name: what to call it in the error.
+        config: the contents of a `config.json`. A field that is missing has transformers' default. The record of the
+            `model_type` adds fields.
+        name: the file's name for the error.
 
     Raises:
-        Lfm2Error: for a field of another type or outside its range, and for fields that contradict each other.
+        Lfm2Error: a field has a wrong type or is outside its range, or two fields contradict each other.
     """
     own = member_of(config).fields if config.get("model_type") in MODEL_TYPES else {}
     _check_table(config, {**FIELDS, **own}, name)
@@ -111,13 +111,14 @@ def check_fields(config: Mapping[str, Any], name: str = "config.json") -> None:
 
 
 def loaded_config(model_name_or_path: str | Path, **where: Any) -> PretrainedConfig:
-    """What transformers makes of a model's `config.json`, whose fields are checked already.
+    """Load a model's configuration with transformers. Its fields are checked already.
 
     Args:
+        model_name_or_path: the folder, or the id on the Hub.
         where: `subfolder`, `revision` and the like, as `AutoConfig.from_pretrained` takes them.
 
     Raises:
-        Lfm2Error: where transformers does not take it. Release 5 is stricter than 4: it refuses 0 for 0.0.
+        Lfm2Error: transformers refuses it. 5.24 is stricter than 4.57: it refuses 0 for 0.0.
     """
     try:
         return AutoConfig.from_pretrained(model_name_or_path, **where)
@@ -131,7 +132,7 @@ def loaded_config(model_name_or_path: str | Path, **where: Any) -> PretrainedCon
 
 
 def ropes(config: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """The parameters of each rope, and the field that has them: one for all layers, or one for each kind."""
+    """Yield the field and the parameters of each rope. There is one for all layers, or one for each kind of layer."""
     for field in ("rope_scaling", "rope_parameters"):
         rope = config.get(field) or {}
         by_kind = [value for value in rope.values() if isinstance(value, Mapping)]

@@ -1,4 +1,4 @@
-"""What Transformers.js must know of the files' weights."""
+"""Declare for Transformers.js which ONNX files have their weights in a file of their own."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def declare_external_data(folder: Path, files: Iterable[Path], settings: Mapping
 
     Args:
         folder: the folder of `config.json`.
-        files: the ONNX files. `folder` need not hold them yet.
+        files: the ONNX files. They may still be in another folder.
         settings: other settings for Transformers.js.
     """
     path = folder / "config.json"

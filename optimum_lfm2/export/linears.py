@@ -1,4 +1,4 @@
-"""The products of linear layers whose weights stay in float. `quantize.py` has the others."""
+"""Linear layers whose weights stay in float. `quantize.py` has the others."""
 
 from __future__ import annotations
 
@@ -22,13 +22,14 @@ from optimum_lfm2.graph.editing import (
 def place_linears(graph: ir.Graph, weights: Mapping[str, torch.Tensor]) -> None:
     """Replace each linear layer by a `MatMul`, and the head by a `Gemm`.
 
-    `MatMul` takes hidden states as they are, and the matrix transposed. `Gemm` reads the matrix as the checkpoint has
-    it, so that a head and its tied embedding are one tensor of the file. It takes two axes alone.
+    `MatMul` takes hidden states as they are, and reads the matrix transposed. `Gemm` reads the matrix as the checkpoint
+    has it, so the file has one tensor for a head and its tied embedding. `Gemm` takes inputs of two axes only.
 
     The types of products are declared for `optimum-cli onnxruntime quantize`. ONNX's shape inference cannot find them,
     since it stops at operators of other domains. `test_optimum_quantizes_the_result` shows it.
 
     Args:
+        graph: the traced graph.
         weights: each parameter by its name in the checkpoint.
     """
     tables = table_names(graph)
@@ -51,7 +52,7 @@ def _transposed(graph: ir.Graph, weight: ir.Value, weights: Mapping[str, torch.T
 
 
 def _head(node: ir.Node) -> ir.Value:
-    """The product of (batch_size * kept, in): (batch_size, kept, in) → (batch_size, kept, out)."""
+    """Emit the head: (batch_size, kept, in) → (batch_size, kept, out), by a product over two axes."""
     x, weight, graph = *node.inputs[:2], node.graph
     outputs, inputs = weight.shape.numpy()
     flat, width = (

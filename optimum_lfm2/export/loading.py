@@ -28,7 +28,7 @@ def is_ours(model_name_or_path: str | Path, **kwargs: Any) -> bool:
     """Return whether the `config.json` of a model names a type of ours. Return False if it cannot be read.
 
     Args:
-        model_name_or_path: a folder, or an id of the Hub.
+        model_name_or_path: a folder, or an id on the Hub.
         kwargs: arguments of `from_pretrained`. Those that say where the file is are used.
     """
     where = {name: value for name, value in _hub(kwargs).items() if name != "force_download"}

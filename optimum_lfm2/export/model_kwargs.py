@@ -32,9 +32,9 @@ class ExportOptions:
         cache_names: the naming convention of the caches, a key of `CACHE_NAMES`.
         num_logits_to_keep: `optional` gives this graph input the default 0, `required` gives it none.
         sliding_cache: what layers of sliding attention keep. `window` is the tokens that they see, `growing` is all.
-        rollback: how our runtime takes tokens back. `replay` needs nothing of the graph: those tokens of the last call
-            that stay are run again. `columns` adds an output for each state, with the columns that a call adds to it.
-            Then no token is run again.
+        rollback: how our runtime takes tokens back. With `replay` it runs those tokens of the last call again that
+            stay. `columns` adds an output for each state, with the columns that a call adds to it. Then no token is run
+            again.
     """
 
     embedding: str = "fused"
@@ -50,11 +50,11 @@ class ExportOptions:
         Args:
             model_kwargs: the parsed JSON of `--model-kwargs`, or None.
             quantized: whether the weights are quantised.
-            encodes: whether they are for an encoder, which has no caches and gives all logits.
+            encodes: whether the model is an encoder. It has no caches and gives all logits, so it has fewer options.
 
         Raises:
-            Lfm2Error: it is no object, names an unknown option, gives an option an unknown value, or gives one that
-                has no effect.
+            Lfm2Error: `model_kwargs` is no object, names an unknown option, gives an option an unknown value, or gives
+                an option that has no effect.
         """
         given = {} if model_kwargs is None else model_kwargs
         options = {name: values for name, values in VALUES.items() if name in OF_ENCODERS or not encodes}

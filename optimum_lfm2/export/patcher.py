@@ -22,7 +22,7 @@ Caches = Sequence[tuple[torch.Tensor, ...]]
 class GraphPatcher:
     """Context manager that replaces `model.forward` by a forward with the graph's signature.
 
-    The new forward has a placeholder for each weight. It serves the trace alone.
+    The new forward has a placeholder for each weight. Only the trace uses it.
 
     Attributes:
         weights: each parameter by its name in the checkpoint. They come from the model's `checkpoint` if it has one,
@@ -58,7 +58,7 @@ class GraphPatcher:
 
 
 class Lfm2ModelPatcher(GraphPatcher):
-    """The patcher whose forward is `graph.decoder` between its embedding and its head."""
+    """The patcher for a whole decoder or encoder: embedding, layers and head."""
 
     def __init__(self, config: Any, model: PreTrainedModel, model_kwargs: dict[str, Any] | None = None) -> None:
         super().__init__(config, model, model_kwargs)
@@ -74,9 +74,10 @@ class Lfm2ModelPatcher(GraphPatcher):
         past_key_values: Caches | None = None,
         num_logits_to_keep: torch.Tensor | None = None,
     ) -> Any:
-        """Return the graph's outputs in order: the head's, then with past the present caches.
+        """Return the graph's outputs in order.
 
-        After them come the columns that the call adds to states, if the options ask for them.
+        The first is the head's. With past, the present caches follow, and then the columns that the call adds to states
+        if the options ask for them.
 
         Args:
             input_ids: int64 (batch_size, sequence_length).
@@ -107,7 +108,7 @@ class Lfm2ModelPatcher(GraphPatcher):
 
 
 class DecoderPatcher(Lfm2ModelPatcher):
-    """The patcher whose forward is a decoder that takes embeddings, float32 whatever it computes in."""
+    """The patcher for a decoder that takes embeddings. They are float32, whatever dtype the decoder computes in."""
 
     def forward(
         self,
@@ -116,13 +117,13 @@ class DecoderPatcher(Lfm2ModelPatcher):
         past_key_values: Caches | None = None,
         num_logits_to_keep: torch.Tensor | None = None,
     ) -> Any:
-        """As the base's, from embeddings: float32 (batch_size, sequence_length, hidden_size)."""
+        """Return what the base class returns. `inputs_embeds` is float32 (batch_size, sequence_length, hidden_size)."""
         embeds = inputs_embeds.to(self._model.dtype)
         return self._run(embeds, attention_mask, past_key_values, num_logits_to_keep, self._decoder.enter)
 
 
 class EmbeddingPatcher(Lfm2ModelPatcher):
-    """The patcher whose forward is a decoder's embedding alone."""
+    """The patcher for a decoder's embedding alone."""
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
         """Int64 (batch_size, sequence_length) → float32 (batch_size, sequence_length, hidden_size)."""
@@ -130,7 +131,7 @@ class EmbeddingPatcher(Lfm2ModelPatcher):
 
 
 class VisionPatcher(GraphPatcher):
-    """The patcher whose forward is the vision tower with its projector."""
+    """The patcher for a vision tower with its projector."""
 
     def forward(
         self, pixel_values: torch.Tensor, pixel_attention_mask: torch.Tensor, spatial_shapes: torch.Tensor

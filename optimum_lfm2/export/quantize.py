@@ -26,6 +26,7 @@ from optimum_lfm2.graph.editing import (
     table_names,
 )
 from optimum_lfm2.weights.blocks import INT8_ACTIVATIONS, Blocks, Scheme, pack, quantize_tensor
+from optimum_lfm2.weights.checkpoint import is_finite
 
 
 @dataclass
@@ -142,7 +143,7 @@ class Quantizer:
         parts = []
         for name in names:
             weight, blocks = self.weights[name].detach(), self._blocks(name)
-            if not weight.isfinite().all():
+            if not is_finite(weight):
                 raise Lfm2Error(
                     f"{name} holds values that are not finite numbers in {weight.dtype}, so it cannot be quantised. "
                     "Export in float, or repair the checkpoint."

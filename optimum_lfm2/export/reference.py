@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from contextvars import ContextVar
 from functools import partial
 from typing import Any
 
@@ -15,7 +15,12 @@ from optimum_lfm2.caches import CacheTensor, unflatten
 from optimum_lfm2.errors import Lfm2Error
 from optimum_lfm2.export.loading import materialize_buffers
 from optimum_lfm2.export.pieces import Cut, Values
-from optimum_lfm2.export.streamed import StandIns, run_together
+from optimum_lfm2.export.streamed import StandIns
+from optimum_lfm2.export.together import run_together
+
+
+# Where a forward records its values: the values of its call, its row, and the indices of its tokens.
+PLACE: ContextVar[tuple[Values, int, torch.Tensor]] = ContextVar("place")
 
 
 def norm_names(model: Any) -> list[str]:
@@ -44,7 +49,6 @@ class Reference:
 
     def __init__(self, config: Any, model: Any, cuts: Sequence[Cut], calls: Sequence[Mapping[str, Any]]) -> None:
         self._config, self._model, self._cuts = config, model, cuts
-        self._place = threading.local()  # where a thread's forward records its values
         self._calls = calls
         self.values: list[Values] = [self._empty(inputs) for inputs in calls]
 
@@ -64,7 +68,7 @@ class Reference:
         return {name: torch.full(tuple(shape), torch.nan) for name, shape in shapes.items()}
 
     def _states(self) -> list[CacheTensor]:
-        """The states whose new columns the graph gives."""
+        """Return the states for which the graph has an output with their new columns."""
         return [tensor for tensor in self._config.cache_tensors if tensor.columns in self._config.outputs]
 
     def compute(self) -> list[Values]:
@@ -94,7 +98,7 @@ class Reference:
 
         def record(module: Any, taken: tuple, given: torch.Tensor) -> torch.Tensor:
             given = given.to(dtype).float()
-            values, row, new = self._place.value
+            values, row, new = PLACE.get()
             values[cut.normed.name][row, new] = given[0]
             values[cut.hidden.name][row, new] = taken[0][0]
             return given
@@ -103,7 +107,7 @@ class Reference:
 
     def _run(self, inputs: Mapping[str, Any], values: Values, row: int, seen: torch.Tensor, new: torch.Tensor) -> None:
         """Run one row's unmasked tokens over the columns of the cache that it sees."""
-        self._place.value = values, row, new
+        PLACE.set((values, row, new))
         output = next(iter(self._config.outputs))
         name = self._config.TOKENS
         tokens = inputs[name][row, new][None]

@@ -20,15 +20,18 @@ from optimum_lfm2.errors import Lfm2Error
 
 @contextmanager
 def staged(output: Path) -> Iterator[Path]:
-    """An empty folder on the file system of `output`, whose files move into `output` when the block ends well.
+    """Make an empty folder, and move its files into `output` when the `with` block ends without an error.
 
-    Files of the same name are replaced, others in `output` stay, but for the graph with a quantised cache that was made
-    of a replaced one. When the block fails or is interrupted (SIGTERM too), `output` is as it was, and nothing
-    half-written is left behind.
+    The folder is on the file system of `output`. Files of the same name are replaced, and others in `output` stay. One
+    exception: with a replaced graph goes the graph with a quantised cache that was made of it. If the block fails or is
+    interrupted, by SIGTERM too, `output` stays as it was.
+
+    Yields:
+        The empty folder.
 
     Raises:
-        Lfm2Error: where `output` is a file, or another export writes to it.
-        OSError: where the folder cannot be written.
+        Lfm2Error: `output` is a file, or another export writes to it.
+        OSError: the folder cannot be written.
     """
     output = Path(os.path.abspath(output))  # noqa: PTH100  resolve() would follow a link and replace its target's folder
     if output.exists() and not output.is_dir():
@@ -56,7 +59,10 @@ def staged(output: Path) -> Iterator[Path]:
 
 
 def _place(output: Path) -> Path:
-    """Where to stage: from there a move into `output` is a rename. That is beside it, unless it is a mounted volume."""
+    """Return the folder to stage in, from which a move into `output` is a rename.
+
+    It is the one beside `output`, or `output` itself if that is a mounted volume.
+    """
     if not output.exists():
         return output.parent
     mounted = output.stat().st_dev != output.parent.stat().st_dev
@@ -87,7 +93,7 @@ def _alone(place: Path, output: Path) -> Iterator[None]:
 
 @contextmanager
 def _uninterrupted() -> Iterator[None]:
-    """Hold signals back, so that one does not come between a file that is made and the note that it is."""
+    """Hold signals back within the `with` block, so that none comes between making a file and noting that it exists."""
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return
@@ -99,7 +105,7 @@ def _uninterrupted() -> Iterator[None]:
 
 
 def _move(new: Path, old: Path, output: Path) -> None:
-    """Move every file of `new` into `output`; what they replace waits in `old`, to come back if a move fails."""
+    """Move every file of `new` into `output`. Replaced files wait in `old`, and come back if a move fails."""
     existed = output.exists()
     undo: list[tuple[Path, Path]] = []
     try:
@@ -127,7 +133,7 @@ def _rename(source: Path, target: Path, undo: list[tuple[Path, Path]]) -> None:
 
 @contextmanager
 def terminable() -> Iterator[None]:
-    """Let SIGTERM unwind the stack, as Ctrl-C does."""
+    """Let SIGTERM unwind the stack within the `with` block, as Ctrl-C does."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

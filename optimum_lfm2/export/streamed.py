@@ -5,11 +5,8 @@ The weights have the values of the exported file: rounded to its dtype, and quan
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -53,6 +50,9 @@ class StandIns(Mapping[str, Any]):
             self._kept[stored] = value
         return value
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._tied  # Mapping's own reads and quantises the tensor to find out
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._tied)
 
@@ -60,89 +60,37 @@ class StandIns(Mapping[str, Any]):
         return len(self._tied)
 
 
-def run_together(model: Any, weights: Mapping[str, Any], jobs: Sequence[Callable[[], None]]) -> None:
-    """Run jobs that each call `model` once, and read the weights once for all of them.
-
-    Each job has a thread. The threads wait for each other before every unit of the model (the embedding, a layer, the
-    final norm, the head). Then the unit's weights are read, the threads run the unit, and the weights are dropped. One
-    thread runs at a time: transformers 5 installs parts of its modules on their first call, which is not thread-safe.
-
-    Args:
-        model: a model of transformers on the meta device. Buffers that no checkpoint stores hold their values.
-        weights: the stored tensors by name, float32.
-        jobs: functions that each run one forward.
-
-    Raises:
-        Exception: the error of the first job that failed.
-    """
-    turn = threading.Lock()
-    with streamed(model, weights, len(jobs), turn) as gates, ThreadPoolExecutor(len(jobs)) as pool:
-
-        @torch.no_grad()  # torch has this setting for each thread
-        def run(job: Callable[[], None]) -> None:
-            with turn:
-                try:
-                    job()
-                except BaseException:
-                    for gate in gates:
-                        gate.abort()
-                    raise
-
-        done = [pool.submit(run, job) for job in jobs]
-        errors = [error for future in done if (error := future.exception()) is not None]
-    causes = [error for error in errors if not isinstance(error, threading.BrokenBarrierError)]
-    if errors:
-        raise (causes or errors)[0]
-
-
 @contextmanager
-def streamed(
-    model: Any, weights: Mapping[str, Any], threads: int = 1, turn: threading.Lock | None = None
-) -> Iterator[list[threading.Barrier]]:
+def streamed(model: Any, weights: Mapping[str, Any]) -> Iterator[None]:
     """Within the `with` block, `model` computes with `weights`, and holds those of one unit at a time.
 
     Of experts it holds one matrix at a time.
 
     Args:
-        model: as for `run_together`.
-        weights: as for `run_together`. transformers' experts index an `ExpertWeights`, which reads one matrix an index.
-        threads: how many threads call the model. Each must call it equally often.
-        turn: what a thread holds while it runs. It lets go while it waits for the others.
-
-    Yields:
-        The barriers at which the threads wait for each other.
+        model: a model of transformers on the meta device. Buffers that no checkpoint stores hold their values.
+        weights: the stored tensors by name, float32. transformers' experts index an `ExpertWeights`, which reads one
+            matrix an index.
     """
+    with ExitStack() as stack:
+        stack.enter_context(experts_one_by_one(model))
+        for loan in loans(model, weights):
+            stack.callback(loan.unit.register_forward_pre_hook(lambda *_, loan=loan: loan.take()).remove)
+            stack.callback(loan.unit.register_forward_hook(lambda *_, loan=loan: loan.give_back()).remove)
+            stack.callback(loan.give_back)  # after a failure
+        yield
+
+
+def loans(model: Any, weights: Mapping[str, Any]) -> list[Loan]:
+    """Return a loan for each unit of a model: the embedding, the layers, the final norm, the head."""
     decoder = model.base_model
     units = [decoder.embed_tokens, *decoder.layers, decoder.embedding_norm]
     units += [head for head in model.children() if decoder is not model and head is not decoder]
     names = {module: name for name, module in model.named_modules()}
-    gates: list[threading.Barrier] = []
-    with ExitStack() as stack:
-        stack.enter_context(_experts_one_by_one(model))
-        for unit in units:
-            loan = Loan(unit, names[unit], weights)
-            before, after = (threading.Barrier(threads, action) for action in (loan.take, loan.give_back))
-            gates += [before, after]
-
-            stack.callback(unit.register_forward_pre_hook(partial(_meet, before, turn)).remove)
-            stack.callback(unit.register_forward_hook(partial(_meet, after, turn)).remove)
-            stack.callback(loan.give_back)  # after a failure
-        yield gates
-
-
-def _meet(gate: threading.Barrier, turn: threading.Lock | None, *_: Any) -> None:
-    if turn is None:
-        gate.wait()
-        return
-    turn.release()
-    try:
-        gate.wait()
-    finally:
-        turn.acquire()
+    return [Loan(unit, names[unit], weights) for unit in units]
 
 
 @contextmanager
-def _experts_one_by_one(model: Any) -> Iterator[None]:
+def experts_one_by_one(model: Any) -> Iterator[None]:
     """Choose transformers' eager experts. Its other implementations take the matrices of all experts at once."""
     before = getattr(model.config, "_experts_implementation", None)
     if before is None:
@@ -161,15 +109,17 @@ class Loan:
     Args:
         unit: the module.
         name: its name in the model.
-        weights: the stored tensors by name.
+        weights: the stored tensors by name, float32.
     """
 
     def __init__(self, unit: torch.nn.Module, name: str, weights: Mapping[str, Any]) -> None:
-        self._unit, self._name, self._weights = unit, name, weights
+        self.unit = unit
+        self._name, self._weights = name, weights
         self._taken: list[tuple[dict[str, Any], Any, str, Any]] = []
 
     def take(self) -> None:
-        for path, module in self._unit.named_modules(prefix=self._name):
+        """Read the weights, and put them into the module."""
+        for path, module in self.unit.named_modules(prefix=self._name):
             for own in (module._parameters, module._buffers):
                 for key in [key for key in own if f"{path}.{key}" in self._weights]:
                     weight = self._weights[f"{path}.{key}"]  # if this fails, the module stays as it was
@@ -177,6 +127,7 @@ class Loan:
                     setattr(module, key, weight)
 
     def give_back(self) -> None:
+        """Put back what the module had before."""
         for own, module, key, before in self._taken:
             delattr(module, key)
             own[key] = before

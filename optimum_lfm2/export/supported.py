@@ -1,4 +1,4 @@
-"""Which checkpoints the graph is right for. Others are refused by name, before any work."""
+"""Refuse checkpoints for which the graph would be wrong. The error names the cause, before any work."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from optimum_lfm2.export.config_check import check_fields, ropes
 from optimum_lfm2.families import MEMBERS, member_of
 
 
-# Those whose frequencies depend on nothing but the configuration; `dynamic` and `longrope` change them with the prompt.
+# Their frequencies depend on the configuration alone. Those of `dynamic` and `longrope` change with the prompt.
 ROPE_TYPES = ("default", "linear", "yarn", "llama3", "proportional")
 
 
@@ -20,11 +20,11 @@ def check_architecture(config: Mapping[str, Any], file: str = "config.json") -> 
 
     Args:
         config: the checkpoint's `config.json`, or the part of it that describes its decoder.
-        file: what to call it in the error.
+        file: the file's name for the error.
 
     Raises:
-        Lfm2Error: for a model, a class, a layer type or a rope type that is not known, for code of the checkpoint's
-            own, for weights that are quantised already, and for what `check_fields` refuses.
+        Lfm2Error: the model, a class, a layer type or a rope type is not known; the checkpoint brings code of its own;
+            its weights are quantised already; or `check_fields` refuses it.
     """
     compat.check_model_type(config.get("model_type", ""))
     check_fields(config, file)

@@ -65,7 +65,7 @@ def errors_as_they_are() -> Iterator[None]:
 def validate(
     config: Any, model: PreTrainedModel, path: Path, atol: float | None = None, shapes: Mapping[str, int] | None = None
 ) -> dict[str, float]:
-    """Compare an exported file with transformers, on every unmasked token of the configuration's validation inputs.
+    """Compare an exported file with transformers on every unmasked token of the validation inputs.
 
     Args:
         config: the `OnnxConfig` of the export. It has the weights.
@@ -78,8 +78,8 @@ def validate(
         The relative error of each compared value, by the name of its module or output.
 
     Raises:
-        Lfm2Error: the file differs, or cannot be compared. A checkpoint whose code the user trusts computes otherwise
-            than its reference here.
+        Lfm2Error: the file differs or cannot be compared; or the reference differs from the checkpoint's own code,
+            which runs if the user trusts it.
     """
     atol = config.ATOL_FOR_VALIDATION if atol is None else atol
     file = ir.load(path)
@@ -161,7 +161,13 @@ def judge(differences: Mapping[str, float], atol: float) -> None:
 
 
 def _check_whole(config: Any, path: Path, calls: Sequence[Mapping[str, Any]], gold: Sequence[Values]) -> None:
-    """Run the whole file as clients do, and compare the median token of each output."""
+    """Run the whole file as clients do, and compare the median token of each output.
+
+    If memory does not allow it, only the log says so.
+
+    Raises:
+        Lfm2Error: the file fails, or an output differs by more than `WHOLE_TOLERANCE`.
+    """
     size = sum(file.stat().st_size for file in (path, path.with_name(f"{path.name}_data")) if file.is_file())
     if MEMORY_OF_A_SESSION * size > available_memory():
         logger.info(f"{path} was compared layer by layer; there is no memory to run it as a whole.")
@@ -183,9 +189,9 @@ def _check_whole(config: Any, path: Path, calls: Sequence[Mapping[str, Any]], go
 
 
 def _token_axis(config: Any, name: str) -> int:
-    """The axis of a value that counts tokens: 2 for caches, whose columns are tokens, else 1.
+    """Return the axis of a value that counts tokens.
 
-    It is 0 for an output of one vector a row.
+    It is 2 for caches, 0 for an output with one vector a row, and 1 for all else.
     """
     if any(name in (tensor.present, tensor.columns) for tensor in config.cache_tensors):
         return 2
@@ -193,7 +199,7 @@ def _token_axis(config: Any, name: str) -> int:
 
 
 def _lengths(values: torch.Tensor, axis: int) -> torch.Tensor:
-    """The length of each token's vector, (batch_size, tokens)."""
+    """Return the length of each token's vector, (batch_size, tokens)."""
     tokens = values.movedim(axis, 1) if axis else values[:, None]
     return tokens.flatten(2).norm(dim=2)
 

@@ -11,7 +11,7 @@ from optimum_lfm2.families import encoder, lfm2, lfm2_moe, lfm3, vision
 from optimum_lfm2.graph.member import Member
 
 
-# Of several members of one model type, the first has the checkpoints that no other member claims.
+# Where several members have one model type, the first of them gets the checkpoints that no other member claims.
 MEMBERS: tuple[Member, ...] = (lfm2.MEMBER, encoder.MEMBER, lfm2_moe.MEMBER, lfm3.MEMBER, vision.MEMBER)
 MODEL_TYPES = tuple(dict.fromkeys(name for record in MEMBERS for name in record.model_types))
 

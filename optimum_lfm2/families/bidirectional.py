@@ -1,7 +1,7 @@
-"""The encoders in torch, on transformers' LFM2 modules: what validation compares a graph with.
+"""The encoders in torch, made of transformers' LFM2 modules. Validation compares the graphs with them.
 
-transformers has no such models: a checkpoint brings their code. These are written from the architecture. Two things
-differ from the decoder: attention sees all unmasked tokens of a row, and the convolution is centred.
+transformers 5.24 has no such models, and each checkpoint brings code of its own. These classes follow the architecture.
+They differ from the decoder in two things: attention sees all unmasked tokens of a row, and convolutions are centred.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The encoders made of LFM2: LFM2.5-Embedding, -ColBERT, -Encoder, and classifiers on them.
 
-Their model type is `lfm2`, as that of the dense decoder. Their class says that they look both ways. The reference is
-`bidirectional.py`: a checkpoint's own code is not run.
+Their model type is `lfm2`, as for the dense decoder. The name of their class tells them apart. The reference is
+`bidirectional.py`. A checkpoint's own code runs only where the user trusts it.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def nothing_kept(config: PretrainedConfig) -> tuple[Kept, ...]:
 
 
 class EncoderCheckpoint(Checkpoint):
-    """An encoder under a head is stored with the prefix `lfm2.`; one alone has none, or the decoder's."""
+    """A checkpoint of an encoder. Names begin with `lfm2.` under a head, and with `model.` or nothing without one."""
 
     PREFIXES: ClassVar[tuple[str, ...]] = ("lfm2.", "model.")
 

@@ -31,19 +31,22 @@ def keys_and_values(config: PretrainedConfig) -> tuple[Kept, ...]:
 
 
 def take_state(x: torch.Tensor, row: int, seen: torch.Tensor) -> torch.Tensor:
+    """Take a row's conv state out of the graph's cache."""
     return x[row : row + 1]
 
 
 def fill_state(own: torch.Tensor, target: torch.Tensor, row: int, columns: torch.Tensor) -> None:
+    """Write a row's conv state over that of the graph."""
     target[row] = own[0]
 
 
 def take_columns(x: torch.Tensor, row: int, seen: torch.Tensor) -> torch.Tensor:
+    """Take the keys or values that a row sees out of the graph's cache."""
     return x[row : row + 1, :, seen]
 
 
 def fill_columns(own: torch.Tensor, target: torch.Tensor, row: int, columns: torch.Tensor) -> None:
-    """The new columns, which are the last that the row has."""
+    """Write the keys and values of a row's new tokens, which are the last columns that transformers' cache has."""
     target[row][:, columns] = own[0][:, -len(columns) :].to(target.dtype)
 
 
@@ -69,7 +72,7 @@ def dense(config: PretrainedConfig) -> Sequence[FeedForward]:
 
 
 def rotary_of(module: str) -> Callable[[PreTrainedModel], Mapping[str, Rotary]]:
-    """Make a reader of a model's rotary table, which the decoder's module of this name computes."""
+    """Return a function that reads a model's rotary table from the decoder's module of this name."""
 
     def read(model: PreTrainedModel) -> Mapping[str, Rotary]:
         # The model may be on the meta device, so its module may hold no values.

@@ -1,6 +1,6 @@
 """LFM3: sliding attention beside full attention and convolutions, gates on heads, norms after the blocks.
 
-The reference is `modeling_lfm3.py`; what it adds to LFM2 is here.
+This file has only the differences from the dense LFM2. The reference is transformers' `modeling_lfm3.py`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,10 @@ def gated_attention(
     name: str,
     config: PretrainedConfig,
 ) -> Mixed:
-    """LFM2's attention under other names, with the parts that the configuration asks for."""
+    """Attention as in LFM2, with LFM3's names, and with a gate and biases if the configuration asks for them.
+
+    Arguments and results are those of `graph.member.Mixer`.
+    """
     gate = "g_proj" if config.use_attention_gate else None
     parts = AttentionParts(norm="norm", out="o_proj", bias=config.attention_bias, gate=gate)
     return attention(hidden, past, shared, weight, name, config, parts)
@@ -56,13 +59,17 @@ def prepare_sliding(call: Call, config: PretrainedConfig, rotary: Rotary | None)
 
 
 def take_window(x: torch.Tensor, row: int, seen: torch.Tensor) -> torch.Tensor:
-    """Take a row's window out of the graph's cache. Zeros stand for the tokens before it, which transformers masks."""
+    """Take a row's window out of the graph's cache.
+
+    The result has a column for each token that the row has seen. Those before the window are zeros, which transformers'
+    mask hides.
+    """
     missing = len(seen) - x.shape[2]
     return F.pad(x[row : row + 1, :, max(0, -missing) :], (0, 0, max(0, missing), 0))
 
 
 def fill_window(own: torch.Tensor, target: torch.Tensor, row: int, columns: torch.Tensor) -> None:
-    """Write the last tokens that a row has. transformers' cache has all of them (see `compat.hybrid_cache`)."""
+    """Write a row's last tokens over the graph's window. transformers' cache has all tokens (`compat.hybrid_cache`)."""
     kept = own[0][:, -target.shape[2] :]
     target[row][:, target.shape[2] - kept.shape[1] :] = kept.to(target.dtype)
 
@@ -132,7 +139,7 @@ MEMBER = Member(
     feed_forwards=lfm2.dense,
     rotary=rotary_by_kind,
     checkpoint=Lfm3Checkpoint,
-    # In 4 bits these make five sixths of the error (docs/lfm3.md).
+    # In 4 bits these cause five sixths of the quantisation error (docs/lfm3.md).
     in_8_bits=("conv.in_proj", "conv.out_proj"),
     fields=FIELDS,
     check=check_window,

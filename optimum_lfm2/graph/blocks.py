@@ -1,7 +1,7 @@
-"""The blocks of a layer, in the order in which the data flows: what mixes tokens, then the feed-forward.
+"""The blocks of a layer, in the order of the data: what mixes tokens, then the feed-forward.
 
-They are written for the exporter: the calls of `ops.py` and `shapes.py` are the graph's nodes. What they must equal is
-transformers' `modeling_lfm2.py`.
+They are written for the exporter: each call of `ops.py` or `shapes.py` becomes a node. The reference is transformers'
+`modeling_lfm2.py`.
 """
 
 from __future__ import annotations
@@ -53,10 +53,10 @@ def short_conv(
 
 @dataclass(frozen=True)
 class AttentionParts:
-    """What an attention module of transformers is made of, and calls its parts.
+    """The parts of an attention module of transformers, and their names.
 
     Attributes:
-        norm: what the names of the norms of heads end in, after `q_` and `k_`.
+        norm: the name of the norms of heads, after `q_` and `k_`.
         out: the name of the output projection.
         bias: whether the projections have biases.
         gate: the name of the projection that gives each head its gate; None where there is none.
@@ -82,10 +82,8 @@ def attention(
 ) -> Mixed:
     """Grouped-query attention, with a norm of each head of query and key before RoPE.
 
-    One product computes query, key and value.
-
-    Its caches are keys and values, (batch_size, kv_heads, columns, head_dim) each. Which columns a token sees, and
-    which are kept, `shared` decides.
+    One product computes query, key and value. The caches are keys and values, (batch_size, kv_heads, columns,
+    head_dim) each. `shared` decides which columns a token sees, and which columns are kept.
     """
     dim, heads, kv_heads = head_dim(config), config.num_attention_heads, config.num_key_value_heads
 
@@ -108,13 +106,18 @@ def attention(
 
 
 def gated_heads(context: torch.Tensor, gate: torch.Tensor, config: PretrainedConfig) -> torch.Tensor:
-    """Scale each head by the sigmoid of its gate: (..., heads * head_dim) and (..., heads)."""
+    """Scale each head by the sigmoid of its gate.
+
+    Args:
+        context: (batch_size, sequence_length, heads * head_dim). The result has the same shape.
+        gate: (batch_size, sequence_length, heads).
+    """
     heads, dim = config.num_attention_heads, head_dim(config)
     scaled = shapes.resized(context, (0, 0, heads, dim)) * shapes.resized(gate.sigmoid(), (0, 0, heads, 1))
     return shapes.resized(scaled, (0, 0, heads * dim))
 
 
 def feed_forward(hidden: torch.Tensor, weight: Weight, name: str) -> torch.Tensor:
-    """SwiGLU."""
+    """SwiGLU: (batch_size, sequence_length, hidden_size) → the same. `name` is that of the feed-forward's module."""
     gate = ops.linear(hidden, weight(f"{name}.w1.weight"))
     return ops.linear(ops.silu(gate) * ops.linear(hidden, weight(f"{name}.w3.weight")), weight(f"{name}.w2.weight"))

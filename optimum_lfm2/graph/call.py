@@ -25,9 +25,9 @@ class Call:
     Attributes:
         mask: int64 (batch_size, past_sequence_length + sequence_length).
         new: the mask of the new tokens, int64 (batch_size, sequence_length).
-        positions: of the new tokens, int64 (batch_size, sequence_length): a row counts its unmasked tokens.
-        columns: int64 (sequence_length), the new columns counted from 1.
-        dtype: of the hidden states.
+        positions: the positions of the new tokens, int64 (batch_size, sequence_length). A row counts its unmasked ones.
+        columns: the new columns counted from 1, int64 (sequence_length).
+        dtype: the dtype of the hidden states.
     """
 
     mask: torch.Tensor
@@ -38,7 +38,7 @@ class Call:
 
     @property
     def end(self) -> torch.Tensor:
-        """How many new columns a row has up to its last unmasked token, int64 (batch_size, 1)."""
+        """The number of new columns up to a row's last unmasked token, int64 (batch_size, 1)."""
         return (self.new * self.columns).amax(1, keepdim=True)
 
 
@@ -60,12 +60,12 @@ def read_call(token_shape: torch.Tensor, attention_mask: torch.Tensor, dtype: to
 
 @dataclass(frozen=True)
 class ConvCall:
-    """What convolutions share.
+    """What all convolutions of a call share. The columns are those of the state, then the new tokens.
 
     Attributes:
-        visible: bool (batch_size, sequence_length, 1), whether a new token is unmasked.
-        windows: int64 (sequence_length, conv_L_cache): which columns, of state and new tokens, a new token mixes.
-        kept: int64 (batch_size, conv_L_cache, 1): which of them become the row's next state.
+        visible: whether a new token is unmasked, bool (batch_size, sequence_length, 1).
+        windows: the columns that each new token mixes, int64 (sequence_length, conv_L_cache).
+        kept: the columns that become the row's next state, int64 (batch_size, conv_L_cache, 1).
     """
 
     visible: torch.Tensor
@@ -74,7 +74,7 @@ class ConvCall:
 
 
 def conv_call(call: Call, taps: int) -> ConvCall:
-    """Compute what all convolutions of `taps` columns share."""
+    """Compute what all convolutions of a call share. Their kernels have `taps` columns."""
     width = torch.arange(taps)
     return ConvCall(
         visible=call.new[:, :, None].to(torch.bool),
@@ -88,8 +88,8 @@ class Rotation:
     """The angles of the new tokens, for the layers of one rotary table.
 
     Attributes:
-        index: int64 (batch_size, sequence_length), counts the tokens of the call: where `cos` and `sin` are read.
-        cos, sin: (tokens, head_dim / 2).
+        index: the row of `cos` and `sin` for each token, int64 (batch_size, sequence_length).
+        cos, sin: the cosines and sines, (batch_size * sequence_length, head_dim / 2) each.
     """
 
     index: torch.Tensor
@@ -97,7 +97,7 @@ class Rotation:
     sin: torch.Tensor
 
     def rotate(self, x: torch.Tensor, heads: int) -> torch.Tensor:
-        """Rotate (batch_size, sequence_length, heads * head_dim)."""
+        """Rotate the heads of `x`, (batch_size, sequence_length, heads * head_dim)."""
         return ops.rotary_embedding(x, self.index, self.cos, self.sin, heads)
 
 
@@ -107,7 +107,10 @@ def rotation(call: Call, rotary: Rotary) -> Rotation:
 
 
 def padded_heads(x: torch.Tensor, dim: int) -> torch.Tensor:
-    """Widen heads with zeros to a width that GroupQueryAttention takes: (batch_size, sequence_length, heads * dim)."""
+    """Pad heads with zeros to a width that GroupQueryAttention takes.
+
+    (batch_size, sequence_length, heads * dim) → (batch_size, sequence_length, heads * padded dim).
+    """
     padding = -dim % ops.HEAD_DIM_MULTIPLE
     if not padding:
         return x
@@ -115,7 +118,7 @@ def padded_heads(x: torch.Tensor, dim: int) -> torch.Tensor:
 
 
 def narrowed_heads(x: torch.Tensor, heads: int, dim: int) -> torch.Tensor:
-    """Undo `padded_heads` for so many heads."""
+    """Undo `padded_heads` for this number of heads."""
     padding = -dim % ops.HEAD_DIM_MULTIPLE
     if not padding:
         return x
@@ -124,14 +127,14 @@ def narrowed_heads(x: torch.Tensor, heads: int, dim: int) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class AttentionCall:
-    """What layers of full attention share.
+    """What all layers of full attention in a call share.
 
     Attributes:
         rotation: the angles of the new tokens.
-        last: int32 (batch_size), the index of the last column, the same for every row.
-        total: int32 scalar, the number of columns.
-        bias: (batch_size, 1, sequence_length, columns), 0 on visible columns and `ops.MASKED` on others.
-        causal: whether a token sees no later token.
+        last: the index of the last column, int32 (batch_size). It is the same for every row.
+        total: the number of columns, an int32 scalar.
+        bias: 0 on visible columns and `ops.MASKED` on others, (batch_size, 1, sequence_length, columns).
+        causal: whether later tokens are hidden from a token.
     """
 
     rotation: Rotation
@@ -148,7 +151,7 @@ class AttentionCall:
         past: tuple[torch.Tensor, ...] | None,
         config: PretrainedConfig,
     ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...], tuple[()]]:
-        """Attention over all columns: the context, as wide as the query, the present caches, no state.
+        """Compute attention over all columns. Return the context, as wide as the query, the present caches, no states.
 
         Args:
             query: (batch_size, sequence_length, heads * head_dim), rotated.

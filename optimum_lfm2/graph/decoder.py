@@ -1,6 +1,6 @@
-"""The decoder as an ONNX graph: hidden states in, hidden states and caches out.
+"""The decoder as an ONNX graph. It takes hidden states, and gives hidden states and caches.
 
-What comes before it, the embedding, and after it, the head, are its ends.
+The embedding before it and the head after it are its ends.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ class Decoder:
     Args:
         member: its record.
         config: the model's configuration.
-        rotary: the rotary table of each kind of layer that has one, by its name in `layer_types`.
-        prefix: what the decoder's parameter names begin with: `model.` under a head, else nothing.
+        rotary: the rotary table of each kind of layer that has one, by the kind's name in `layer_types`.
+        prefix: the prefix of the decoder's parameter names: `model.` under a head, else nothing.
     """
 
     def __init__(self, member: Member, config: PretrainedConfig, rotary: dict[str, Rotary], prefix: str) -> None:
@@ -40,22 +40,23 @@ class Decoder:
         self._post_norms = member.post_norms(config) or (None, None)
 
     def embed(self, input_ids: torch.Tensor, weight: Weight) -> torch.Tensor:
-        """Ids (batch_size, sequence_length) → hidden states (batch_size, sequence_length, hidden_size)."""
+        """Embed ids: int64 (batch_size, sequence_length) → hidden states (batch_size, sequence_length, hidden_size)."""
         return ops.embedding(weight(f"{self._prefix}embed_tokens.weight"), input_ids)
 
     def enter(self, inputs_embeds: torch.Tensor, weight: Weight) -> torch.Tensor:
-        """Embeddings that were made elsewhere, as hidden states."""
+        """Take embeddings from outside as hidden states, (batch_size, sequence_length, hidden_size)."""
         return shapes.named(inputs_embeds)
 
     def layers(
         self, hidden: torch.Tensor, call: Call, past: Caches | None, keep: torch.Tensor | None, weight: Weight
     ) -> tuple[torch.Tensor, list[tuple[torch.Tensor, ...]], list[tuple[torch.Tensor, ...]]]:
-        """All layers and the final norm.
+        """Run all layers and the final norm.
 
         Args:
             hidden: (batch_size, sequence_length, hidden_size).
+            call: the call that the tokens belong to.
             past: the caches of `Member.cache_tensors`, one tuple a layer; None for a graph without cache inputs.
-            keep: int64, of how many of each row's last tokens the result is wanted, 0 for all; None for all.
+            keep: the number of each row's last tokens whose result is wanted, an int64 scalar. 0 and None mean all.
             weight: gives a parameter by its name in the checkpoint.
 
         Returns:
@@ -93,7 +94,7 @@ class Decoder:
         return normed, present, columns
 
     def _shared(self, call: Call) -> Callable[[str], Any]:
-        """What all layers of a kind share, computed once, when its first layer asks."""
+        """Return a function that computes what all layers of a kind share. It does so once for each kind."""
 
         @cache
         def shared(layer_type: str) -> Any:
@@ -122,7 +123,7 @@ def language_model(
     dtype: torch.dtype,
     enter: Callable[[torch.Tensor, Weight], torch.Tensor],
 ) -> tuple[torch.Tensor, list[tuple[torch.Tensor, ...]], list[tuple[torch.Tensor, ...]]]:
-    """A decoder between its entry and, where `num_logits_to_keep` is given, its head.
+    """Run a decoder with its entry, and with its head if `num_logits_to_keep` is given.
 
     Args:
         tokens: what `enter` takes: int64 (batch_size, sequence_length), or (batch_size, sequence_length, hidden_size).

@@ -1,4 +1,4 @@
-"""Steps that passes over the traced graph share: find weights, add initializers, replace values."""
+"""Helpers for passes over the traced graph: find weights, add initializers, replace values."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def is_parameter(value: ir.Value | None) -> bool:
 
 
 def parameter_names(value: ir.Value) -> list[str]:
-    """Return the checkpoint's names of the weights that a placeholder stands for, which it joins in this order."""
+    """Return the checkpoint's names of the weights that a placeholder stands for. They are joined in this order."""
     return list(value.producer().attributes.get_strings("names"))
 
 
@@ -69,9 +69,9 @@ def embeddings(graph: ir.Graph) -> list[ir.Node]:
 
 
 def table_names(graph: ir.Graph) -> set[str]:
-    """Return the names of the matrices with a row for each id: of the head and of the embedding, tied or not.
+    """Return the names of the matrices that have a row for each id: the head's and the embedding's.
 
-    A head that is tied to an embedding has its name, also in a graph without embedding.
+    A tied head has the embedding's name, even in a graph without an embedding.
     """
     linear = (parameter_name(node.inputs[1]) for node in graph if is_linear(node))
     tables = (parameter_name(node.inputs[0]) for node in embeddings(graph))

@@ -1,6 +1,6 @@
-"""An encoder as an ONNX graph: attention and convolution that look both ways, and the heads.
+"""An encoder as an ONNX graph: attention and convolution that look both ways, and the heads. There are no caches.
 
-What they must equal is `families/bidirectional.py` on one row without padding. There are no caches.
+The reference is `families/bidirectional.py`, on one row without padding.
 """
 
 from __future__ import annotations
@@ -49,17 +49,17 @@ class _Taps(Node):
 
 @dataclass(frozen=True)
 class CentredCall:
-    """What centred convolutions share.
+    """What all centred convolutions of a call share.
 
     Attributes:
-        visible: bool (batch_size, sequence_length, 1), whether a token is unmasked.
+        visible: whether a token is unmasked, bool (batch_size, sequence_length, 1).
     """
 
     visible: torch.Tensor
 
 
 def centred_call(call: Call, config: PretrainedConfig, rotary: Rotary | None) -> CentredCall:
-    """Compute what all convolutions of a call share."""
+    """Compute what all centred convolutions of a call share."""
     return CentredCall(call.new[:, :, None].to(torch.bool))
 
 
@@ -94,21 +94,24 @@ def centred_conv(
 
 
 def hidden_states(hidden: torch.Tensor, call: Call, weight: Weight, config: PretrainedConfig) -> torch.Tensor:
-    """No head: (batch_size, sequence_length, hidden_size)."""
+    """Return the hidden states, (batch_size, sequence_length, hidden_size), for an encoder without a head."""
     return shapes.named(hidden)
 
 
 def on_every_token(
     hidden: torch.Tensor, call: Call, weight: Weight, config: PretrainedConfig, name: str, bias: bool
 ) -> torch.Tensor:
-    """A linear head on every token: (batch_size, sequence_length, out)."""
+    """Apply a linear head to every token: (batch_size, sequence_length, hidden_size) → (…, out)."""
     return ops.linear(hidden, weight(f"{name}.weight"), weight(f"{name}.bias") if bias else None)
 
 
 def on_first_token(
     hidden: torch.Tensor, call: Call, weight: Weight, config: PretrainedConfig, name: str
 ) -> torch.Tensor:
-    """A linear head on the first unmasked token of each row: (batch_size, out)."""
+    """Apply a linear head to each row's first unmasked token.
+
+    (batch_size, sequence_length, hidden_size) → (batch_size, out).
+    """
     first = call.mask.argmax(1, keepdim=True)[:, :, None]
     states = shapes.resized(shapes.columns_at(hidden, first), (0, config.hidden_size))
     return ops.linear(states, weight(f"{name}.weight"), weight(f"{name}.bias"))

@@ -1,6 +1,6 @@
 """The feed-forward of experts: the router, the experts, and the operators that run them.
 
-What it must equal is transformers' `Lfm2MoeSparseMoeBlock`.
+The reference is transformers' `Lfm2MoeSparseMoeBlock`.
 """
 
 from __future__ import annotations
@@ -27,14 +27,17 @@ from optimum_lfm2.weights.experts import ExpertsTensor, QuantizedExperts, interl
 
 EXPERTS_OP = "Experts"  # a placeholder, which `place_experts` replaces
 NORM_EPSILON = 1e-6  # transformers'
-SMALLEST_BLOCK = 16  # that QMoE takes
+SMALLEST_BLOCK = 16  # QMoE takes no smaller block (onnxruntime 1.32)
 GATE_UP, DOWN = "gate_up_proj", "down_proj"
 # The layout that CPU, CUDA and WebGPU all take: a row of the gate, a row of what it gates, and so on.
 SWIGLU = {"activation_type": "swiglu", "swiglu_fusion": 1}
 
 
 def sparse_feed_forward(hidden: torch.Tensor, weight: Weight, name: str, config: PretrainedConfig) -> torch.Tensor:
-    """Each token through the experts that its router chooses: (batch_size, sequence_length, hidden_size) → the same."""
+    """Run each token through the experts that the router chooses.
+
+    (batch_size, sequence_length, hidden_size) → the same. `name` is that of the feed-forward's module.
+    """
     tokens = shapes.resized(hidden, (-1, config.hidden_size))
     bias = weight(f"{name}.expert_bias") if config.use_expert_bias else None
     routing = route(
@@ -66,7 +69,8 @@ class _Route(Node):
             hidden, gate = (g.op("Cast", x, to_i=ONNX_TYPE[torch.float32]) for x in (hidden, gate))
         # A MatMul, not a Gemm, so that no quantiser takes it: a rounded score would choose another expert.
         logits = g.op("MatMul", hidden, g.op("Transpose", gate, perm_i=[1, 0]))
-        # Spelt out: onnxruntime's Sigmoid is wrong by 6e-8, which is all that there is of a small score.
+        # This is a sigmoid. onnxruntime's Sigmoid has an absolute error of 6e-8, and small scores are smaller than that
+        # (onnxruntime 1.32; tests/test_claims.py).
         scores = g.op("Reciprocal", g.op("Add", g.op("Exp", g.op("Neg", logits)), number(1.0)))
         biased = scores if bias is None else g.op("Add", scores, bias)
         _, chosen = g.op("TopK", biased, constant(g, [count]), axis_i=-1, outputs=2)
@@ -84,18 +88,18 @@ class _Route(Node):
 def route(
     hidden: torch.Tensor, gate: torch.Tensor, bias: torch.Tensor | None, count: int, normalize: bool, factor: float
 ) -> torch.Tensor:
-    """The share of each expert in each token: 0 for all but the `count` that are chosen.
+    """Compute the share of each expert in each token. It is 0 for all but the `count` experts that are chosen.
 
     Args:
         hidden: (tokens, hidden_size).
         gate: (experts, hidden_size).
-        bias: float32 (experts), added to the scores that choose, not to those that weigh; or None.
-        count: experts of a token. Of equal scores the first expert's goes first.
+        bias: float32 (experts), or None. It is added to the scores that choose experts. The shares are without it.
+        count: the number of experts of a token. Of equal scores, that of the first expert wins.
         normalize: whether the shares of a token sum to 1.
-        factor: of every share.
+        factor: what each share is multiplied by.
 
     Returns:
-        (tokens, experts), computed in float32, of the dtype of `hidden`.
+        (tokens, experts) of the dtype of `hidden`. It is computed in float32.
     """
     return _Route.apply(hidden, gate, bias, count, normalize, factor)
 
@@ -114,22 +118,23 @@ class _Experts(Node):
 def mix_experts(
     hidden: torch.Tensor, routing: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor, count: int
 ) -> torch.Tensor:
-    """The sum of SwiGLU experts, each by its share.
+    """Sum the outputs of SwiGLU experts, each multiplied by its share: (tokens, hidden_size).
 
     Args:
         hidden: (tokens, hidden_size).
         routing: (tokens, experts), with `count` shares a token that are not 0.
         gate_up: (experts, 2 * width, hidden_size), the gate's rows first.
         down: (experts, hidden_size, width).
+        count: the number of experts of a token.
     """
     return _Experts.apply(hidden, routing, gate_up, down, count)
 
 
 def expert_blocks(scheme: Scheme, widths: Iterable[int]) -> Blocks:
-    """A scheme's blocks for experts whose matrices have rows of these widths: QMoE takes whole blocks only.
+    """Return a scheme's blocks for experts whose matrices have rows of these widths. QMoE takes whole blocks only.
 
     Raises:
-        Lfm2Error: where blocks would be too small for it.
+        Lfm2Error: the blocks would be smaller than `SMALLEST_BLOCK`.
     """
     size = math.gcd(scheme.linear.block_size, *widths)
     if size < SMALLEST_BLOCK:
@@ -144,8 +149,9 @@ def place_experts(graph: ir.Graph, weights: Mapping[str, Any], scheme: Scheme | 
     """Replace the experts of a traced graph by the operators that onnxruntime has for them.
 
     Args:
-        weights: each parameter by its name; one of experts gives a matrix for each index.
-        scheme: how they are quantised; None keeps them in float.
+        graph: the traced graph.
+        weights: each parameter by its name. A parameter of experts gives one matrix for each index.
+        scheme: how the weights are quantised. None keeps them in float.
     """
     for node in [node for node in graph if (node.domain, node.op_type) == (PLACEHOLDER_DOMAIN, EXPERTS_OP)]:
         new = _float_experts(node, weights) if scheme is None else _quantized_experts(node, weights, scheme)
@@ -154,7 +160,10 @@ def place_experts(graph: ir.Graph, weights: Mapping[str, Any], scheme: Scheme | 
 
 
 def _float_experts(node: ir.Node, weights: Mapping[str, Any]) -> list[ir.Node]:
-    """MoE takes the softmax of what it is given: so the logarithms of the shares, and their sum afterwards."""
+    """Emit MoE. It applies a softmax to its input, so it gets the logarithms of the shares.
+
+    The softmax makes the shares sum to 1. The result is multiplied by their true sum.
+    """
     hidden, routing, gate_up, down = node.inputs
     smallest = {ir.DataType.FLOAT: 1e-37, ir.DataType.FLOAT16: 6e-8}[gate_up.dtype]  # its logarithm is finite
     floor = add_initializer(node.graph, ir.tensor(smallest, dtype=gate_up.dtype, name="smallest_share"))
@@ -174,7 +183,7 @@ def _float_experts(node: ir.Node, weights: Mapping[str, Any]) -> list[ir.Node]:
 
 
 def _quantized_experts(node: ir.Node, weights: Mapping[str, Any], scheme: Scheme) -> list[ir.Node]:
-    """QMoE takes shares as they are: the largest are chosen, and weigh."""
+    """Emit QMoE. It gets the shares twice: as scores that choose the experts, and as the experts' weights."""
     hidden, routing, *matrices = node.inputs
     blocks = expert_blocks(scheme, [matrix.shape.numpy()[2] for matrix in matrices])
     arguments: list[ir.Value | None] = []
@@ -201,6 +210,6 @@ def _quantized_experts(node: ir.Node, weights: Mapping[str, Any], scheme: Scheme
 
 
 def _matrices(weights: Mapping[str, Any], name: str) -> Iterator[torch.Tensor]:
-    """The matrix of each expert, its rows in the operators' order."""
+    """Yield the matrix of each expert, with its rows in the operators' order."""
     for matrix in weights[name]:
         yield interleaved(matrix.detach()) if name.endswith(GATE_UP) else matrix.detach()

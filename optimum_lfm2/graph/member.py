@@ -83,7 +83,7 @@ class LayerKind:
         take: takes one row's cache, in the form of transformers' cache (1, ...), out of a cache tensor of the graph. It
             gets the tensor, the row's index and the past columns that the row sees.
         fill: writes one row's cache over a cache tensor of the graph. It gets transformers' tensor, the graph's, the
-            row's index and the columns of the row's new tokens. It leaves what belongs to no unmasked token.
+            row's index and the columns of the row's new tokens. Columns without an unmasked token stay as they are.
         instead: takes a configuration and returns the kind that replaces this one under it; None for none.
     """
 
@@ -124,7 +124,8 @@ class Member:
         layer_kinds: the kinds of layers, by their names in `layer_types`.
         feed_forwards: takes a configuration and returns the feed-forward of each layer.
         rotary: reads the rotary tables from transformers' model, by the kind of layer that uses them.
-        fields: the fields of config.json that other members lack or fill otherwise, each with what it may hold.
+        fields: the fields of config.json that the member adds, or whose values differ from other members'. Each says
+            what it may hold.
         check: raises `Lfm2Error` for a config.json, as a mapping, for which the member's graph is wrong.
         post_norms: takes a configuration and returns the names of two norms of a layer, or None where it has none. The
             first follows the mixer and the second the feed-forward, before the residual is added.
@@ -138,14 +139,15 @@ class Member:
         models: for each task, what makes the model of transformers that is the reference.
         heads: the heads of an encoder by their tasks. A decoder has none: its head is a part of the decoder.
         export_type: what Optimum's `TasksManager` calls the member, where that is not its model type.
-        own_code: whether checkpoints bring code of their own, which says what is known here. It is not run.
+        own_code: whether checkpoints bring modelling code of their own. An export does not run it, since `models` has
+            the same model.
         genai_type: the model type in `genai_config.json`. None if onnxruntime-genai cannot run the member.
         transformers_js: whether Transformers.js (4.3.1) has the model.
-        growing: the member with another cache for some kinds of layers: keys and values of all columns, which runtimes
-            know that know no window. None for a member whose attention keeps all columns anyway.
+        growing: the record for a graph whose sliding layers keep the keys and values of all columns. Some runtimes have
+            no other cache. None for a member whose attention keeps all columns anyway.
         text: the field of config.json that has the configuration of the decoder, which is another member. None if the
             decoder is all there is.
-        other_spellings: of the model type, in files that other releases of transformers wrote.
+        other_spellings: other spellings of the model type, which some releases of transformers write.
     """
 
     model_type: str
@@ -179,18 +181,18 @@ class Member:
         return (self.model_type, *self.other_spellings)
 
     def with_caches(self, caches: Iterable[CacheTensor]) -> Member:
-        """The record for a graph with these cache tensors: `growing` where all its keys and values grow."""
+        """Return the record for a graph with these cache tensors: `growing` if all its keys and values grow."""
         grows = all(tensor.kind == CONV or tensor.grows for tensor in caches)
         return self.growing if self.growing and grows else self
 
     @property
     def encodes(self) -> bool:
-        """Whether it is an encoder. An encoder has no caches, and its layers see all unmasked tokens of a row."""
+        """Whether the member is an encoder. It then has no caches, and its layers see all unmasked tokens of a row."""
         return bool(self.heads)
 
     @property
     def tasks(self) -> list[str]:
-        """The tasks that Optimum knows the member's models by. A decoder's have a form with past."""
+        """The tasks under which Optimum exports the member. Each task of a decoder also has a form with past."""
         if self.encodes:
             return list(self.heads)
         if self.text is not None:
@@ -203,12 +205,12 @@ class Member:
         return next(filter(None, known), next(iter(self.architectures.values())))
 
     def kind(self, config: PretrainedConfig, layer_type: str) -> LayerKind:
-        """The kind of layer that `layer_types` means by a name."""
+        """Return the kind of a layer by its name in `layer_types`."""
         kind = self.layer_kinds[layer_type]
         return kind.instead(config) or kind
 
     def kinds(self, config: PretrainedConfig) -> list[LayerKind]:
-        """The kind of each layer."""
+        """Return the kind of each layer."""
         return [self.kind(config, layer_type) for layer_type in config.layer_types[: config.num_hidden_layers]]
 
     def cache_tensors(self, config: PretrainedConfig, names: str = "hub") -> list[CacheTensor]:

@@ -1,6 +1,6 @@
-"""What the graph computes: each function is one ONNX node, or a few.
+"""Operators that compute. Each function becomes one ONNX node, or a few.
 
-`forward` runs while torch traces, where only shapes and dtypes count.
+`forward` runs while torch traces. Only the shapes and dtypes of its results count then.
 
 Operators of `com.microsoft` are described in onnxruntime's docs/ContribOperators.md. Hidden states are
 (batch_size, sequence_length, width) from the embedding to the logits.
@@ -19,7 +19,7 @@ from optimum_lfm2.graph.tracing import Node, constant, none, typed
 # The domain of placeholders. `export/finish.py` replaces every node of it, so no exported file mentions it.
 PLACEHOLDER_DOMAIN = "optimum_lfm2"
 LINEAR_OP = "Linear"
-HEAD_DIM_MULTIPLE = 8  # of the heads that GroupQueryAttention takes
+HEAD_DIM_MULTIPLE = 8  # GroupQueryAttention takes head_dim in multiples of this (onnxruntime 1.32, CPU)
 MASKED = -1e4  # finfo.min overflows to -inf in fp16, and a row without any key then becomes NaN
 
 
@@ -36,9 +36,14 @@ class _Parameter(Node):
 
 
 def parameter(names: Sequence[str], shape: tuple[int, ...], dtype: torch.dtype, kernel: bool = False) -> torch.Tensor:
-    """A weight by its name in the checkpoint, or several joined along their first axis.
+    """Return a placeholder for a weight of the checkpoint, or for several joined along their first axis.
 
-    A depthwise `kernel`, in the checkpoint (width, 1, taps), becomes (taps, width).
+    Args:
+        names: the names in the checkpoint.
+        shape: the shape of the result.
+        dtype: the dtype of the result.
+        kernel: whether the weight is a depthwise kernel. The checkpoint stores (width, 1, taps), the graph has
+            (taps, width).
     """
     return _Parameter.apply(tuple(names), kernel, shape, dtype)
 
@@ -55,12 +60,15 @@ class _Embedding(Node):
 
 
 def embedding(table: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """(vocabulary, width), (batch_size, sequence_length) → (batch_size, sequence_length, width)."""
+    """Look up rows: (vocabulary, width), int64 (batch_size, sequence_length) → (batch_size, sequence_length, width)."""
     return _Embedding.apply(table, ids)
 
 
 def is_placeholder(weight: torch.Tensor) -> bool:
-    """Whether a weight is what `parameter` gives. Its products are zeros: torch would copy it to compute them."""
+    """Return whether a weight comes from `parameter`.
+
+    torch would copy such a weight to multiply by it, so the products here are zeros.
+    """
     return not any(weight.stride())
 
 
@@ -78,7 +86,10 @@ class _Linear(Node):
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """(..., in), (out, in), (out) → (..., out). How the product is computed, the form of the stored weight decides."""
+    """Multiply by a weight and add a bias: (..., in), (out, in), (out) → (..., out).
+
+    The node is a placeholder. The form of the stored weight decides which operator replaces it.
+    """
     return _Linear.apply(x, weight, bias)
 
 
@@ -95,7 +106,7 @@ class _RMSNorm(Node):
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
-    """Root mean square norm over the last axis, computed in float32."""
+    """Root mean square norm over the last axis, computed in float32: (..., width), (width) → (..., width)."""
     return _RMSNorm.apply(x, weight, epsilon)
 
 
@@ -117,7 +128,7 @@ class _SkipRMSNorm(Node):
 def skip_rms_norm(
     x: torch.Tensor, skip: torch.Tensor, weight: torch.Tensor, epsilon: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`rms_norm(x + skip)` and `x + skip`, in one pass over the hidden state."""
+    """Return `rms_norm(x + skip)` and `x + skip`, each of the shape of `x`, from one pass over the hidden states."""
     return _SkipRMSNorm.apply(x, skip, weight, epsilon)
 
 
@@ -133,7 +144,7 @@ class _SiLU(Node):
 
 
 def silu(x: torch.Tensor) -> torch.Tensor:
-    """`x * sigmoid(x)`; ONNX Runtime fuses the pair when it loads the graph."""
+    """Return `x * sigmoid(x)`. onnxruntime 1.32 fuses the two nodes to a QuickGelu when it loads the graph."""
     return _SiLU.apply(x)
 
 
@@ -163,10 +174,15 @@ ONNX_TYPE = {torch.float32: 1, torch.float16: 10}
 def rotary_table(
     positions: torch.Tensor, inverse_frequencies: torch.Tensor, scaling: float, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosines and sines of the call's own positions, (tokens, head_dim / 2) each.
+    """Return the cosines and sines of the angles at the call's positions, (tokens, head_dim / 2) of `dtype` each.
 
-    They are computed in float32 as transformers does, a few hundred numbers a call, in place of a table of all
-    positions that would add 32 MB to every file.
+    They are computed in float32, as transformers does. A table of all positions would add 32 MB to every file.
+
+    Args:
+        positions: int64 (batch_size, sequence_length).
+        inverse_frequencies: float32 (head_dim / 2).
+        scaling: the factor of cosines and sines.
+        dtype: the dtype of the results.
     """
     return _RotaryTable.apply(positions, inverse_frequencies, scaling, dtype)
 
@@ -189,7 +205,14 @@ class _RotaryEmbedding(Node):
 def rotary_embedding(
     x: torch.Tensor, index: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, num_heads: int
 ) -> torch.Tensor:
-    """Rotate rows of `num_heads` heads by the tables' angles at `index`, (batch, sequence). Halves, not pairs."""
+    """Rotate heads. A rotation mixes the two halves of a head, not its neighbouring values.
+
+    Args:
+        x: (batch_size, sequence_length, num_heads * head_dim).
+        index: the row of the tables for each token, int64 (batch_size, sequence_length).
+        cos, sin: the tables, (rows, head_dim / 2) each.
+        num_heads: the number of heads.
+    """
     return _RotaryEmbedding.apply(x, index, cos, sin, num_heads)
 
 
@@ -239,16 +262,19 @@ def group_query_attention(
     scale: float,
     causal: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Attention of rows over the cache and themselves; returns the context and the present keys and values.
+    """Compute attention of the new tokens over the cache and over themselves.
 
     Args:
         query: (batch_size, sequence_length, num_heads * head_dim), rotated.
         key, value: (batch_size, sequence_length, kv_heads * head_dim), the key rotated.
         past: keys and values, (batch_size, kv_heads, past_sequence_length, head_dim) each, or None.
-        last: int32 (batch_size), index of the last column: the same for every row, since `bias` hides padding.
+        last: the index of the last column, int32 (batch_size). It is the same for every row: `bias` hides padding.
         total: int32 scalar, past_sequence_length + sequence_length.
         bias: added to the scores, (batch_size, 1, sequence_length, total).
-        causal: whether a token sees no later token. Otherwise onnxruntime has to be 1.29.1 or later.
+        causal: whether later tokens are hidden from a token. False needs onnxruntime 1.29.1 or later.
+
+    Returns:
+        The context, of the shape of `query`, and the present keys and values, (batch_size, kv_heads, total, head_dim).
     """
     past_key, past_value = past if past is not None else (None, None)
     return _GroupQueryAttention.apply(

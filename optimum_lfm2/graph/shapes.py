@@ -1,4 +1,4 @@
-"""What the graph only moves: shapes, parts, columns. Each function is one ONNX node (or a few), as in `ops.py`."""
+"""Operators that only move values. Each function becomes one ONNX node, or a few, as in `ops.py`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class _Resized(Node):
 
 
 def resized(x: torch.Tensor, sizes: tuple[int, ...]) -> torch.Tensor:
-    """The same values in other sizes, as ONNX writes them: 0 keeps an axis, -1 takes what is left."""
+    """Reshape. The sizes are written as ONNX has them: 0 keeps an axis, and -1 takes the values that are left."""
     return _Resized.apply(x, sizes)
 
 
@@ -34,7 +34,7 @@ class _SizedLike(Node):
 
 
 def sized_like(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """The same values in the shape of another tensor."""
+    """Reshape to the shape of another tensor."""
     return _SizedLike.apply(x, like)
 
 
@@ -50,7 +50,7 @@ class _Named(Node):
 
 
 def named(x: torch.Tensor) -> torch.Tensor:
-    """The same values under another name, for an output of the graph that is also compared by itself."""
+    """Return the same values as a value of their own. An output of the graph then has a name of its own."""
     return _Named.apply(x)
 
 
@@ -68,7 +68,7 @@ class _Parts(Node):
 
 
 def parts(x: torch.Tensor, *widths: int) -> tuple[torch.Tensor, ...]:
-    """(..., width) → parts of it, (..., widths[i]) each."""
+    """Split the last axis: (..., width) → (..., widths[i]) each."""
     return _Parts.apply(x, widths)
 
 
@@ -87,7 +87,7 @@ class _Pad(Node):
 
 
 def pad(x: torch.Tensor, axis: int, before: int = 0, after: int = 0) -> torch.Tensor:
-    """Zeros before and after the values of one axis, counted from the first."""
+    """Add zeros before and after the values of one axis. Axes are counted from the first one."""
     return _Pad.apply(x, axis, before, after)
 
 
@@ -109,7 +109,10 @@ class _Lengths(Node):
 
 
 def lengths(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of a mask (batch_size, total): total - 1 for each row, int32, and total as an int32 scalar."""
+    """Read the width of a mask, (batch_size, total).
+
+    Return total - 1 for each row, int32 (batch_size), and total, an int32 scalar.
+    """
     return _Lengths.apply(mask)
 
 
@@ -126,7 +129,7 @@ class _Last(Node):
 
 
 def last(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """The last columns of each row, as many as `like` has: (batch_size, any, ...) and (batch_size, columns, ...)."""
+    """Take each row's last columns, as many as `like` has: (batch_size, any, ...), (batch_size, columns, ...)."""
     return _Last.apply(x, like)
 
 
@@ -144,9 +147,9 @@ class _LastTokens(Node):
 
 
 def last_tokens(x: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
-    """The last `count` tokens of rows; all of them where `count` is 0 or more than there are.
+    """Take the last tokens of rows: (batch_size, tokens, width) → (batch_size, min(count, tokens), width).
 
-    `count` is an int64 scalar or a vector of one element.
+    `count` is an int64 scalar or a vector of one element. 0 means all.
     """
     return _LastTokens.apply(x, count)
 
@@ -164,7 +167,7 @@ class _Numbered(Node):
 
 
 def numbered(x: torch.Tensor) -> torch.Tensor:
-    """The tokens of a call counted through all rows: int64, in the shape of `x`, (batch_size, sequence_length)."""
+    """Number the tokens of a call from 0, row by row: int64 of the shape of `x`, (batch_size, sequence_length)."""
     return _Numbered.apply(x)
 
 
@@ -181,7 +184,7 @@ class _Counted(Node):
 
 
 def counted(x: torch.Tensor) -> torch.Tensor:
-    """1 to the number of columns of `x`, int64 (columns)."""
+    """Return 1 to the number of columns of `x`, (batch_size, columns, ...), as int64 (columns)."""
     return _Counted.apply(x)
 
 
@@ -199,7 +202,7 @@ class _Repeated(Node):
 
 
 def repeated(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """What all tokens of a row share: (batch_size, any) → (batch_size, 1, columns of `like`, any)."""
+    """Repeat a row's values for each of its tokens: (batch_size, any) → (batch_size, 1, columns of `like`, any)."""
     return _Repeated.apply(x, like)
 
 
@@ -215,7 +218,7 @@ class _ColumnsAt(Node):
 
 
 def columns_at(columns: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """Columns of each row: (batch_size, columns, width), int64 (batch_size, count, 1) → (batch_size, width, count)."""
+    """Take columns by row: (batch_size, columns, width), int64 (batch_size, count, 1) → (batch_size, width, count)."""
     return _ColumnsAt.apply(columns, index)
 
 
@@ -231,7 +234,7 @@ class _Gathered(Node):
 
 
 def gathered(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """Columns of each row and head.
+    """Take columns by row and head.
 
     (batch_size, heads, columns, width), int64 (batch_size, heads, count, 1) → (batch_size, heads, count, width).
     """
@@ -250,7 +253,7 @@ class _Picked(Node):
 
 
 def picked(x: torch.Tensor, index: torch.Tensor, axis: int) -> torch.Tensor:
-    """The entries of one axis at int64 indices, the same for every row. The axes of `index` replace that axis."""
+    """Take entries of one axis, the same ones for every row. The axes of `index`, int64, replace that axis."""
     return _Picked.apply(x, index, axis)
 
 
@@ -273,8 +276,8 @@ class _Blocks(Node):
 
 
 def blocks(columns: torch.Tensor, longest: int) -> torch.Tensor:
-    """Cut columns, counted from 0, into blocks of one length: int64 (length) → int64 (blocks, block).
+    """Cut columns, counted from 0, into blocks of equal length: int64 (length) → int64 (blocks, block).
 
-    A block is `longest`, or as long as all columns where these are fewer. The last may count beyond the last column.
+    A block has min(length, longest) columns. The last block may count beyond the last column.
     """
     return _Blocks.apply(columns, longest)

@@ -23,18 +23,18 @@ from optimum_lfm2.graph.call import AttentionCall, Call, Rotary, Rotation, atten
 
 @dataclass(frozen=True)
 class SlidingCall:
-    """What layers of sliding attention share.
+    """What all layers of sliding attention in a call share.
 
-    The columns are those of the window, then the new tokens. A block that is not full ends in copies of the last token,
-    which no token sees and whose context is dropped. A group is the query heads that share a head of keys.
+    The columns are those of the window, then the new tokens. The last block is filled up with copies of the last token.
+    No token sees these copies, and their context is dropped. A group is the query heads that share a head of keys.
 
     Attributes:
         rotation: the angles of the new tokens.
-        tokens: int64 (blocks, block), the new tokens of each block.
-        seen: int64 (blocks, window + block), the columns that a block sees.
-        bias: (batch_size, 1, blocks, group * block, window + block), 0 on visible columns and `ops.MASKED` on others.
-        columns: int64 (sequence_length), 0 to sequence_length - 1.
-        kept: int64 (batch_size, kv_heads, window, 1), the columns that become the next window.
+        tokens: the new tokens of each block, int64 (blocks, block).
+        seen: the columns that a block sees, int64 (blocks, window + block).
+        bias: 0 on visible columns and `ops.MASKED` on others, (batch_size, 1, blocks, group * block, window + block).
+        columns: 0 to sequence_length - 1, int64 (sequence_length).
+        kept: the columns that become the next window, int64 (batch_size, kv_heads, window, 1).
     """
 
     rotation: Rotation
@@ -52,18 +52,19 @@ class SlidingCall:
         past: tuple[torch.Tensor, ...] | None,
         config: PretrainedConfig,
     ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
-        """Attention over the window and the new tokens.
+        """Compute attention over the window and the new tokens.
 
-        Returns the context, as wide as the query, the next window, and the new keys and values, each (batch_size,
-        kv_heads, sequence_length, head_dim).
-
-        Standard operators: `GroupQueryAttention` refuses several rows with several new tokens on a cache that is not
-        empty (onnxruntime 1.32, CPU), and this cache never is.
+        It uses standard operators. `GroupQueryAttention` refuses several rows with several new tokens on a cache that
+        is not empty (onnxruntime 1.32, CPU; tests/test_claims.py), and a window never is.
 
         Args:
             query: (batch_size, sequence_length, heads * head_dim), rotated.
             key, value: (batch_size, sequence_length, kv_heads * head_dim), the key rotated.
             past: keys and values, (batch_size, kv_heads, window, head_dim) each, or None for an empty window.
+
+        Returns:
+            The context, of the shape of `query`. The next window, shaped as `past`. The new keys and values,
+            (batch_size, kv_heads, sequence_length, head_dim) each.
         """
         heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, head_dim(config)
         group = heads // kv_heads
@@ -86,7 +87,7 @@ class SlidingCall:
 
 
 def sliding_call(call: Call, rotary: Rotary, config: PretrainedConfig) -> SlidingCall:
-    """Compute what all layers of sliding attention share."""
+    """Compute what all layers of sliding attention share, for caches of the window's width."""
     window, kv_heads = config.sliding_window, config.num_key_value_heads
     slots = torch.arange(window)
     columns = call.columns - 1  # from 0 on
@@ -119,10 +120,10 @@ def sliding_call(call: Call, rotary: Rotary, config: PretrainedConfig) -> Slidin
 
 
 def masked_attention_call(call: Call, rotary: Rotary, window: int) -> AttentionCall:
-    """Compute what all layers of sliding attention share if their caches keep all columns.
+    """Compute what all layers of sliding attention share, for caches that keep all columns.
 
-    The layer is full attention whose bias also hides the columns outside the window. It takes the time and the cache of
-    full attention.
+    Such a layer is full attention whose bias also hides the columns outside the window. So it costs as much time and
+    memory as full attention.
     """
     full = attention_call(call, rotary)
     distance = call.positions[:, :, None] - (call.mask.cumsum(1) - 1)[:, None, :]

@@ -244,7 +244,7 @@ def _checkpoint_file(model: str, name: str, hub: dict[str, Any]) -> Path | None:
 
 
 def _is_of(path: Path, model: str) -> bool:
-    """Whether a file of a checkpoint is its own: a link out of a local folder leads to something private, maybe."""
+    """Return whether a checkpoint's file lies in its folder. A link out of a local folder may lead to private files."""
     if not Path(model).is_dir():
         return True
     folder, target = Path(model).resolve(), path.resolve()

@@ -1,4 +1,4 @@
-"""Candidates from the text itself: what followed the last tokens where they have stood before."""
+"""Candidates from the text itself: the tokens that followed an earlier occurrence of the last tokens."""
 
 from __future__ import annotations
 
@@ -54,16 +54,16 @@ class Suffixes:
         return known
 
     def after(self, place: int, count: int) -> list[int]:
-        """What follows if the text goes on from its end as it did from `place`; over its end it repeats itself."""
+        """Return the tokens after `place`. If these reach the end of the text, they repeat from `place` on."""
         period = len(self.ids) - place
         return [self.ids[place + i % period] for i in range(count)]
 
 
 class PromptLookup(CandidateGenerator):
-    """What transformers' `PromptLookupCandidateGenerator` is for, at the expense that it is worth.
+    """Replaces transformers' `PromptLookupCandidateGenerator`, and tries only as many candidates as pay.
 
-    It knows the outcome of a candidate whether it was tried or not: the text has gone on. So a match of a length that
-    was wrong lately is left out, and comes back when it would have been right.
+    As the text goes on, it shows whether a candidate was right, tried or not. So candidates from matches of a length
+    that was wrong lately are left out, until such matches would have been right.
 
     Args:
         most: candidates at most, `prompt_lookup_num_tokens`.
@@ -111,7 +111,7 @@ class PromptLookup(CandidateGenerator):
         return torch.cat([input_ids, input_ids.new_tensor([candidates])], dim=1), None
 
     def update_candidate_strategy(self, input_ids: torch.Tensor, scores: torch.Tensor, num_matches: int) -> None:
-        """Nothing: the next ids tell what was accepted."""
+        """Do nothing. The next ids tell which candidates were accepted."""
 
     def _learn(self, new: list[int]) -> None:
         for kind, expected, token in zip(self._kinds, self._guess, new, strict=False):

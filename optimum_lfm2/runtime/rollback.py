@@ -50,7 +50,7 @@ class Point:
             self.states, self.borrowed = {name: state.clone() for name, state in self.states.items()}, False
 
     def states_after(self, count: int) -> States | None:
-        """The states after the first `count` tokens of the call. None if these have to be run again."""
+        """Return the states after the first `count` tokens of the call, or None if these have to be run again."""
         if count == 0:
             return self.states
         if self.columns is None:
@@ -61,7 +61,7 @@ class Point:
         }
 
     def followed_by(self, later: Point) -> Point:
-        """The point before both calls, as if they were one."""
+        """Return the point before both calls, as if they were one call."""
         columns = None
         if self.columns is not None and later.columns is not None:
             columns = {name: torch.cat([x, later.columns[name]], dim=2) for name, x in self.columns.items()}
@@ -69,7 +69,7 @@ class Point:
 
 
 class Rollback:
-    """What `Lfm2Cache` has for taking tokens back.
+    """The methods of `Lfm2Cache` that take tokens back.
 
     Attributes:
         pending: tokens that count as seen, but have to be run again, int64 (batch_size, count); None for none. They

@@ -118,7 +118,7 @@ class GraphSession:
         return logits
 
     def _columns(self, batch: int, sequence: int) -> dict[str, torch.Tensor] | None:
-        """Room for the columns that a call adds to each state; None if the graph does not give them."""
+        """Return buffers for the columns that a call adds to each state, or None if the graph does not give them."""
         if not self._layout.gives_columns:
             return None
         sizes = self._layout.shapes

@@ -13,12 +13,12 @@ import torch
 def single_torch_thread() -> Iterator[None]:
     """Hold torch to one thread in the calling thread, and restore its number at the end.
 
-    torch's OpenMP threads, which a copy of the logits is enough to wake, and onnxruntime's spinning ones would fight
+    Otherwise torch's OpenMP threads, which even a copy of the logits wakes, compete with onnxruntime's spinning threads
     for the cores.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    # OpenMP keeps a number for each thread, torch one more for threads that it has not met: that one stays as it was.
+    # OpenMP has a number for each thread, and torch one for threads that start later. The latter stays as it was.
     elsewhere = threading.Thread(target=torch.set_num_threads, args=(before,))
     elsewhere.start()
     elsewhere.join()

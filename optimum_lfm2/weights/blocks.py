@@ -138,7 +138,7 @@ def dequantize_tensor(codes: torch.Tensor, scales: torch.Tensor, width: int, blo
     Returns:
         The weight, (out, width), of the scales' dtype.
     """
-    values = (codes.to(scales.dtype) - blocks.zero_point) * scales[..., None]
+    values = codes.to(scales.dtype).sub_(blocks.zero_point).mul_(scales[..., None])
     return values.flatten(1)[:, :width].contiguous()
 
 

@@ -1,4 +1,4 @@
-"""Read a checkpoint's generation settings and its tokenizer. Optimum leaves broken ones out without an error."""
+"""Read a checkpoint's generation settings and its tokenizer. Optimum 2.1 leaves broken ones out without an error."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ def is_packed(name: str) -> bool:
 
 
 def is_part(name: str) -> bool:
-    """Whether a stored tensor is one expert's own: `….experts.3.w1.weight`."""
+    """Return whether a stored tensor belongs to one expert, as `….experts.3.w1.weight` does."""
     return bool(PART.fullmatch(name))
 
 

@@ -1,4 +1,4 @@
-"""The files by which sentence-transformers and PyLate know what follows an encoder: pooling, dense layers, prompts."""
+"""The files of sentence-transformers and PyLate. They say what follows an encoder: pooling, dense layers, prompts."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from transformers import AutoConfig, Lfm2ForCausalLM
 
 from optimum_lfm2.errors import Lfm2Error
 from optimum_lfm2.export.loading import weightless
-from optimum_lfm2.weights.checkpoint import Checkpoint, find_tensors, fingerprint
+from optimum_lfm2.weights.checkpoint import Checkpoint, find_tensors, fingerprint, is_finite
 
 
 def opened(path, task="text-generation", dtype=torch.float32) -> Checkpoint:
@@ -27,6 +27,23 @@ def assert_same(checkpoint: Checkpoint, expected: dict[str, torch.Tensor]) -> No
 @pytest.mark.parametrize("name", ["hybrid", "untied"])
 def test_every_parameter(name, checkpoint, gold_model):
     assert_same(opened(checkpoint(name)), gold_model(name).state_dict())
+
+
+def test_whether_there_is_a_tensor_is_told_without_reading_it(checkpoint, monkeypatch):
+    monkeypatch.setattr(Checkpoint, "_read", lambda *_: pytest.fail("it was read"))
+    weights = opened(checkpoint("hybrid"))
+    assert "model.embedding_norm.weight" in weights
+    assert "no.weight" not in weights
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_one_value_that_is_not_finite_is_found(dtype):
+    values = torch.randn(3, 1000, generator=torch.Generator().manual_seed(0)).to(dtype)
+    assert is_finite(values)
+    for wrong in (torch.nan, torch.inf, -torch.inf):
+        other = values.clone()
+        other[1, 777] = wrong
+        assert not is_finite(other)
 
 
 def test_shards(gold_model, tmp_path):
