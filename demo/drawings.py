@@ -28,7 +28,7 @@ SHAPES = ["circle", "square", "triangle"]
 SIZES = [(128, 128), (96, 128), (128, 96), (96, 160), (160, 96)]
 SIZE_WEIGHTS = [60, 10, 10, 10, 10]
 HELD_OUT_PERCENT = 12
-MOST = 4  # things in a picture
+MOST = 3  # things in a picture
 
 Kind = tuple[str, str]
 KINDS: list[Kind] = [(colour, shape) for colour in COLOURS for shape in SHAPES]
@@ -109,7 +109,7 @@ def draw(rng: random.Random, size: tuple[int, int] | None = None) -> Picture:
     for colour, shape in [kind for kind in kinds for _ in range(counts[kind])]:
         paint = tuple(min(255, max(0, level + rng.randint(-18, 18))) for level in COLOURS[colour])
         while True:
-            radius = rng.uniform(11, 17)
+            radius = rng.uniform(12, 18)
             x, y = rng.uniform(radius, width - radius), rng.uniform(radius, height - radius)
             if all(np.hypot(x - other.x, y - other.y) > 1.2 * (radius + other.radius) for other in things):
                 break

@@ -10,7 +10,7 @@ from drawings import COLOURS, SHAPES, Kind, Picture, Thing
 
 
 Turn = tuple[str, str]
-NUMBERS = ["None", "One", "Two", "Three", "Four"]
+NUMBERS = ["None", "One", "Two", "Three"]
 CLEAR = 20  # pixels by which places must differ before a question asks for the difference
 
 

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from drawings import COLOURS, SHAPES, Picture, drawings
-from patches import FACTOR, MOST_TOKENS, PATCH, SIDE, patches
+from patches import FACTOR, LEAST_TOKENS, MOST_TOKENS, PATCH, SIDE, patches
 from questions import Turn, questions
 from tokenizer import BOS, EOS, IMAGE_TOKENS, MOST_TILES, train_tokenizer
 from train import learning_rate
@@ -35,6 +35,7 @@ BATCH = 32
 SIZE_LIMIT = 4_000_000
 ASKED_WEIGHT = 0.1  # in the loss, of what a user says. An answer has 1
 IMAGE, START, END = (IMAGE_TOKENS[name] for name in ("image_token", "image_start_token", "image_end_token"))
+# What the features of a square with a thing are to say of it.
 WORDS = [*COLOURS, *SHAPES, "top", "bottom", "left", "right"]
 LINE, ASK, ANSWER = "\n", "<|im_start|>user\n", f"{EOS}\n<|im_start|>assistant\n"
 
@@ -44,7 +45,7 @@ PREPROCESSOR = {
     "processor_class": "Lfm2VlProcessor",
     "encoder_patch_size": PATCH,
     "downsample_factor": FACTOR,
-    "min_image_tokens": 9,
+    "min_image_tokens": LEAST_TOKENS,
     "max_image_tokens": MOST_TOKENS,
     "do_image_splitting": False,
     "min_tiles": 2,
@@ -167,11 +168,13 @@ def features_of(model: Lfm2VlForConditionalGeneration, shown: list[Picture]) -> 
     return model.model.multi_modal_projector(seen.reshape(len(shown), rows, columns, -1))
 
 
-def answer_loss(model: Lfm2VlForConditionalGeneration, shown: list[Picture], ids: torch.Tensor, weights: torch.Tensor):
+def answer_loss(
+    model: Lfm2VlForConditionalGeneration, features: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
+) -> torch.Tensor:
     """Return the weighted cross-entropy of chats. A causal model never sees the padding after a row's end."""
     embeds = model.get_input_embeddings()(ids)
     places = (ids == model.config.image_token_id)[:, :, None]
-    embeds = embeds.masked_scatter(places, features_of(model, shown).flatten(0, 2))
+    embeds = embeds.masked_scatter(places, features.flatten(0, 2))
     hidden = model.model.language_model(inputs_embeds=embeds, use_cache=False).last_hidden_state
     counts = weights[:, 1:] > 0
     losses = F.cross_entropy(model.lm_head(hidden[:, :-1][counts]), ids[:, 1:][counts], reduction="none")
@@ -191,9 +194,8 @@ class Reader(torch.nn.Module):
         self.bias = torch.nn.Parameter(torch.zeros(len(WORDS)))
         self.place = torch.nn.Linear(embedding.embedding_dim, 2)
 
-    def forward(self, model: Lfm2VlForConditionalGeneration, shown: list[Picture]) -> torch.Tensor:
-        """Return the loss of pictures of one size."""
-        features = features_of(model, shown)
+    def forward(self, features: torch.Tensor, shown: list[Picture]) -> torch.Tensor:
+        """Return the loss of pictures of one size, whose features `features_of` has computed."""
         wanted, places = torch.zeros(*features.shape[:3], len(WORDS)), torch.zeros(*features.shape[:3], 2)
         for i, picture in enumerate(shown):
             for thing in picture.things:
@@ -208,9 +210,19 @@ class Reader(torch.nn.Module):
         return loss + F.mse_loss(self.place(features[taken]), places[taken])
 
 
+def losses(
+    model: Lfm2VlForConditionalGeneration, reader: Reader, data: Iterator, answers: bool
+) -> Iterator[torch.Tensor]:
+    """Yield the loss of each batch: of what the features say, and if wanted of what the decoder answers."""
+    for shown, ids, weights in data:
+        features = features_of(model, shown)
+        loss = reader(features, shown)
+        yield loss + answer_loss(model, features, ids, weights) if answers else loss
+
+
 def train(modules: list[torch.nn.Module], losses: Iterator[torch.Tensor], steps: int, peak: float) -> None:
     """Train modules: `losses` yields the loss of each batch."""
-    parameters = [p for module in modules for p in module.parameters()]
+    parameters = list(dict.fromkeys(p for module in modules for p in module.parameters()))
     groups = [
         {"params": [p for p in parameters if p.dim() == 2], "weight_decay": 0.1},
         {"params": [p for p in parameters if p.dim() != 2], "weight_decay": 0.0},
@@ -275,8 +287,8 @@ def change(path: Path, **settings: object) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=3000)
-    parser.add_argument("--first-steps", type=int, default=1000)
+    parser.add_argument("--steps", type=int, default=2600)
+    parser.add_argument("--first-steps", type=int, default=1200)
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
@@ -295,8 +307,8 @@ def main() -> None:
     data = batches(encoder, args.seed)
     reader = Reader(encoder, model.get_input_embeddings())
     eyes = [model.model.vision_tower, model.model.multi_modal_projector, reader]
-    train(eyes, (reader(model, shown) for shown, *_ in data), args.first_steps, args.lr)
-    train([model], (answer_loss(model, *batch) for batch in data), args.steps, args.lr)
+    train(eyes, losses(model, reader, data, answers=False), args.first_steps, args.lr)
+    train([model, reader], losses(model, reader, data, answers=True), args.steps, args.lr)
     save(model, tokenizer, folder)
 
     model = Lfm2VlForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
