@@ -24,9 +24,9 @@ COLOURS = {
     "black": (30, 30, 30),
 }
 SHAPES = ["circle", "square", "triangle"]
-# Heights and widths in pixels. Each is a multiple of 32, one image token, and a picture has at most 16 of them.
-SIZES = [(128, 128), (96, 128), (128, 96), (96, 160), (160, 96)]
-SIZE_WEIGHTS = [60, 10, 10, 10, 10]
+SQUARE = 32  # pixels: a picture is a grid of squares, each with one thing at most. A square is a picture token
+SIZES = [(128, 128), (96, 128), (128, 96)]  # heights and widths in pixels
+SIZE_WEIGHTS = [80, 10, 10]
 HELD_OUT_PERCENT = 12
 MOST = 3  # things in a picture
 
@@ -97,7 +97,7 @@ def is_held_out(kinds: set[Kind]) -> bool:
 
 
 def draw(rng: random.Random, size: tuple[int, int] | None = None) -> Picture:
-    """Compose a picture of one to `MOST` things: some of one kind, or one each of several kinds."""
+    """Compose a picture of one to `MOST` things."""
     height, width = size or rng.choices(SIZES, SIZE_WEIGHTS)[0]
     kinds = rng.sample(KINDS, rng.choice([1, 2, 2, 2, 3]))
     several = rng.random() < 0.6
@@ -105,15 +105,13 @@ def draw(rng: random.Random, size: tuple[int, int] | None = None) -> Picture:
     while sum(counts.values()) > MOST:
         counts[rng.choice([kind for kind in kinds if counts[kind] > 1])] -= 1
     light = rng.choice([255, 255, 255, rng.randint(225, 255)])
-    things: list[Thing] = []
-    for colour, shape in [kind for kind in kinds for _ in range(counts[kind])]:
+    squares = [(row, column) for row in range(height // SQUARE) for column in range(width // SQUARE)]
+    things = []
+    each = [kind for kind in kinds for _ in range(counts[kind])]
+    for (colour, shape), (row, column) in zip(each, rng.sample(squares, len(each)), strict=True):
         paint = tuple(min(255, max(0, level + rng.randint(-18, 18))) for level in COLOURS[colour])
-        while True:
-            radius = rng.uniform(12, 18)
-            x, y = rng.uniform(radius, width - radius), rng.uniform(radius, height - radius)
-            if all(np.hypot(x - other.x, y - other.y) > 1.2 * (radius + other.radius) for other in things):
-                break
-        things.append(Thing(colour, shape, paint, x, y, radius))
+        x, y = ((place + 0.5) * SQUARE + rng.uniform(-4, 4) for place in (column, row))
+        things.append(Thing(colour, shape, paint, x, y, rng.uniform(9, 12)))
     return Picture(height, width, (light,) * 3, tuple(things))
 
 

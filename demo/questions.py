@@ -11,7 +11,7 @@ from drawings import COLOURS, SHAPES, Kind, Picture, Thing
 
 Turn = tuple[str, str]
 NUMBERS = ["None", "One", "Two", "Three"]
-CLEAR = 20  # pixels by which places must differ before a question asks for the difference
+CLEAR = 16  # pixels: what is nearer to a thing's row or column is neither above nor below, neither left nor right
 
 
 def listed(counts: Counter[Kind]) -> str:
@@ -93,9 +93,7 @@ def what_is_beside(rng: random.Random, picture: Picture) -> Turn | None:
     steps = [other.x - thing.x if side.endswith("of") else other.y - thing.y for other in picture.things]
     if side in ("left of", "above"):
         steps = [-step for step in steps]
-    if any(0 < abs(step) < CLEAR for step in steps):
-        return None
-    found = {other.kind for other, step in zip(picture.things, steps, strict=True) if step > 0}
+    found = {other.kind for other, step in zip(picture.things, steps, strict=True) if step > CLEAR}
     if len(found) > 1 or (not found and rng.random() < 0.6):
         return None
     answer = f"A {' '.join(found.pop())}." if found else "Nothing."

@@ -1,6 +1,6 @@
 """Train the demo checkpoint that sees: a tiny LFM2-VL model and its tokenizer.
 
-    python demo/train_vision.py                      # the shipped checkpoint, about twenty minutes on two cores
+    python demo/train_vision.py                      # the shipped checkpoint, some minutes on one core
     python demo/train_vision.py --steps 200 --output ../quick
 
 Everything follows from the seed. A second run on the same machine with the same library versions gives the same model.
@@ -95,9 +95,9 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> Lfm2VlForConditionalGener
     }
     vision = {
         "model_type": "siglip2_vision_model",
-        "hidden_size": 96,
+        "hidden_size": 64,
         "intermediate_size": 192,
-        "num_hidden_layers": 3,
+        "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "num_patches": MOST_TOKENS * FACTOR**2,
         "patch_size": PATCH,
@@ -287,8 +287,8 @@ def change(path: Path, **settings: object) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=2600)
-    parser.add_argument("--first-steps", type=int, default=1200)
+    parser.add_argument("--steps", type=int, default=2200)
+    parser.add_argument("--first-steps", type=int, default=400)
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)

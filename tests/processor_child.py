@@ -27,7 +27,7 @@ from optimum_lfm2 import ORTLfm2VlForConditionalGeneration
 
 
 ROOT = Path(__file__).parent.parent
-QUESTION = "Describe the picture."
+QUESTION, OF_SNIPPETS = "Describe the picture.", "What is in this picture?"
 # Heights and widths in pixels. The last one is cut into tiles.
 SIZES = {
     "as drawn": (128, 96),
@@ -51,8 +51,8 @@ def write_pictures(folder: Path) -> None:
     (folder / "broken.png").write_bytes((folder / "photo.png").read_bytes()[:60])
 
 
-def chat(path: str) -> list[dict]:
-    content = [{"type": "image", "image": path}, {"type": "text", "text": QUESTION}]
+def chat(path: str, question: str = QUESTION) -> list[dict]:
+    content = [{"type": "image", "image": path}, {"type": "text", "text": question}]
     return [{"role": "user", "content": content}]
 
 
@@ -86,6 +86,7 @@ def main(export: Path) -> None:
         tiled = {"do_image_splitting": True} if name == "tiled" else {}
         inputs[name] = dict(processor.apply_chat_template(chat(path), **options, **tiled))
         inputs[f"{name}, by the demo"] = patches(fit(read(Path(path)))[None])
+    inputs["picture.jpg"] = dict(processor.apply_chat_template(chat("picture.jpg", OF_SNIPPETS), **options))
     torch.save(inputs, folder / "inputs.pt")
 
     model = ORTLfm2VlForConditionalGeneration.from_pretrained(export)
