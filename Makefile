@@ -1,4 +1,5 @@
-# make demo: export a checkpoint and print what it writes. make web: a page to chat with it (needs npm).
+# make demo: export the checkpoints of demo/, and print what they write and what one says of a picture.
+# make ask: ask about a picture of yours. make web: a page to chat with a checkpoint (needs npm).
 # make test: what CI checks, with npm and Chromium Transformers.js too; make test-transformers5: the rest of it.
 # Each has a virtual environment of its own and needs nothing else installed but Python.
 
@@ -6,17 +7,32 @@ PYTHON ?= python3
 TORCH ?= torch
 MODEL ?= demo/checkpoint
 PROMPT ?= Once upon a time
+QUESTION ?= Describe the picture.
 OUT ?= .demo/onnx
 PORT ?= 8000
 # A worker for each core; a file's tests stay together, since they share exports.
 PYTEST := -rs -n auto --dist loadfile
+# transformers' processor of pictures needs torchvision. PyPI's is built for another torch than the CPU's, and works for
+# the tests in part (tests/torchvision_python.py), so it gets a folder of its own. torch 2.13 has torchvision 0.28.
+TORCHVISION = "import torch; print(f'torchvision==0.{int(torch.__version__.split(chr(46))[1]) + 15}.*')"
+add_torchvision = $(1)/bin/pip install --quiet --no-deps --target $(1)/torchvision pillow "$$($(1)/bin/python -c $(TORCHVISION))" \
+	|| echo "torchvision could not be installed: the tests of transformers' processor of pictures will be skipped" >&2
 NODE_MODULES := examples/web/node_modules/.package-lock.json
 
-.PHONY: demo web test test-transformers5 lint clean
+.PHONY: demo ask web test test-transformers5 lint clean
 
-demo: .venv/ready
+demo: .venv/ready .demo/vision/config.json
 	.venv/bin/optimum-cli export onnx --model "$(MODEL)" "$(OUT)"
 	.venv/bin/python demo/run.py "$(OUT)" "$(PROMPT)"
+	.venv/bin/python demo/ask.py .demo/vision
+
+ask: .venv/ready .demo/vision/config.json
+	@test -n "$(PICTURE)" || { echo 'say which: make ask PICTURE=photo.jpg QUESTION="How many circles are there?"'; exit 2; }
+	.venv/bin/python -c "import PIL" 2>/dev/null || .venv/bin/pip install --quiet pillow
+	.venv/bin/python demo/ask.py .demo/vision --picture "$(PICTURE)" --question "$(QUESTION)"
+
+.demo/vision/config.json: .venv/ready demo/vision_checkpoint/model.safetensors
+	.venv/bin/optimum-cli export onnx --model demo/vision_checkpoint .demo/vision
 
 web: .venv/ready $(NODE_MODULES)
 	.venv/bin/optimum-cli export onnx --model "$(MODEL)" .demo/web
@@ -45,6 +61,7 @@ lint: .venv-test/ready
 	$(PYTHON) -m venv .venv-test
 	.venv-test/bin/pip install --quiet "$(TORCH)"
 	.venv-test/bin/pip install --quiet -e ".[dev]"
+	$(call add_torchvision,.venv-test)
 	touch $@
 
 $(NODE_MODULES): examples/web/package-lock.json
@@ -56,6 +73,7 @@ $(NODE_MODULES): examples/web/package-lock.json
 	.venv-transformers5/bin/pip install --quiet "$(TORCH)"
 	.venv-transformers5/bin/pip install --quiet "transformers>=5" onnxruntime onnxruntime-genai==0.18.0 onnx "onnx-ir>=1.1" requests tqdm sentence-transformers pytest pytest-cov pytest-xdist
 	.venv-transformers5/bin/pip install --quiet --no-deps optimum==2.1.0 optimum-onnx==0.1.0 -e .
+	$(call add_torchvision,.venv-transformers5)
 	touch $@
 
 clean:

@@ -43,7 +43,8 @@ torch.set_num_threads(1)
 onnxruntime.InferenceSession.__init__ = _one_thread(onnxruntime.InferenceSession.__init__)
 disable_progress_bar()  # transformers 5 shows one for every checkpoint that a test saves
 
-TRAINED = Path(__file__).parent.parent / "demo" / "checkpoint"
+DEMO = Path(__file__).parent.parent / "demo"
+TRAINED = {"trained": DEMO / "checkpoint", "trained_vision": DEMO / "vision_checkpoint"}
 
 
 @pytest.fixture(scope="session")
@@ -67,12 +68,12 @@ def made_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callab
 
 @pytest.fixture(scope="session")
 def checkpoint(made_once: Callable[..., Path]) -> Callable[..., Path]:
-    """`checkpoint(name)` gives the folder of a checkpoint of `tests.checkpoints`, or `trained`. Never write to it."""
+    """`checkpoint(name)` gives the folder of one of `tests.checkpoints`, or of `TRAINED`. Never write to it."""
 
     @cache
     def checkpoint(name: str) -> Path:
-        if name == "trained":
-            return TRAINED
+        if name in TRAINED:
+            return TRAINED[name]
         return made_once(f"checkpoints-{name}", lambda folder: make_checkpoint(name, folder)) / name
 
     return checkpoint
@@ -114,7 +115,7 @@ def hub_folder(made_once: Callable[..., Path]) -> Path:
             for owner, name in ((PreTrainedModel, "from_pretrained"), (torch.nn.Module, "load_state_dict")):
                 patched.setattr(owner, name, lambda *_, **__: pytest.fail("a model is loaded as a whole"))
             names = ("--base-model", "me/trained", "--license", "apache-2.0")
-            assert run("--model", TRAINED, place / "lfm2", *names, *TEXT) == 0
+            assert run("--model", TRAINED["trained"], place / "lfm2", *names, *TEXT) == 0
 
     return made_once("publish", publish) / "lfm2"
 

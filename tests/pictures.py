@@ -148,7 +148,7 @@ def gold_vl_tokens(model: PreTrainedModel, ids: torch.Tensor, tiles: dict | None
     """Return transformers' greedy tokens after one unpadded row. It runs without a cache, so no cache can be wrong."""
     embeds = model.get_input_embeddings()(ids)[None]
     if tiles is not None:
-        embeds[0, ids == IMAGE] = picture_features(model, tiles)
+        embeds[0, ids == model.config.image_token_id] = picture_features(model, tiles)
     tokens: list[int] = []
     for _ in range(new):
         hidden = model.model.language_model(inputs_embeds=embeds, use_cache=False)[0]

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import copy
 import json
-import re
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
 from optimum.onnxruntime import ORTModelForCausalLM
 from pictures import IMAGE, gold_vl_model, gold_vl_tokens, joined, pictures, row
-from transformers import AutoProcessor, AutoTokenizer
+from transformers import AutoTokenizer
 
 from optimum_lfm2 import ORTLfm2VlForConditionalGeneration, compat
 from optimum_lfm2.errors import Lfm2Error
@@ -226,17 +224,3 @@ def test_a_file_may_be_named_with_its_folder(vl_folder):
 def test_the_tokenizer_of_an_export_loads(vl_folder, vl_checkpoint):
     own, original = (AutoTokenizer.from_pretrained(path) for path in (vl_folder, vl_checkpoint))
     assert own("Once upon a time").input_ids == original("Once upon a time").input_ids
-
-
-def test_the_snippet_of_the_docs_answers(vl_folder, rows, tmp_path, monkeypatch, capsys):
-    """Transformers' own processor needs torchvision, so that here another stands in its place."""
-    docs = Path(__file__).parent.parent / "docs" / "vision.md"
-    (snippet,) = re.findall(r"```python\n(.*?)```", docs.read_text(encoding="utf-8"), flags=re.DOTALL)
-    shutil.copytree(vl_folder, tmp_path / "lfm2_vl_onnx")
-    monkeypatch.chdir(tmp_path)
-    processor = AutoTokenizer.from_pretrained(vl_folder)
-    monkeypatch.setattr(processor, "apply_chat_template", lambda *_, **__: batch(rows[:1], "left"))
-    monkeypatch.setattr(AutoProcessor, "from_pretrained", lambda _: processor)
-    exec(compile(snippet, "vision.md", "exec"), {})
-    answer = processor.decode(rows[0][2], skip_special_tokens=True)
-    assert answer.startswith(capsys.readouterr().out.strip()[:20])
