@@ -229,6 +229,7 @@ def test_without_a_cache(model, gold):
     prompt, tokens = gold(9)
     assert model.generate(prompt[None], use_cache=False, **GREEDY)[0, len(prompt) :].tolist() == tokens
     assert model(input_ids=prompt[None], use_cache=False).past_key_values is None
+    assert len(model(input_ids=prompt[None], use_cache=False, return_dict=False)) == 1
 
 
 def test_forward_with_and_without_past(either, gold, gold_model):
@@ -258,7 +259,8 @@ def test_io_binding_can_change_in_the_middle(model, gold):
     assert [int(token) for token in taken] == tokens
 
 
-def test_a_graph_without_cache_generates(exported, gold):
+def test_a_graph_without_cache_generates(exported, gold, monkeypatch):
+    monkeypatch.setattr(rows, "PREFILL_CHUNK", 7)  # without a cache no chunk could know of the one before
     model = ORTModelForCausalLM.from_pretrained(exported("hybrid", task="text-generation"))
     assert not model.can_use_cache
     rows_, golds = zip(*(gold(length) for length in (9, 1, 30)), strict=True)
@@ -373,6 +375,14 @@ class TestBadInput:
     def test_prompt_too_long(self, model):
         with pytest.raises(Lfm2Error, match="takes 512"):
             model(input_ids=torch.full((1, 513), 9))
+        cache = model(input_ids=torch.full((1, 511), 9)).past_key_values
+        with pytest.raises(Lfm2Error, match="has 513 tokens; the model takes 512"):
+            model(torch.tensor([[9, 8]]), past_key_values=cache)
+        # Single tokens go on, as in transformers, and so do candidates after them.
+        cache.activate_past_recording()
+        assert model(torch.tensor([[9, 8]]), past_key_values=cache).logits.shape[1] == 2
+        cache.stop_recording()
+        assert model(torch.tensor([[9]]), past_key_values=cache).logits.shape[1] == 1
 
     def test_rows_that_do_not_fit_the_cache(self, model):
         cache = model(input_ids=torch.tensor([[9, 8, 7]])).past_key_values

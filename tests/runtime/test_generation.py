@@ -146,9 +146,11 @@ class TestRightPadding:
         assert "right-padding" not in caplog.text
         assert logger.filters == filters
         with right_padding_allowed():
+            logger.warning("something else")
             elsewhere = threading.Thread(target=logger.warning, args=("right-padding was detected",))
             elsewhere.start()
             elsewhere.join()
+        assert "something else" in caplog.text
         assert "right-padding" in caplog.text, "another thread's model may need the warning"
         caplog.clear()
         gold_model("hybrid").generate(**batch, **settings, use_cache=False)
@@ -244,10 +246,19 @@ class TestCaches:
             cache.update(torch.zeros(1), torch.zeros(1), 0)
 
     def test_an_empty_one_of_transformers_counts_as_none(self, model, golds):
-        out = model.generate(prompts(LENGTHS)[0][None], past_key_values=DynamicCache(), **GREEDY)
-        assert out[0, 9:].tolist() == golds[0]
-        with pytest.raises(Lfm2Error, match="DynamicCache"):
-            model(prompts([4])[0][None], past_key_values=DynamicCache())
+        for empty in (DynamicCache(), DynamicCache(config=model.config)):
+            out = model.generate(prompts(LENGTHS)[0][None], past_key_values=empty, **GREEDY)
+            assert out[0, 9:].tolist() == golds[0]
+            with pytest.raises(Lfm2Error, match="DynamicCache"):
+                model(prompts([4])[0][None], past_key_values=empty)
+
+    def test_one_that_is_not_ours(self, model):
+        full = DynamicCache()
+        full.update(torch.zeros(1, 2, 3, 16), torch.zeros(1, 2, 3, 16), 0)
+        for cache in (full, ((torch.zeros(1),),)):
+            for call in (model.forward, lambda ids, **caches: model.generate(ids, **caches, **GREEDY)):
+                with pytest.raises(Lfm2Error, match=f"The cache is a {type(cache).__name__}"):
+                    call(prompts([4])[0][None], past_key_values=cache)
 
     def test_int32_ids(self, model, golds):
         ids = prompts(LENGTHS)[0][None].to(torch.int32)
