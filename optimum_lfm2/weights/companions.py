@@ -62,7 +62,7 @@ def generation_settings(model_name_or_path: str, **hub: Any) -> GenerationConfig
     _check_settings(path, read_object(path))
     try:
         settings: Any = WrittenSettings.from_pretrained(model_name_or_path, **hub)
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, LookupError) as error:
         raise Lfm2Error(
             f"{path} is not what transformers can use: {_one_line(error)} Correct it, or copy it again."
         ) from error
