@@ -247,7 +247,7 @@ class ORTLfm2ForCausalLM(AssistedGeneration, compat.GenerationWithoutExperts, OR
             cache = model_kwargs[compat.CACHE] = self._graph.new_cache(rows, capacity)
             if generation_config.is_assistant:  # the model that it drafts for takes back what it does not accept
                 cache.activate_past_recording()
-        elif isinstance(cache, Lfm2Cache):
+        else:
             self._graph.make_room(cache, capacity)
 
     def prepare_inputs_for_generation(

@@ -181,6 +181,7 @@ def test_pictures_that_do_not_fit_are_one_line(model, rows):
         "spatial_shapes is missing": {name: inputs[name] for name in inputs if name != "spatial_shapes"},
         "do not fit": inputs | {"pixel_attention_mask": inputs["pixel_attention_mask"][:, 1:]},
         "more patches": inputs | {"spatial_shapes": inputs["spatial_shapes"] * 2},
+        "does not take pictures yet": inputs | {"prompt_lookup_num_tokens": 4},
     }
     for said, given in wrong.items():
         with pytest.raises(Lfm2Error, match=said) as error:

@@ -98,19 +98,22 @@ def test_a_chat_of_candidates_right_and_wrong(way, name, exported, gold_model, m
     assert len(calls) < 0.8 * NEW
 
 
-@pytest.mark.parametrize("drafter", ["ours", "torch"])
+@pytest.mark.parametrize("drafter", ["right", "wrong", "torch"])
 def test_a_drafting_model(drafter, exported, gold_model, llama, monkeypatch):
-    """One that is always right, and one of torch that is mostly wrong; then the end of the text among its drafts."""
+    """Ours that is always right or mostly wrong, and one of torch; then the end of the text among its drafts."""
     model = ORTModelForCausalLM.from_pretrained(exported("hybrid"))
-    ours = ORTModelForCausalLM.from_pretrained(exported("hybrid", model_kwargs=Options(rollback="columns")))
-    assistant = ours if drafter == "ours" else llama
+    folders = {
+        "right": exported("hybrid", model_kwargs=Options(rollback="columns")),
+        "wrong": exported("conv_width_2"),
+    }
+    assistant = ORTModelForCausalLM.from_pretrained(folders[drafter]) if drafter in folders else llama
     (prompt,) = prompts([30])
     gold = gold_tokens(gold_model("hybrid"), prompt, NEW)
     calls = counted(model, monkeypatch)
     out = model.generate(prompt[None], assistant_model=assistant, return_dict_in_generate=True, **GREEDY)
     assert out.sequences[0, 30:].tolist() == gold
     assert out[compat.CACHE].get_seq_length() == 29 + NEW
-    assert drafter == "torch" or len(calls) < 0.6 * NEW
+    assert (len(calls) < 0.6 * NEW) == (drafter == "right")
     end = next(i for i in range(6, NEW) if gold[i] not in gold[:i] and i % 2)
     for settings in ({"eos_token_id": gold[end]}, {"max_new_tokens": end + 1}):
         ended = model.generate(prompt[None], assistant_model=assistant, **{**GREEDY, **settings})

@@ -205,6 +205,12 @@ class TestFailures:
         with pytest.raises(Lfm2Error, match="interrupted"):
             model(torch.tensor([[9], [9]]), past_key_values=cache)
 
+    def test_a_cache_on_another_device(self, model):
+        cache = model(prompts([4])[0][None]).past_key_values
+        cache.device = torch.device("meta")
+        with pytest.raises(Lfm2Error, match="lies on meta, the model on cpu"):
+            model(torch.tensor([[9]]), past_key_values=cache)
+
     @pytest.mark.parametrize("setting", [{"cache_implementation": "static"}, {"cache_implementation": "offloaded"}])
     def test_other_kinds_of_cache(self, setting, model):
         with pytest.raises(Lfm2Error, match="cache_implementation"):
@@ -224,6 +230,9 @@ class TestFailures:
         ids, right = prompts(LENGTHS)[0][None], torch.arange(9)[None]
         assert model.generate(ids, position_ids=right, **GREEDY)[0, 9:].tolist() == golds[0]
         assert torch.equal(model(ids, position_ids=right).logits, model(ids).logits)
+        left, mask = torch.cat([torch.full((1, 3), 9), ids], dim=1), torch.tensor([[0] * 3 + [1] * 9])
+        own = torch.cat([torch.full((1, 3), 1), right], dim=1)
+        assert model.generate(left, attention_mask=mask, position_ids=own, **GREEDY)[0, 12:].tolist() == golds[0]
         for call in (model.forward, lambda *args, **kwargs: model.generate(*args, **kwargs, **GREEDY)):
             for wrong in (right + 1, right[0], right[:, 1:], right.expand(2, 9)):
                 with pytest.raises(Lfm2Error, match="position_ids"):
