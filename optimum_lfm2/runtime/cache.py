@@ -117,11 +117,10 @@ class Lfm2Cache(Rollback, Cache):
 
     def skip(self, columns: int) -> None:
         """Append masked columns without a call of the graph. They are zeros, since a masked column must be finite."""
-        if columns:
-            self.reserve(self.length + columns, exact=True)
-            for name in self._growing():
-                self.tensors[name][:, :, self.length : self.length + columns] = 0
-            self.length += columns
+        self.reserve(self.length + columns, exact=True)
+        for name in self._growing():
+            self.tensors[name][:, :, self.length : self.length + columns] = 0
+        self.length += columns
 
     def swap(self) -> None:
         """Exchange the two buffers of each state after a call has written the present one."""

@@ -77,8 +77,18 @@ def test_rows_are_reordered_repeated_and_selected(io_binding, model):
     cache.reorder_cache(torch.tensor([3, 0, 1, 2]))
     cache.batch_select_indices(torch.tensor([0, 1, 3]))
     assert cache.batch_size == 3
+    assert cache.recording is None
     together = step(model, cache, 20, rows=3)
     torch.testing.assert_close(together, torch.stack([alone[1], alone[0], alone[1]]), atol=1e-5, rtol=0)
+
+
+def test_a_cache_that_is_reset(model):
+    """It is a new one of as many rows; any model with such layers may take it."""
+    cache, ids = model(torch.stack(prompts([9, 9]))).past_key_values, torch.stack(prompts([5, 5], seed=2))
+    cache.activate_past_recording()
+    cache.reset()
+    assert (cache.get_seq_length(), cache.batch_size, cache.recording, cache.made_by) == (0, 2, None, None)
+    torch.testing.assert_close(model(ids, past_key_values=cache).logits, model(ids).logits)
 
 
 def test_what_transformers_asks_of_a_cache(model):
