@@ -168,6 +168,12 @@ def test_beams(settings, either, gold, gold_model):
     assert out[compat.CACHE].get_seq_length() == 9 + NEW - 1, "each step runs one token, on the cache"
 
 
+def test_beams_of_a_prompt_that_is_shorter_than_a_convolution(either, gold_model):
+    ids, settings = torch.tensor([[20]]), {**GREEDY, "num_beams": 3, "max_new_tokens": 8}
+    expected = gold_model("hybrid").generate(ids, use_cache=False, **settings)
+    assert either.generate(ids, **settings).tolist() == expected.tolist()
+
+
 def test_beams_of_padded_rows(model, gold, gold_model):
     rows_ = [gold(length)[0] for length in (9, 1, 30)]
     golds = [gold_model("hybrid").generate(row[None], use_cache=False, num_beams=3, **GREEDY)[0] for row in rows_]

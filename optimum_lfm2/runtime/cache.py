@@ -224,8 +224,7 @@ class Lfm2Cache(Rollback, Cache):
             for name, tensor in self.tensors.items()
         }
         spare = {name: torch.empty_like(tensors[name]) for name in self.spare}
-        capacity = self.length if tensors else self.capacity
-        changes = {"tensors": tensors, "spare": spare, "capacity": capacity, "bindings": {}, "bound_to": None}
+        changes = {"tensors": tensors, "spare": spare, "capacity": self.length, "bindings": {}, "bound_to": None}
         return {**self.__dict__, **changes, "recording": None, "columns": None}
 
     def __deepcopy__(self, memo: dict) -> Lfm2Cache:

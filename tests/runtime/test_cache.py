@@ -49,6 +49,15 @@ def test_keys_and_values_stay_where_they_are(model):
     assert list(cache.bindings.values()) == bindings
 
 
+def test_rows_that_run_one_by_one_stay_in_one_buffer(model):
+    cache = model(torch.stack(prompts([9, 9, 9]))).past_key_values
+    cache.reserve(100)
+    places = {name: tensor.data_ptr() for name, tensor in cache.tensors.items() if name not in cache.spare}
+    model(torch.stack(prompts([5, 5, 5])), past_key_values=cache)
+    assert {name: cache.tensors[name].data_ptr() for name in places} == places
+    assert cache.capacity == 2 * MIN_CAPACITY
+
+
 def test_rows_split_and_join(model):
     cache = model(torch.stack(prompts([9, 9, 9]))).past_key_values
     expected = copy.deepcopy(cache)

@@ -199,17 +199,26 @@ class TestFailures:
             cache.batch_repeat_interleave(3)
         assert torch.equal(model(torch.tensor([[9]]), past_key_values=cache).logits, expected)
 
-    def test_a_cache_whose_rows_were_changing_places(self, model):
-        cache = model(torch.stack(prompts([4, 4]))).past_key_values
-        cache.broken = True
-        with pytest.raises(Lfm2Error, match="interrupted"):
-            model(torch.tensor([[9], [9]]), past_key_values=cache)
-
     def test_a_cache_on_another_device(self, model):
         cache = model(prompts([4])[0][None]).past_key_values
         cache.device = torch.device("meta")
         with pytest.raises(Lfm2Error, match="lies on meta, the model on cpu"):
             model(torch.tensor([[9]]), past_key_values=cache)
+
+    def test_an_interrupt_while_rows_change_places(self, model):
+        class Interrupted:
+            def __getitem__(self, _):
+                raise KeyboardInterrupt
+
+        cache = model(torch.stack(prompts([4, 4]))).past_key_values
+        cache.reorder_cache(torch.tensor([1, 0]))
+        model(torch.tensor([[9], [9]]), past_key_values=cache)
+        cache.tensors["the last"] = Interrupted()
+        with pytest.raises(KeyboardInterrupt):
+            cache.reorder_cache(torch.tensor([1, 0]))
+        del cache.tensors["the last"]
+        with pytest.raises(Lfm2Error, match="interrupted while its rows changed places"):
+            model(torch.tensor([[9], [9]]), past_key_values=cache)
 
     @pytest.mark.parametrize("setting", [{"cache_implementation": "static"}, {"cache_implementation": "offloaded"}])
     def test_other_kinds_of_cache(self, setting, model):
@@ -319,7 +328,7 @@ class TestCaches:
         other = ORTModelForCausalLM.from_pretrained(folder)
         for theirs in (cache, copy.deepcopy(cache)):
             for call in (other.forward, lambda ids, **kwargs: other.generate(ids, **kwargs, **GREEDY)):
-                with pytest.raises(Lfm2Error, match="another model, which was loaded from"):
+                with pytest.raises(Lfm2Error, match=f"another model, which was loaded from {first.path}; "):
                     call(
                         torch.tensor([[1, 2, 3, 4, 9]])[:, -1 if call == other.forward else 0 :], past_key_values=theirs
                     )
@@ -333,6 +342,7 @@ class TestCaches:
         model(prompts([9])[0][None], past_key_values=cache)
         twin = copy.deepcopy(cache)
         assert twin.capacity == 9
+        assert {tensor.shape[2] for name, tensor in twin.tensors.items() if name in cache._growing()} == {9}
         mine = {tensor.data_ptr() for tensor in (*cache.tensors.values(), *cache.spare.values())}
         assert not mine & {tensor.data_ptr() for tensor in (*twin.tensors.values(), *twin.spare.values())}
 

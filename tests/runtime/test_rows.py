@@ -111,6 +111,19 @@ def test_rows_that_a_call_takes_together_take_one_call(exported, monkeypatch):
     assert len(calls) == 2
 
 
+def test_rows_alone_are_repeated_and_selected(foreign, gold_model):
+    rows, inputs = batch([9, 3], 9)
+    out, mask = foreign(**inputs), torch.cat([inputs["attention_mask"], torch.ones(2, 1, dtype=torch.int64)], dim=1)
+    cache = out.past_key_values
+    cache.batch_repeat_interleave(2)
+    cache.batch_select_indices(torch.tensor([3, 0, 1]))
+    order = [1, 0, 0]
+    logits = foreign(torch.full((3, 1), 20), attention_mask=mask[order], past_key_values=cache).logits[:, -1]
+    for own, i in zip(logits, order, strict=True):
+        expected = gold_model("hybrid")(input_ids=torch.cat([rows[i], torch.tensor([20])])[None]).logits[0, -1]
+        torch.testing.assert_close(own, expected, atol=1e-4, rtol=0)
+
+
 def test_hiding_what_was_shown(foreign):
     _, inputs = batch([9, 3], 9)
     out = foreign(**inputs)
