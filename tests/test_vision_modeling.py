@@ -167,8 +167,12 @@ def test_logits_and_features_are_transformers(model, vl_gold, rows):
 def test_a_saved_model_loads_again(model, rows, tmp_path):
     model.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "lfm2_vl"
-    again = ORTLfm2VlForConditionalGeneration.from_pretrained(tmp_path)
-    assert new_tokens(again, batch(rows[:1], "left"), max_new_tokens=4)[0] == rows[0][2][:4]
+    again, inputs = ORTLfm2VlForConditionalGeneration.from_pretrained(tmp_path), batch(rows[:1], "left")
+    assert again.to("cpu") is again
+    assert new_tokens(again, inputs, max_new_tokens=4)[0] == rows[0][2][:4]
+    ids = inputs.pop("input_ids")  # by position, as transformers takes them too
+    out = again.generate(ids, **inputs, max_new_tokens=4, do_sample=False, eos_token_id=None)
+    assert out[0, ids.shape[1] :].tolist() == rows[0][2][:4]
 
 
 def test_pictures_that_do_not_fit_are_one_line(model, rows):
@@ -180,6 +184,7 @@ def test_pictures_that_do_not_fit_are_one_line(model, rows):
         "there are no pictures": {name: inputs[name] for name in ("input_ids", "attention_mask")},
         "spatial_shapes is missing": {name: inputs[name] for name in inputs if name != "spatial_shapes"},
         "do not fit": inputs | {"pixel_attention_mask": inputs["pixel_attention_mask"][:, 1:]},
+        r"give \(tiles, patches, 48\)": inputs | {"pixel_values": inputs["pixel_values"][:, :, 1:]},
         "more patches": inputs | {"spatial_shapes": inputs["spatial_shapes"] * 2},
         "does not take pictures yet": inputs | {"prompt_lookup_num_tokens": 4},
     }

@@ -192,6 +192,8 @@ def test_the_file_that_gives_columns(checkpoint, exported, cli, tmp_path):
     assert code == 0, err
     given, usual = (ORTModelForCausalLM.from_pretrained(folder).layout for folder in (tmp_path, exported("hybrid")))
     assert given.gives_columns
+    cache = ORTModelForCausalLM.from_pretrained(tmp_path)(torch.tensor([[9, 8]])).past_key_values
+    assert cache.columns is None, "they are computed for a cache that records"
     assert not usual.gives_columns
     assert given.outputs[: len(usual.outputs)] == usual.outputs
     assert given.outputs[len(usual.outputs) :] == tuple(f"columns_conv.{i}" for i in (0, 1, 3))
