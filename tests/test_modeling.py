@@ -114,7 +114,7 @@ def test_long_prompts_run_in_chunks_of_their_own(either, gold, monkeypatch):
     whole = either(input_ids=gold(30)[0][None]).logits
     rows_, golds = zip(*(gold(length) for length in (9, 1, 30)), strict=True)
     assert either.generate(**pad(list(rows_), "left"), **GREEDY)[:, 30:].tolist() == list(golds)
-    for keep in (0, 1, 5, 10, 31):
+    for keep in (0, 1, 2, 5, 10, 31):  # the last 2 begin a chunk
         kept = either(input_ids=gold(30)[0][None], logits_to_keep=keep).logits
         torch.testing.assert_close(kept, whole[:, -keep:], atol=1e-4, rtol=0)
 

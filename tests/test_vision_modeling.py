@@ -184,6 +184,7 @@ def test_pictures_that_do_not_fit_are_one_line(model, rows):
         "there are no pictures": {name: inputs[name] for name in ("input_ids", "attention_mask")},
         "spatial_shapes is missing": {name: inputs[name] for name in inputs if name != "spatial_shapes"},
         "do not fit": inputs | {"pixel_attention_mask": inputs["pixel_attention_mask"][:, 1:]},
+        r"pixel_values \(\d+, 48\)": inputs | {"pixel_values": inputs["pixel_values"][0]},
         r"give \(tiles, patches, 48\)": inputs | {"pixel_values": inputs["pixel_values"][:, :, 1:]},
         "more patches": inputs | {"spatial_shapes": inputs["spatial_shapes"] * 2},
         "does not take pictures yet": inputs | {"prompt_lookup_num_tokens": 4},

@@ -88,6 +88,16 @@ class TestRightPadding:
         out = model.generate(**whole, past_key_values=model(**one).past_key_values, **GREEDY)
         assert out[:, 21:].tolist() == golds
 
+    def test_a_second_turn_with_padding_on_both_sides(self, model, gold_model):
+        first, second = prompts([5, 5]), prompts([2, 3], seed=3)
+        golds = [gold_tokens(gold_model("hybrid"), torch.cat(pair), NEW) for pair in zip(first, second, strict=True)]
+        cache, mask = model(torch.stack(first)).past_key_values, torch.tensor([[0, 1, 1, 0], [1, 1, 1, 0]])
+        ids = torch.full((2, 4), 9).masked_scatter(mask == 1, torch.cat(second))
+        whole = torch.cat([torch.stack(first), ids], dim=1)
+        mask = torch.cat([torch.ones(2, 5, dtype=torch.int64), mask], dim=1)
+        out = model.generate(whole, attention_mask=mask, past_key_values=cache, **GREEDY)
+        assert out[:, 9:].tolist() == golds
+
     def test_sampling_with_a_seed(self, model, gold_model):
         """One row draws as alone. Several share the generator: they draw as the same rows padded on the left."""
         settings = {**GREEDY, "do_sample": True, "temperature": 1.3, "top_k": 40}
