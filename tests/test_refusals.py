@@ -11,6 +11,8 @@ import torch
 from commands import assert_unharmed, pickled
 from safetensors.torch import load_file, save_file
 
+from optimum_lfm2.export.options import check_atol
+
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 64}
 
@@ -91,6 +93,11 @@ def test_configuration_is_refused(change, says, cli, checkpoint, out, tmp_path):
     assert (code, err.count("\n")) == (1, 1)
     assert says in err
     assert_unharmed(out)
+
+
+def test_tolerances_that_are_right():
+    for atol in (None, 0, 1e-4):
+        check_atol(atol)
 
 
 # Bad checkpoints

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 import optimum_lfm2
 from optimum_lfm2.compat import LATER_MODELS
 from optimum_lfm2.errors import Lfm2Error
+from optimum_lfm2.export.config_check import check_fields
 from optimum_lfm2.families import MODEL_TYPES, encoder, lfm2_moe, lfm3, member_of, vision
+from optimum_lfm2.weights.blocks import SCHEMES
 
 
 PACKAGE = Path(optimum_lfm2.__file__).parent
@@ -47,6 +50,7 @@ def test_what_a_record_refuses(member, config, says):
     [
         (lfm2_moe, {"num_experts": 4, "num_experts_per_tok": 4}),
         (lfm2_moe, {"num_experts_per_tok": 4}),
+        (lfm2_moe, {"num_experts": 4}),
         (lfm3, {"layer_types": ["sliding_attention"], "sliding_window": 1}),
         (lfm3, {"layer_types": ["conv"], "sliding_window": None}),
         (encoder, {"id2label": {"1": "A", "0": "B"}}),
@@ -56,6 +60,21 @@ def test_what_a_record_refuses(member, config, says):
 )
 def test_what_a_record_takes(member, config):
     member.MEMBER.check(config)
+
+
+def test_experts_in_few_bits_have_whole_blocks():
+    def widths(hidden: int, expert: int) -> SimpleNamespace:
+        return SimpleNamespace(hidden_size=hidden, moe_intermediate_size=expert)
+
+    lfm2_moe.MEMBER.check_scheme(SCHEMES["q4"], widths(64, 48))  # blocks of 16
+    with pytest.raises(Lfm2Error, match=r"\(64 and 24\) must be multiples of 16"):
+        lfm2_moe.MEMBER.check_scheme(SCHEMES["q4"], widths(64, 24))
+
+
+def test_fields_that_are_not_there_have_defaults():
+    check_fields({"model_type": "lfm2"})
+    check_fields({"model_type": "lfm2", "pad_token_id": 0})
+    check_fields({"model_type": "lfm2", "vocab_size": 8, "pad_token_id": 7})
 
 
 @pytest.mark.parametrize("model_type", sorted(set(MODEL_TYPES) & set(LATER_MODELS)))

@@ -49,6 +49,13 @@ def test_settings_that_transformers_does_not_take(settings, tmp_path):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(("content", "says"), [("[]", "holds no JSON object"), ("{", "cannot be read as JSON")])
+def test_files_that_hold_something_else(content, says, tmp_path):
+    for name, read in (("generation_config.json", generation_settings), ("tokenizer_config.json", check_tokenizer)):
+        with pytest.raises(Lfm2Error, match=f"{name} {says}"):
+            read(written(tmp_path, name, content))
+
+
 def test_settings_that_are_right(tmp_path):
     assert generation_settings(str(tmp_path)) is None
     settings = {"temperature": 1, "top_p": 0.5, "eos_token_id": [7, -1], "do_sample": True, "max_length": None}
