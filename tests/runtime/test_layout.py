@@ -12,6 +12,7 @@ from checkpoints import gold_tokens, prompts
 from optimum.onnxruntime import ORTModelForCausalLM
 
 from optimum_lfm2 import ORTLfm2ForCausalLM
+from optimum_lfm2.caches import read_cache_tensors
 from optimum_lfm2.errors import Lfm2Error
 
 
@@ -26,6 +27,10 @@ def foreign(source, target):
             value.shape = ir.Shape(["batch_size", 2, "past_sequence_length", "kv_cache_dim"])
     ir.save(model, target / "model.onnx")
     return target
+
+
+def test_a_graph_that_gives_caches_and_takes_none():
+    assert read_cache_tensors({"input_ids": ["batch_size", "sequence_length"]}, ["logits", "present_conv.0"]) == []
 
 
 def test_a_padded_batch_on_a_foreign_graph(exported, gold_model, tmp_path):
