@@ -157,6 +157,20 @@ def test_a_failed_call_leaves_pending_tokens_pending(exported, gold_model, monke
     torch.testing.assert_close(logits, gold, atol=1e-4, rtol=0)
 
 
+def test_taken_back_twice_in_a_row(exported, gold_model):
+    """The second time from tokens that have to be run again."""
+    model, (text,) = ORTModelForCausalLM.from_pretrained(exported("hybrid")), prompts([11])
+    cache = model(text[None, :5]).past_key_values
+    cache.activate_past_recording()
+    model(text[None, 5:], past_key_values=cache)
+    for left in (9, 7):
+        cache.crop(left)
+        assert cache.get_seq_length() == left
+    logits = model(torch.tensor([[20]]), past_key_values=cache).logits[:, -1]
+    gold = continued(gold_model, "hybrid", [torch.cat([text[:7], torch.tensor([20])])])
+    torch.testing.assert_close(logits, gold, atol=1e-4, rtol=0)
+
+
 def test_rows_that_change_places_with_pending_tokens(exported, gold_model):
     model = ORTModelForCausalLM.from_pretrained(exported("hybrid"))
     rows = prompts([9, 9])
@@ -198,6 +212,15 @@ def test_zero_means_what_it_means_to_transformers(exported):
     model(torch.tensor([[9, 8, 7]]), past_key_values=cache)
     cache.crop(0)
     assert cache.get_seq_length() == (3 if compat.CROPS_BY_NUMBER else 0)
+
+
+def test_one_is_the_length_to_go_back_to(exported):
+    model = ORTModelForCausalLM.from_pretrained(exported("hybrid"))
+    cache = model._graph.new_cache(1)
+    cache.activate_past_recording()
+    model(torch.tensor([[9, 8, 7]]), past_key_values=cache)
+    cache.crop(1)
+    assert cache.get_seq_length() == 1
 
 
 def test_the_file_that_gives_columns(checkpoint, exported, cli, tmp_path):
