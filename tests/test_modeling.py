@@ -441,12 +441,13 @@ class TestBadInput:
         with pytest.raises(Lfm2Error, match=message):
             ORTModelForCausalLM.from_pretrained(folder)
 
+    @pytest.mark.parametrize("name", ["model.onnx", "model_q4.onnx"])
     @pytest.mark.parametrize("content", [b"", b"no graph"])
-    def test_a_file_that_is_no_graph(self, content, exported, tmp_path):
+    def test_a_file_that_is_no_graph(self, content, name, exported, tmp_path):
         folder = copy_folder(exported("hybrid"), tmp_path)
-        (folder / "model.onnx").write_bytes(content)
-        with pytest.raises(Lfm2Error, match=r"onnxruntime cannot load .*model.onnx") as error:
-            ORTModelForCausalLM.from_pretrained(folder)
+        (folder / name).write_bytes(content)
+        with pytest.raises(Lfm2Error, match=rf"onnxruntime cannot load .*{name}") as error:
+            ORTModelForCausalLM.from_pretrained(folder, file_name=name if "q4" in name else None)
         assert "\n" not in str(error.value)
 
     def test_a_graph_of_another_task(self, exported):

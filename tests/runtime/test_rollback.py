@@ -92,6 +92,7 @@ def test_into_calls_that_are_joined(name, model, gold_model, monkeypatch):
         model(text[None, i : i + 2], past_key_values=cache)
     assert len(cache.recording) == 3
     cache.crop(-7)
+    assert (cache.pending is None) == model.layout.gives_columns, "the columns of all calls are joined"
     (gold,) = continued(gold_model, name, [torch.cat([text[:7], torch.tensor([20])])])
     logits = model(torch.tensor([[20]]), past_key_values=cache).logits[0, -1]
     torch.testing.assert_close(logits, gold, atol=1e-4, rtol=0)
