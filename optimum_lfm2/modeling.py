@@ -18,7 +18,15 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from optimum_lfm2 import compat
 from optimum_lfm2.errors import Lfm2Error
-from optimum_lfm2.runtime.arguments import check_columns, check_ids, check_kept, check_positions, is_empty, one_cache
+from optimum_lfm2.runtime.arguments import (
+    check_cache_type,
+    check_columns,
+    check_ids,
+    check_kept,
+    check_positions,
+    is_empty,
+    one_cache,
+)
 from optimum_lfm2.runtime.assisted import AssistedGeneration
 from optimum_lfm2.runtime.cache import Lfm2Cache
 from optimum_lfm2.runtime.files import FileIdentity, generation_config_of, only_file, refused_graphs
@@ -114,13 +122,9 @@ class ORTLfm2ForCausalLM(AssistedGeneration, compat.GenerationWithoutExperts, OR
         """
         self._refuse(kwargs)
         cache = one_cache(past_key_values, cache)
-        if cache is not None and not isinstance(cache, Lfm2Cache):
-            raise Lfm2Error(
-                f"The cache is a {type(cache).__name__}; this model continues only the cache that it "
-                "returned itself, which holds convolution states too."
-            )
+        check_cache_type(cache)
         use_cache = self._text_config.use_cache if use_cache is None else use_cache
-        if (use_cache or cache is not None) and not self.can_use_cache:
+        if use_cache and not self.can_use_cache:
             raise Lfm2Error(
                 f"{self.path} has no cache inputs. Export it for text-generation-with-past, or pass use_cache=False."
             )
@@ -134,13 +138,12 @@ class ORTLfm2ForCausalLM(AssistedGeneration, compat.GenerationWithoutExperts, OR
         if cache is None and self.can_use_cache:
             cache = self._graph.new_cache(input_ids.shape[0])
         if last_token_only:
-            logits_to_keep = 1
             logits = rows.run_to_last(input_ids, attention_mask, cache, self.use_io_binding)
         else:
             keep = logits_to_keep if isinstance(logits_to_keep, int) else 0
             logits = rows.run(input_ids, attention_mask, cache, keep, self.use_io_binding)
-        if isinstance(logits_to_keep, torch.Tensor):
-            logits = logits[:, logits_to_keep]
+            if isinstance(logits_to_keep, torch.Tensor):
+                logits = logits[:, logits_to_keep]
         cache = cache if use_cache else None
         if return_dict is False:
             return (logits,) if cache is None else (logits, cache)
@@ -200,6 +203,7 @@ class ORTLfm2ForCausalLM(AssistedGeneration, compat.GenerationWithoutExperts, OR
         past, cache = (kwargs.pop(name, None) for name in ("past_key_values", "cache"))
         cache = one_cache(past, cache)
         if cache is not None and not is_empty(cache):
+            check_cache_type(cache)
             kwargs[compat.CACHE] = cache
         for name in ("inputs", "input_ids"):
             if isinstance(ids := kwargs.get(name), torch.Tensor):
@@ -243,7 +247,7 @@ class ORTLfm2ForCausalLM(AssistedGeneration, compat.GenerationWithoutExperts, OR
             cache = model_kwargs[compat.CACHE] = self._graph.new_cache(rows, capacity)
             if generation_config.is_assistant:  # the model that it drafts for takes back what it does not accept
                 cache.activate_past_recording()
-        elif isinstance(cache, Lfm2Cache):
+        else:
             self._graph.make_room(cache, capacity)
 
     def prepare_inputs_for_generation(

@@ -231,7 +231,7 @@ class ORTLfm2VlForConditionalGeneration(ORTLfm2ForCausalLM):
         inputs = super().prepare_inputs_for_generation(
             input_ids, past_key_values, attention_mask, use_cache, logits_to_keep, cache, last_token_only, **kwargs
         )
-        if pictures is not None and picture_ids is not None:
+        if pictures is not None:
             new = inputs["input_ids"].shape[1]
             numbered = torch.cat([picture_ids, input_ids[:, picture_ids.shape[1] :]], dim=1)
             numbered = numbered[:, numbered.shape[1] - new :]

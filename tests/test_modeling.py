@@ -8,7 +8,7 @@ from pathlib import Path
 import onnxruntime
 import pytest
 import torch
-from checkpoints import CHECKPOINTS, gold_tokens, prompts
+from checkpoints import CHECKPOINTS, HYBRID, gold_tokens, prompts
 from optimum.onnxruntime import ORTModelForCausalLM
 from optimum.pipelines import pipeline
 from transformers import AutoTokenizer, GenerationConfig, MaxLengthCriteria, StoppingCriteria, StoppingCriteriaList
@@ -114,7 +114,7 @@ def test_long_prompts_run_in_chunks_of_their_own(either, gold, monkeypatch):
     whole = either(input_ids=gold(30)[0][None]).logits
     rows_, golds = zip(*(gold(length) for length in (9, 1, 30)), strict=True)
     assert either.generate(**pad(list(rows_), "left"), **GREEDY)[:, 30:].tolist() == list(golds)
-    for keep in (0, 1, 5, 10, 31):
+    for keep in (0, 1, 2, 5, 10, 31):  # the last 2 begin a chunk
         kept = either(input_ids=gold(30)[0][None], logits_to_keep=keep).logits
         torch.testing.assert_close(kept, whole[:, -keep:], atol=1e-4, rtol=0)
 
@@ -123,6 +123,7 @@ def test_chat_goes_on_from_the_returned_cache(either, gold, gold_model):
     turn, reply = gold(9)
     out = either.generate(turn[None], return_dict_in_generate=True, **GREEDY)
     assert isinstance(out.past_key_values, Lfm2Cache)
+    assert out.past_key_values.recording is None, "only assisted generation pays for going back"
     chat = torch.cat([out.sequences[0], prompts([11], seed=5)[0]])
     expected = gold_tokens(gold_model("hybrid"), chat, NEW)
     again = either.generate(chat[None], past_key_values=copy.deepcopy(out.past_key_values), **GREEDY)
@@ -162,7 +163,15 @@ def test_beams(settings, either, gold, gold_model):
     prompt, _ = gold(9)
     # In transformers 4.57 its own beam search crashes with a cache.
     expected = gold_model("hybrid").generate(prompt[None], use_cache=False, **GREEDY, **settings)
-    assert either.generate(prompt[None], **GREEDY, **settings).tolist() == expected.tolist()
+    out = either.generate(prompt[None], **GREEDY, **settings, return_dict_in_generate=True)
+    assert out.sequences.tolist() == expected.tolist()
+    assert out[compat.CACHE].get_seq_length() == 9 + NEW - 1, "each step runs one token, on the cache"
+
+
+def test_beams_of_a_prompt_that_is_shorter_than_a_convolution(either, gold_model):
+    ids, settings = torch.tensor([[20]]), {**GREEDY, "num_beams": 3, "max_new_tokens": 8}
+    expected = gold_model("hybrid").generate(ids, use_cache=False, **settings)
+    assert either.generate(ids, **settings).tolist() == expected.tolist()
 
 
 def test_beams_of_padded_rows(model, gold, gold_model):
@@ -229,6 +238,7 @@ def test_without_a_cache(model, gold):
     prompt, tokens = gold(9)
     assert model.generate(prompt[None], use_cache=False, **GREEDY)[0, len(prompt) :].tolist() == tokens
     assert model(input_ids=prompt[None], use_cache=False).past_key_values is None
+    assert len(model(input_ids=prompt[None], use_cache=False, return_dict=False)) == 1
 
 
 def test_forward_with_and_without_past(either, gold, gold_model):
@@ -258,7 +268,8 @@ def test_io_binding_can_change_in_the_middle(model, gold):
     assert [int(token) for token in taken] == tokens
 
 
-def test_a_graph_without_cache_generates(exported, gold):
+def test_a_graph_without_cache_generates(exported, gold, monkeypatch):
+    monkeypatch.setattr(rows, "PREFILL_CHUNK", 7)  # without a cache no chunk could know of the one before
     model = ORTModelForCausalLM.from_pretrained(exported("hybrid", task="text-generation"))
     assert not model.can_use_cache
     rows_, golds = zip(*(gold(length) for length in (9, 1, 30)), strict=True)
@@ -277,7 +288,9 @@ def test_export_on_load(checkpoint, gold):
 def test_save_and_load_again(model, gold, tmp_path):
     prompt, tokens = gold(9)
     model.save_pretrained(tmp_path / "saved")
+    (tmp_path / "saved" / "generation_config.json").unlink()
     again = ORTModelForCausalLM.from_pretrained(tmp_path / "saved")
+    assert again.generation_config.eos_token_id == 7, "where there are no settings, config.json has some"
     assert again.generate(prompt[None], **GREEDY)[0, 9:].tolist() == tokens
 
 
@@ -304,6 +317,7 @@ def test_session_options_and_providers(exported, gold):
         exported("hybrid"), session_options=options, provider="CPUExecutionProvider", provider_options={}
     )
     assert model.session.get_session_options().intra_op_num_threads == 2
+    assert model.use_io_binding
     quiet = ORTModelForCausalLM.from_pretrained(exported("hybrid")).session.get_session_options()
     assert quiet.log_severity_level > options.log_severity_level, "warnings at load are of choices made on purpose"
     assert model.to("cpu").generate(prompt[None], **GREEDY)[0, 9:].tolist() == tokens
@@ -373,6 +387,14 @@ class TestBadInput:
     def test_prompt_too_long(self, model):
         with pytest.raises(Lfm2Error, match="takes 512"):
             model(input_ids=torch.full((1, 513), 9))
+        cache = model(input_ids=torch.full((1, 512), 9)).past_key_values
+        with pytest.raises(Lfm2Error, match="has 514 tokens; the model takes 512"):
+            model(torch.tensor([[9, 8]]), past_key_values=cache)
+        # Single tokens go on, as in transformers, and so do candidates after them.
+        cache.activate_past_recording()
+        assert model(torch.tensor([[9, 8]]), past_key_values=cache).logits.shape[1] == 2
+        cache.stop_recording()
+        assert model(torch.tensor([[9]]), past_key_values=cache).logits.shape[1] == 1
 
     def test_rows_that_do_not_fit_the_cache(self, model):
         cache = model(input_ids=torch.tensor([[9, 8, 7]])).past_key_values
@@ -400,22 +422,33 @@ class TestBadInput:
             ORTModelForCausalLM.from_pretrained(folder)
 
     @pytest.mark.parametrize(
-        ("name", "value", "message"),
+        ("change", "message"),
         [
-            ("vocab_size", 300, "vocabulary"),
-            ("conv_L_cache", 5, "past_conv.0"),
-            ("num_key_value_heads", 4, "past_key_values.2.key"),
-            ("layer_types", ["conv"] * 4 + ["full_attention"], "past_conv.2"),
+            ({"vocab_size": 300}, "vocabulary"),
+            ({"conv_L_cache": 5}, "past_conv.0"),
+            ({"num_key_value_heads": 4}, "past_key_values.2.key"),
+            ({"layer_types": ["conv"] * 4 + ["full_attention"]}, "past_conv.2"),
+            ({"layer_types": HYBRID[:4], "num_hidden_layers": 4}, "the cache input past_key_values.4.key"),
         ],
+        ids=str,
     )
-    def test_a_config_of_another_model(self, name, value, message, exported, tmp_path):
+    def test_a_config_of_another_model(self, change, message, exported, tmp_path):
         import json
 
         folder = copy_folder(exported("hybrid"), tmp_path)
         config = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps({**config, name: value}))
+        (folder / "config.json").write_text(json.dumps(config | change))
         with pytest.raises(Lfm2Error, match=message):
             ORTModelForCausalLM.from_pretrained(folder)
+
+    @pytest.mark.parametrize("name", ["model.onnx", "model_q4.onnx"])
+    @pytest.mark.parametrize("content", [b"", b"no graph"])
+    def test_a_file_that_is_no_graph(self, content, name, exported, tmp_path):
+        folder = copy_folder(exported("hybrid"), tmp_path)
+        (folder / name).write_bytes(content)
+        with pytest.raises(Lfm2Error, match=rf"onnxruntime cannot load .*{name}") as error:
+            ORTModelForCausalLM.from_pretrained(folder, file_name=name if "q4" in name else None)
+        assert "\n" not in str(error.value)
 
     def test_a_graph_of_another_task(self, exported):
         with pytest.raises(Lfm2Error, match="text-generation"):

@@ -11,6 +11,10 @@ import torch
 from commands import assert_unharmed, pickled
 from safetensors.torch import load_file, save_file
 
+from optimum_lfm2.export.options import check_atol
+
+
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 64}
 
 # What is refused before any work
 
@@ -74,6 +78,11 @@ def test_option_is_refused(options, says, cli, checkpoint, out, monkeypatch):
         ({"num_hidden_layers": 10**9, "layer_types": None}, "from 1 to 1024"),
         ({"num_key_value_heads": 3}, "does not divide"),
         ({"rope_scaling": {"rope_type": "yarn"}}, "factor"),
+        ({"rope_scaling": LLAMA3 | {"low_freq_factor": 4.0, "high_freq_factor": 4.0}}, "low_freq_factor 4.0"),
+        ({"pad_token_id": 256}, "vocab_size 256"),
+        ({"head_dim": 15}, "heads are 15 wide"),
+        ({"hidden_size": 2, "num_attention_heads": 4}, "heads are 0 wide"),
+        ({"id2label": 7}, "transformers cannot use the config.json"),
     ],
 )
 def test_configuration_is_refused(change, says, cli, checkpoint, out, tmp_path):
@@ -84,6 +93,11 @@ def test_configuration_is_refused(change, says, cli, checkpoint, out, tmp_path):
     assert (code, err.count("\n")) == (1, 1)
     assert says in err
     assert_unharmed(out)
+
+
+def test_tolerances_that_are_right():
+    for atol in (None, 0, 1e-4):
+        check_atol(atol)
 
 
 # Bad checkpoints

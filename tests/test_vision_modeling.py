@@ -7,11 +7,12 @@ import json
 import shutil
 from pathlib import Path
 
+import onnxruntime
 import pytest
 import torch
 from optimum.onnxruntime import ORTModelForCausalLM
 from pictures import IMAGE, gold_vl_model, gold_vl_tokens, joined, pictures, row
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, GenerationConfig
 
 from optimum_lfm2 import ORTLfm2VlForConditionalGeneration, compat
 from optimum_lfm2.errors import Lfm2Error
@@ -166,8 +167,23 @@ def test_logits_and_features_are_transformers(model, vl_gold, rows):
 def test_a_saved_model_loads_again(model, rows, tmp_path):
     model.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "lfm2_vl"
-    again = ORTLfm2VlForConditionalGeneration.from_pretrained(tmp_path)
-    assert new_tokens(again, batch(rows[:1], "left"), max_new_tokens=4)[0] == rows[0][2][:4]
+    options, inputs = onnxruntime.SessionOptions(), batch(rows[:1], "left")
+    options.intra_op_num_threads = 2
+    again = ORTLfm2VlForConditionalGeneration.from_pretrained(
+        tmp_path, session_options=options, generation_config=GenerationConfig(top_k=3)
+    )
+    assert again.session.get_session_options().intra_op_num_threads == 2
+    assert again.generation_config.top_k == 3
+    assert again.to("cpu") is again
+    assert new_tokens(again, inputs, max_new_tokens=4)[0] == rows[0][2][:4]
+    ids = inputs.pop("input_ids")  # by position, as transformers takes them too
+    out = again.generate(ids, **inputs, max_new_tokens=4, do_sample=False, eos_token_id=None)
+    assert out[0, ids.shape[1] :].tolist() == rows[0][2][:4]
+
+
+def test_exported_while_it_loads(vl_checkpoint, rows):
+    model = ORTLfm2VlForConditionalGeneration.from_pretrained(vl_checkpoint, export=True)
+    assert new_tokens(model, batch(rows[:1], "left"), max_new_tokens=4)[0] == rows[0][2][:4]
 
 
 def test_pictures_that_do_not_fit_are_one_line(model, rows):
@@ -178,10 +194,14 @@ def test_pictures_that_do_not_fit_are_one_line(model, rows):
         "has 7 picture tokens, and the pictures fill 6": two,
         "there are no pictures": {name: inputs[name] for name in ("input_ids", "attention_mask")},
         "spatial_shapes is missing": {name: inputs[name] for name in inputs if name != "spatial_shapes"},
+        "input_ids has the shape": inputs | {"input_ids": inputs["input_ids"][0]},
         "do not fit": inputs | {"pixel_attention_mask": inputs["pixel_attention_mask"][:, 1:]},
         "has to be float": inputs | {"pixel_values": (inputs["pixel_values"] * 255).to(torch.uint8)},
         "pixel_values is missing, or no tensor": inputs | {"pixel_values": inputs["pixel_values"].tolist()},
+        r"pixel_values \(\d+, 48\)": inputs | {"pixel_values": inputs["pixel_values"][0]},
+        r"give \(tiles, patches, 48\)": inputs | {"pixel_values": inputs["pixel_values"][:, :, 1:]},
         "more patches": inputs | {"spatial_shapes": inputs["spatial_shapes"] * 2},
+        "does not take pictures yet": inputs | {"prompt_lookup_num_tokens": 4},
     }
     for said, given in wrong.items():
         with pytest.raises(Lfm2Error, match=said) as error:

@@ -65,6 +65,15 @@ def one_cache(past_key_values: Any, cache: Any) -> Any:
     return past_key_values if cache is None else cache
 
 
+def check_cache_type(cache: Any) -> None:
+    """Raise `Lfm2Error` for a cache that no call of ours returned. None is allowed."""
+    if cache is not None and not isinstance(cache, Lfm2Cache):
+        raise Lfm2Error(
+            f"The cache is a {type(cache).__name__}; this model continues only the cache that it returned itself, "
+            "which holds convolution states too."
+        )
+
+
 def is_empty(cache: Any) -> bool:
     """Return whether this is a cache of transformers itself, and holds no token."""
     if isinstance(cache, Lfm2Cache) or not isinstance(cache, Cache):

@@ -54,7 +54,7 @@ class AssistedGeneration:
             )
         if kwargs.get("assistant_model") is None:
             kwargs[UNTIL] = kwargs.get("stopping_criteria")
-        elif mask is not None and len(mask) == 1 and not mask[0, -1]:
+        elif mask is not None and not bool(mask[:, -1].all()):
             raise Lfm2Error("An assistant_model takes no padding on the right. Cut input_ids after its last token.")
         recorded = cache.recording is not None
         cache.activate_past_recording()

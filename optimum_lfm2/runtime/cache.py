@@ -117,11 +117,10 @@ class Lfm2Cache(Rollback, Cache):
 
     def skip(self, columns: int) -> None:
         """Append masked columns without a call of the graph. They are zeros, since a masked column must be finite."""
-        if columns:
-            self.reserve(self.length + columns, exact=True)
-            for name in self._growing():
-                self.tensors[name][:, :, self.length : self.length + columns] = 0
-            self.length += columns
+        self.reserve(self.length + columns, exact=True)
+        for name in self._growing():
+            self.tensors[name][:, :, self.length : self.length + columns] = 0
+        self.length += columns
 
     def swap(self) -> None:
         """Exchange the two buffers of each state after a call has written the present one."""
@@ -225,8 +224,7 @@ class Lfm2Cache(Rollback, Cache):
             for name, tensor in self.tensors.items()
         }
         spare = {name: torch.empty_like(tensors[name]) for name in self.spare}
-        capacity = self.length if tensors else self.capacity
-        changes = {"tensors": tensors, "spare": spare, "capacity": capacity, "bindings": {}, "bound_to": None}
+        changes = {"tensors": tensors, "spare": spare, "capacity": self.length, "bindings": {}, "bound_to": None}
         return {**self.__dict__, **changes, "recording": None, "columns": None}
 
     def __deepcopy__(self, memo: dict) -> Lfm2Cache:

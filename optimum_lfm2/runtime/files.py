@@ -40,9 +40,8 @@ class FileIdentity:
     files: tuple[tuple[Path, int, int], ...]
 
     @classmethod
-    def of(cls, path: str | Path) -> FileIdentity:
+    def of(cls, path: Path) -> FileIdentity:
         """Return the identity of a graph. Links to the same files, as in the Hub's cache, have the same identity."""
-        path = Path(path)
         found = [file.resolve() for file in (path, *_weight_files(path))]
         return cls(tuple((file, file.stat().st_size, file.stat().st_mtime_ns) for file in found))
 

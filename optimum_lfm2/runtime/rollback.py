@@ -140,9 +140,9 @@ class Rollback:
             self._restore_states(length, states, point.rows)
         self._leave_pending(point.ids, length)
 
-    def _leave_pending(self, ids: torch.Tensor | None, length: int) -> None:
+    def _leave_pending(self, ids: torch.Tensor, length: int) -> None:
         count = length - self.length
-        self.pending = ids[:, :count] if ids is not None and count else None
+        self.pending = ids[:, :count] if count else None
 
     def _restore_states(self, length: int, states: States, rows: list[tuple[int, States]] | None) -> None:
         """Write states to the buffers, where bindings find them."""

@@ -88,7 +88,7 @@ class GraphSession:
                 f"This graph gives the logits of the last token alone, not of {keep or sequence}. Pass "
                 "logits_to_keep=1, or export it without pruning the head."
             )
-        return logits[:, -keep:] if logits.shape[1] > keep > 0 else logits
+        return logits[:, -keep:]
 
     def _tokens(self, ids: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return the graph's input that says what the tokens are: (batch_size, sequence_length, ...)."""

@@ -56,8 +56,9 @@ def generation_settings(model_name_or_path: str, **hub: Any) -> GenerationConfig
         return None
     _check_settings(path, read_object(path))
     try:
-        settings: Any = WrittenSettings.from_pretrained(model_name_or_path, **hub)
-    except (ValueError, TypeError, AttributeError) as error:
+        # By its folder: of a local model transformers would read the settings beside the subfolder.
+        settings: Any = WrittenSettings.from_pretrained(path.parent)
+    except (ValueError, TypeError, AttributeError, LookupError) as error:
         raise Lfm2Error(
             f"{path} is not what transformers can use: {_one_line(error)} Correct it, or copy it again."
         ) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +11,7 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
-from optimum.exporters.onnx import main_export
+from optimum.exporters.onnx import main_export, onnx_export_from_model
 from optimum.onnxruntime import ORTModelForCausalLM
 from rounding import to_nearest
 from transformers import AutoTokenizer
@@ -44,6 +45,16 @@ def dequantized(model: torch.nn.Module, scheme: Scheme | None) -> Iterator[None]
     finally:
         for module, original in originals.items():
             module.weight = original
+
+
+def test_a_value_that_has_no_code(gold_model, tmp_path):
+    """Of a model in memory: a checkpoint's are refused where they are read."""
+    model = copy.deepcopy(gold_model("hybrid"))
+    with torch.no_grad():
+        model.model.layers[1].feed_forward.w2.weight[3, 5] = torch.inf
+    with pytest.raises(Lfm2Error, match=r"layers\.1\.feed_forward\.w2.* cannot be quantised") as error:
+        onnx_export_from_model(model, tmp_path, task="text-generation", _variant="q8")
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(

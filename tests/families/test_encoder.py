@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
+import subprocess
+import sys
 from functools import cache
 from pathlib import Path
 
@@ -21,7 +24,8 @@ from optimum.onnxruntime import (
 from transformers import AutoConfig
 
 from optimum_lfm2.errors import Lfm2Error
-from optimum_lfm2.export import trusted
+from optimum_lfm2.export import run_trusted, trusted
+from optimum_lfm2.export.loading import Source
 from optimum_lfm2.export.validation import errors_as_they_are
 from optimum_lfm2.families import member_of
 
@@ -152,6 +156,25 @@ def test_trusted_code_is_compared_and_a_difference_is_told(made, tmp_path, monke
     monkeypatch.setattr(trusted, "trusted_outputs", lambda *_: [1.01 * values for values in given])
     with pytest.raises(Lfm2Error, match="differs from its own code"), errors_as_they_are():
         main_export(str(source), tmp_path / "wrong", trust_remote_code=True)
+    monkeypatch.setattr(trusted, "trusted_outputs", lambda *_: [values[:, 1:] for values in given])
+    with pytest.raises(Lfm2Error, match=r"output has the shape .* code of .* has"), errors_as_they_are():
+        main_export(str(source), tmp_path / "wrong", trust_remote_code=True)
+
+
+@pytest.mark.parametrize(("said", "says"), [("Traceback\nKeyError: 1\n", "KeyError: 1"), ("", "it says nothing")])
+def test_trusted_code_that_fails(said, says, tmp_path, monkeypatch):
+    failed = subprocess.CompletedProcess([], 1, "", said)
+    monkeypatch.setattr(trusted.subprocess, "run", lambda *_, **__: failed)
+    with pytest.raises(Lfm2Error, match=f"code of {tmp_path} fails: {says}") as error:
+        trusted.trusted_outputs(Source(str(tmp_path), {}, {}, True), "fill-mask", ROWS)
+    assert "\n" not in str(error.value)
+
+
+def test_a_checkpoint_without_code(checkpoint, monkeypatch):
+    request = {"model": str(checkpoint("hybrid")), "hub": {}, "classes": ["AutoModelForMaskedLM", "AutoModel"]}
+    monkeypatch.setattr(sys, "stdin", io.StringIO(json.dumps(request)))
+    with pytest.raises(SystemExit, match=r"auto_map in config.json names no AutoModelForMaskedLM or AutoModel"):
+        run_trusted.main()
 
 
 def test_a_causal_graph_is_not_kept(made, tmp_path, monkeypatch):

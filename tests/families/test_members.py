@@ -4,16 +4,79 @@ from __future__ import annotations
 
 import ast
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 import optimum_lfm2
 from optimum_lfm2.compat import LATER_MODELS
-from optimum_lfm2.families import MEMBERS, MODEL_TYPES
+from optimum_lfm2.errors import Lfm2Error
+from optimum_lfm2.export.config_check import check_fields
+from optimum_lfm2.families import MEMBERS, MODEL_TYPES, encoder, lfm2_moe, lfm3, member_of, vision
+from optimum_lfm2.weights.blocks import SCHEMES
 
 
 PACKAGE = Path(optimum_lfm2.__file__).parent
 DENSE = MEMBERS[0].model_type
+
+
+def test_a_type_that_is_not_ours_has_no_record():
+    with pytest.raises(KeyError, match="llama"):
+        member_of({"model_type": "llama"})
+
+
+@pytest.mark.parametrize(
+    ("member", "config", "says"),
+    [
+        (lfm2_moe, {"num_experts": 4, "num_experts_per_tok": 5}, "num_experts_per_tok is 5"),
+        (lfm3, {"layer_types": ["sliding_attention"], "sliding_window": None}, "sliding_window in config.json is None"),
+        (
+            lfm3,
+            {"layer_types": ["conv", "sliding_attention"], "sliding_window": 0},
+            "sliding_window in config.json is 0",
+        ),
+        (encoder, {"id2label": {"0": "A", "2": "B"}}, "names the labels 0, 2"),
+        (vision, {"vision_config": {"num_patches": 15}}, "num_patches .* is 15, which is no square"),
+        (vision, {"vision_config": {"hidden_size": 48, "num_attention_heads": 5}}, "5 does not divide hidden_size 48"),
+        (vision, {"vision_config": {"patch_size": 0}}, "patch_size in the vision_config .* is 0"),
+    ],
+)
+def test_what_a_record_refuses(member, config, says):
+    with pytest.raises(Lfm2Error, match=says) as error:
+        member.MEMBER.check(config)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("member", "config"),
+    [
+        (lfm2_moe, {"num_experts": 4, "num_experts_per_tok": 4}),
+        (lfm2_moe, {"num_experts_per_tok": 4}),
+        (lfm2_moe, {"num_experts": 4}),
+        (lfm3, {"layer_types": ["sliding_attention"], "sliding_window": 1}),
+        (lfm3, {"layer_types": ["conv"], "sliding_window": None}),
+        (encoder, {"id2label": {"1": "A", "0": "B"}}),
+        (encoder, {}),
+        (vision, {"vision_config": {"num_patches": 16, "hidden_size": 48, "num_attention_heads": 4}}),
+    ],
+)
+def test_what_a_record_takes(member, config):
+    member.MEMBER.check(config)
+
+
+def test_experts_in_few_bits_have_whole_blocks():
+    def widths(hidden: int, expert: int) -> SimpleNamespace:
+        return SimpleNamespace(hidden_size=hidden, moe_intermediate_size=expert)
+
+    lfm2_moe.MEMBER.check_scheme(SCHEMES["q4"], widths(64, 48))  # blocks of 16
+    with pytest.raises(Lfm2Error, match=r"\(64 and 24\) must be multiples of 16"):
+        lfm2_moe.MEMBER.check_scheme(SCHEMES["q4"], widths(64, 24))
+
+
+def test_fields_that_are_not_there_have_defaults():
+    check_fields({"model_type": "lfm2"})
+    check_fields({"model_type": "lfm2", "pad_token_id": 0})
+    check_fields({"model_type": "lfm2", "vocab_size": 8, "pad_token_id": 7})
 
 
 @pytest.mark.parametrize("model_type", sorted(set(MODEL_TYPES) & set(LATER_MODELS)))

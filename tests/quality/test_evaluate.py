@@ -11,6 +11,7 @@ import sys
 from argparse import ArgumentParser
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import onnx_ir as ir
 import pytest
@@ -18,7 +19,7 @@ import torch
 
 from optimum.commands.lfm2.evaluate import EvaluateCommand
 from optimum_lfm2.errors import Lfm2Error
-from optimum_lfm2.quality.evaluate import compare, evaluate, find_tokenizer, summarise
+from optimum_lfm2.quality.evaluate import compare, evaluate, find_tokenizer, read_chunks, summarise
 from optimum_lfm2.quality.quantize_cache import quantize_cache
 
 
@@ -69,6 +70,20 @@ def test_an_export_is_its_checkpoint(exported, capsys):
     assert result["perplexity"] == pytest.approx(result["reference_perplexity"], rel=1e-4)
     assert 1 < result["perplexity"] < 2
     assert (result["chunks"], result["tokens"]) == (3, 3 * 64)
+
+
+def test_two_chunks_are_enough(tmp_path):
+    """The last piece of a text, which is shorter, is left out."""
+
+    def tokenizer(text, **_):
+        return SimpleNamespace(input_ids=[int(word) for word in text.split()])
+
+    tokenizer.bos_token_id = 1
+    (tmp_path / "text").write_text("11 12 13 14 15")
+    pieces = read_chunks(tmp_path / "text", tokenizer, 5, 3)
+    assert [piece.tolist() for piece in pieces] == [[[1, 11, 12]], [[1, 13, 14]]]
+    with pytest.raises(Lfm2Error, match="has 5 tokens, too few for two chunks of 5"):
+        read_chunks(tmp_path / "text", tokenizer, 5, 5)
 
 
 def test_the_table(exported, capsys):

@@ -42,6 +42,11 @@ def test_columns_of_the_cache(model):
         model(more, past_key_values=cache, cache_position=wrong)
 
 
+def test_positions_without_a_row(model):
+    with pytest.raises(Lfm2Error, match="position_ids"):
+        model(torch.tensor([[9]]), position_ids=torch.tensor([0]))
+
+
 def test_a_negative_number_of_logits(model):
     with pytest.raises(Lfm2Error, match="logits_to_keep is -1"):
         model(prompts([4])[0][None], logits_to_keep=-1)

@@ -14,7 +14,9 @@ from transformers.generation import CandidateGenerator
 
 from optimum_lfm2 import compat
 from optimum_lfm2.errors import Lfm2Error
+from optimum_lfm2.runtime import assisted
 from optimum_lfm2.runtime import rows as rows_module
+from optimum_lfm2.runtime.lookup import PromptLookup
 
 
 NEW = 40
@@ -98,19 +100,22 @@ def test_a_chat_of_candidates_right_and_wrong(way, name, exported, gold_model, m
     assert len(calls) < 0.8 * NEW
 
 
-@pytest.mark.parametrize("drafter", ["ours", "torch"])
+@pytest.mark.parametrize("drafter", ["right", "wrong", "torch"])
 def test_a_drafting_model(drafter, exported, gold_model, llama, monkeypatch):
-    """One that is always right, and one of torch that is mostly wrong; then the end of the text among its drafts."""
+    """Ours that is always right or mostly wrong, and one of torch; then the end of the text among its drafts."""
     model = ORTModelForCausalLM.from_pretrained(exported("hybrid"))
-    ours = ORTModelForCausalLM.from_pretrained(exported("hybrid", model_kwargs=Options(rollback="columns")))
-    assistant = ours if drafter == "ours" else llama
+    folders = {
+        "right": exported("hybrid", model_kwargs=Options(rollback="columns")),
+        "wrong": exported("conv_width_2"),
+    }
+    assistant = ORTModelForCausalLM.from_pretrained(folders[drafter]) if drafter in folders else llama
     (prompt,) = prompts([30])
     gold = gold_tokens(gold_model("hybrid"), prompt, NEW)
     calls = counted(model, monkeypatch)
     out = model.generate(prompt[None], assistant_model=assistant, return_dict_in_generate=True, **GREEDY)
     assert out.sequences[0, 30:].tolist() == gold
     assert out[compat.CACHE].get_seq_length() == 29 + NEW
-    assert drafter == "torch" or len(calls) < 0.6 * NEW
+    assert (len(calls) < 0.6 * NEW) == (drafter == "right")
     end = next(i for i in range(6, NEW) if gold[i] not in gold[:i] and i % 2)
     for settings in ({"eos_token_id": gold[end]}, {"max_new_tokens": end + 1}):
         ended = model.generate(prompt[None], assistant_model=assistant, **{**GREEDY, **settings})
@@ -159,6 +164,33 @@ class TestPromptLookup:
 
             criteria = StoppingCriteriaList([Enough()])
             assert model.generate(chat, stopping_criteria=criteria, **settings, **LOOKUP)[0].tolist() == text
+
+    @pytest.mark.parametrize("sizes", [None, 1, 4])
+    @pytest.mark.parametrize("rollback", ["columns", "replay"])
+    def test_what_it_is_told(self, rollback, sizes, exported, monkeypatch):
+        told: list[tuple] = []
+
+        class Told(PromptLookup):
+            def __init__(self, most, sizes, longest, **options):
+                told.append((most, sizes, longest, options))
+                super().__init__(most, sizes, longest, **options)
+
+        monkeypatch.setattr(assisted, "PromptLookup", Told)
+        options = {"model_kwargs": Options(rollback="columns")} if rollback == "columns" else {}
+        model = ORTModelForCausalLM.from_pretrained(exported("hybrid", **options))
+        settings = {**GREEDY, "max_new_tokens": 5, "prompt_lookup_num_tokens": 1, "max_matching_ngram_size": sizes}
+        cache = model._graph.new_cache(1)
+        cache.activate_past_recording()
+        model.generate(torch.tensor([[9, 8, 9]]), past_key_values=cache, **settings | {"eos_token_id": [300, 7]})
+        (most, sizes_, longest, options) = told[0]
+        assert (most, sizes_, longest) == (1, sizes or 2, 8)
+        assert (sorted(options["ends"]), options["stops"]) == ([7, 300], None)
+        assert options["replays"] == (rollback == "replay")
+        assert cache.recording is not None, "it recorded before, too"
+        cache.pending = torch.tensor([[9, 9]])
+        assert options["pending"]() == 2
+        model.generate(torch.full((1, 510), 9), **settings | {"max_new_tokens": 20})
+        assert told[1][2] == 512, "no candidate goes beyond the model's positions"
 
     def test_padding_on_the_right(self, model, chat):
         expected = model.generate(chat, **GREEDY)[0, chat.shape[1] :].tolist()
@@ -211,6 +243,7 @@ class TestRefusals:
             ({"assistant_early_exit": 2}, "assistant_early_exit cannot be honoured"),
             ({"prompt_lookup_num_tokens": 3, "use_cache": False}, "needs a cache"),
             ({"prompt_lookup_num_tokens": 0}, "prompt_lookup_num_tokens is 0"),
+            ({"prompt_lookup_num_tokens": 3, "max_matching_ngram_size": -1}, "max_matching_ngram_size -1"),
         ],
     )
     def test_settings(self, settings, says, model):

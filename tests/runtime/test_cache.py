@@ -49,6 +49,15 @@ def test_keys_and_values_stay_where_they_are(model):
     assert list(cache.bindings.values()) == bindings
 
 
+def test_rows_that_run_one_by_one_stay_in_one_buffer(model):
+    cache = model(torch.stack(prompts([9, 9, 9]))).past_key_values
+    cache.reserve(100)
+    places = {name: tensor.data_ptr() for name, tensor in cache.tensors.items() if name not in cache.spare}
+    model(torch.stack(prompts([5, 5, 5])), past_key_values=cache)
+    assert {name: cache.tensors[name].data_ptr() for name in places} == places
+    assert cache.capacity == 2 * MIN_CAPACITY
+
+
 def test_rows_split_and_join(model):
     cache = model(torch.stack(prompts([9, 9, 9]))).past_key_values
     expected = copy.deepcopy(cache)
@@ -77,8 +86,18 @@ def test_rows_are_reordered_repeated_and_selected(io_binding, model):
     cache.reorder_cache(torch.tensor([3, 0, 1, 2]))
     cache.batch_select_indices(torch.tensor([0, 1, 3]))
     assert cache.batch_size == 3
+    assert cache.recording is None
     together = step(model, cache, 20, rows=3)
     torch.testing.assert_close(together, torch.stack([alone[1], alone[0], alone[1]]), atol=1e-5, rtol=0)
+
+
+def test_a_cache_that_is_reset(model):
+    """It is a new one of as many rows; any model with such layers may take it."""
+    cache, ids = model(torch.stack(prompts([9, 9]))).past_key_values, torch.stack(prompts([5, 5], seed=2))
+    cache.activate_past_recording()
+    cache.reset()
+    assert (cache.get_seq_length(), cache.batch_size, cache.recording, cache.made_by) == (0, 2, None, None)
+    torch.testing.assert_close(model(ids, past_key_values=cache).logits, model(ids).logits)
 
 
 def test_what_transformers_asks_of_a_cache(model):

@@ -88,6 +88,16 @@ class TestRightPadding:
         out = model.generate(**whole, past_key_values=model(**one).past_key_values, **GREEDY)
         assert out[:, 21:].tolist() == golds
 
+    def test_a_second_turn_with_padding_on_both_sides(self, model, gold_model):
+        first, second = prompts([5, 5]), prompts([2, 3], seed=3)
+        golds = [gold_tokens(gold_model("hybrid"), torch.cat(pair), NEW) for pair in zip(first, second, strict=True)]
+        cache, mask = model(torch.stack(first)).past_key_values, torch.tensor([[0, 1, 1, 0], [1, 1, 1, 0]])
+        ids = torch.full((2, 4), 9).masked_scatter(mask == 1, torch.cat(second))
+        whole = torch.cat([torch.stack(first), ids], dim=1)
+        mask = torch.cat([torch.ones(2, 5, dtype=torch.int64), mask], dim=1)
+        out = model.generate(whole, attention_mask=mask, past_key_values=cache, **GREEDY)
+        assert out[:, 9:].tolist() == golds
+
     def test_sampling_with_a_seed(self, model, gold_model):
         """One row draws as alone. Several share the generator: they draw as the same rows padded on the left."""
         settings = {**GREEDY, "do_sample": True, "temperature": 1.3, "top_k": 40}
@@ -146,9 +156,11 @@ class TestRightPadding:
         assert "right-padding" not in caplog.text
         assert logger.filters == filters
         with right_padding_allowed():
+            logger.warning("something else")
             elsewhere = threading.Thread(target=logger.warning, args=("right-padding was detected",))
             elsewhere.start()
             elsewhere.join()
+        assert "something else" in caplog.text
         assert "right-padding" in caplog.text, "another thread's model may need the warning"
         caplog.clear()
         gold_model("hybrid").generate(**batch, **settings, use_cache=False)
@@ -197,10 +209,25 @@ class TestFailures:
             cache.batch_repeat_interleave(3)
         assert torch.equal(model(torch.tensor([[9]]), past_key_values=cache).logits, expected)
 
-    def test_a_cache_whose_rows_were_changing_places(self, model):
+    def test_a_cache_on_another_device(self, model):
+        cache = model(prompts([4])[0][None]).past_key_values
+        cache.device = torch.device("meta")
+        with pytest.raises(Lfm2Error, match="lies on meta, the model on cpu"):
+            model(torch.tensor([[9]]), past_key_values=cache)
+
+    def test_an_interrupt_while_rows_change_places(self, model):
+        class Interrupted:
+            def __getitem__(self, _):
+                raise KeyboardInterrupt
+
         cache = model(torch.stack(prompts([4, 4]))).past_key_values
-        cache.broken = True
-        with pytest.raises(Lfm2Error, match="interrupted"):
+        cache.reorder_cache(torch.tensor([1, 0]))
+        model(torch.tensor([[9], [9]]), past_key_values=cache)
+        cache.tensors["the last"] = Interrupted()
+        with pytest.raises(KeyboardInterrupt):
+            cache.reorder_cache(torch.tensor([1, 0]))
+        del cache.tensors["the last"]
+        with pytest.raises(Lfm2Error, match="interrupted while its rows changed places"):
             model(torch.tensor([[9], [9]]), past_key_values=cache)
 
     @pytest.mark.parametrize("setting", [{"cache_implementation": "static"}, {"cache_implementation": "offloaded"}])
@@ -222,6 +249,9 @@ class TestFailures:
         ids, right = prompts(LENGTHS)[0][None], torch.arange(9)[None]
         assert model.generate(ids, position_ids=right, **GREEDY)[0, 9:].tolist() == golds[0]
         assert torch.equal(model(ids, position_ids=right).logits, model(ids).logits)
+        left, mask = torch.cat([torch.full((1, 3), 9), ids], dim=1), torch.tensor([[0] * 3 + [1] * 9])
+        own = torch.cat([torch.full((1, 3), 1), right], dim=1)
+        assert model.generate(left, attention_mask=mask, position_ids=own, **GREEDY)[0, 12:].tolist() == golds[0]
         for call in (model.forward, lambda *args, **kwargs: model.generate(*args, **kwargs, **GREEDY)):
             for wrong in (right + 1, right[0], right[:, 1:], right.expand(2, 9)):
                 with pytest.raises(Lfm2Error, match="position_ids"):
@@ -244,15 +274,26 @@ class TestCaches:
             cache.update(torch.zeros(1), torch.zeros(1), 0)
 
     def test_an_empty_one_of_transformers_counts_as_none(self, model, golds):
-        out = model.generate(prompts(LENGTHS)[0][None], past_key_values=DynamicCache(), **GREEDY)
-        assert out[0, 9:].tolist() == golds[0]
-        with pytest.raises(Lfm2Error, match="DynamicCache"):
-            model(prompts([4])[0][None], past_key_values=DynamicCache())
+        for empty in (DynamicCache(), DynamicCache(config=model.config)):
+            out = model.generate(prompts(LENGTHS)[0][None], past_key_values=empty, **GREEDY)
+            assert out[0, 9:].tolist() == golds[0]
+            with pytest.raises(Lfm2Error, match="DynamicCache"):
+                model(prompts([4])[0][None], past_key_values=empty)
+
+    def test_one_that_is_not_ours(self, model):
+        full = DynamicCache()
+        full.update(torch.zeros(1, 2, 3, 16), torch.zeros(1, 2, 3, 16), 0)
+        for cache in (full, ((torch.zeros(1),),)):
+            for call in (model.forward, lambda ids, **caches: model.generate(ids, **caches, **GREEDY)):
+                with pytest.raises(Lfm2Error, match=f"The cache is a {type(cache).__name__}"):
+                    call(prompts([4])[0][None], past_key_values=cache)
 
     def test_int32_ids(self, model, golds):
         ids = prompts(LENGTHS)[0][None].to(torch.int32)
         assert model.generate(ids, **GREEDY)[0, 9:].tolist() == golds[0]
         assert torch.equal(model(ids).logits, model(ids.long()).logits)
+        beams = [model.generate(given, num_beams=2, **GREEDY) for given in (ids, ids.long())]
+        assert torch.equal(*beams)
 
     @pytest.mark.parametrize("way", ["pickle", "torch"])
     def test_saved_and_loaded_by_another_session(self, way, model, exported):
@@ -299,7 +340,7 @@ class TestCaches:
         other = ORTModelForCausalLM.from_pretrained(folder)
         for theirs in (cache, copy.deepcopy(cache)):
             for call in (other.forward, lambda ids, **kwargs: other.generate(ids, **kwargs, **GREEDY)):
-                with pytest.raises(Lfm2Error, match="another model, which was loaded from"):
+                with pytest.raises(Lfm2Error, match=f"another model, which was loaded from {first.path}; "):
                     call(
                         torch.tensor([[1, 2, 3, 4, 9]])[:, -1 if call == other.forward else 0 :], past_key_values=theirs
                     )
@@ -313,6 +354,7 @@ class TestCaches:
         model(prompts([9])[0][None], past_key_values=cache)
         twin = copy.deepcopy(cache)
         assert twin.capacity == 9
+        assert {tensor.shape[2] for name, tensor in twin.tensors.items() if name in cache._growing()} == {9}
         mine = {tensor.data_ptr() for tensor in (*cache.tensors.values(), *cache.spare.values())}
         assert not mine & {tensor.data_ptr() for tensor in (*twin.tensors.values(), *twin.spare.values())}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 
+import pytest
 import torch
 
 from optimum_lfm2.runtime import lookup as lookup_module
@@ -25,6 +26,19 @@ def test_the_longest_match_is_found_and_the_latest_of_equals():
     assert text_of([4, 3, 10, 5, 3, 11, 6, 3], sizes=1).match() == (5, 1)
     assert text_of([1, 2, 3]).match() == (0, 0)
     assert text_of([1, 2, 1, 2, 1]).after(3, 5) == [2, 1, 2, 1, 2], "a repetition goes on over the end"
+
+
+def test_a_match_reaches_from_the_first_token_to_sixteen():
+    assert text_of([3, 9, 3], sizes=1).match() == (1, 1)
+    assert text_of([1, 2, 9, 1, 2]).match() == (2, 2)
+    assert text_of([5, 5], sizes=1).match() == (1, 1), "before the first token there is none"
+    assert text_of([*range(20), 99, *range(20)]).match() == (20, 16)
+
+
+@pytest.mark.parametrize(("others", "found"), [(7, (2, 2)), (8, (18, 1))])
+def test_the_latest_eight_places_are_looked_at(others, found):
+    """The first place agrees longest: `1 5` against `2 5`."""
+    assert text_of([1, 5, *[2, 5] * others, 1, 5], sizes=1).match() == found
 
 
 def play(prompt: list[int], answer: list[int]) -> tuple[int, float]:
@@ -95,7 +109,37 @@ def test_the_first_call_gets_none():
     assert PromptLookup(3, 2, 100).get_candidates(torch.tensor([[5, 6, 5, 6]]))[0].tolist() == [[5, 6, 5, 6]]
 
 
+def test_shares_forget_a_tenth_with_each_outcome():
+    acceptance = Acceptance([0.5, 0.1])
+    assert (acceptance.share(0), acceptance.share(1)) == (0.5, 0.1)
+    acceptance.learn(0, True)
+    assert acceptance.share(0) == pytest.approx((0.9 * 1 + 1) / (0.9 * 2 + 1))
+    acceptance.learn(0, False)
+    assert acceptance.share(0) == pytest.approx(0.9 * 1.9 / (0.9 * 2.8 + 1))
+    assert acceptance.share(1) == 0.1
+
+
+@pytest.mark.parametrize(
+    ("shares", "pending", "replays", "least", "count"),
+    [
+        # tokens / cost > 1.05 / cost without candidates, solved by hand for the share of the last candidate
+        ([], 0, False, 0.155, 1),  # (1 + s) / 1.1 > 1.05
+        ([], 1, False, 0.394, 1),  # (1 + s) / 1.46 > 1.05 / 1.1
+        ([1.0], 0, False, 0.655, 2),  # (2 + s) / 1.46 > 2 / 1.1
+        # with 1.3 / 8 for each token that is run again
+        ([], 0, True, 0.278, 1),  # (1 + s) / (1.1 + 0.1625 (1 - s)) > 1.05
+        ([], 1, True, 0.537, 1),  # (1 + s) / (1.46 + 2 * 0.1625 (1 - s)) > 1.05 / 1.1
+        ([1.0], 0, True, 0.783, 2),  # (2 + s) / (1.46 + 2 * 0.1625 (1 - s)) > 2 / 1.1
+        ([0.8], 0, True, 0.812, 2),  # (1.8 + 0.8 s) / (1.4925 + 0.8 * 2 * 0.1625 (1 - s)) > 1.8 / 1.1325
+    ],
+)
+def test_a_candidate_is_tried_from_the_share_on_at_which_it_pays(shares, pending, replays, least, count):
+    assert best_count([*shares, least + 0.005], pending, replays) == count
+    assert best_count([*shares, least - 0.005], pending, replays) == count - 1
+
+
 def test_counts_follow_the_cost_of_a_call():
+    assert [cost(tokens) for tokens in (7, 10, 24)] == pytest.approx([2.15, 2.7, 5.325])
     assert cost(1) == 1
     assert [cost(tokens) for tokens, _ in COSTS] == [time for _, time in COSTS]
     assert cost(64) == 2 * cost(32)

@@ -54,3 +54,7 @@ def test_a_generation_has_the_room_that_it_needs(model):
     cache = out.get("past_key_values") or out.get("cache")
     assert cache.get_seq_length() == 308
     assert cache.capacity in (308, 309)
+    chat = torch.cat([out.sequences, prompts([5])[0][None]], dim=1)
+    model.generate(chat, past_key_values=cache, **settings | {"max_new_tokens": 20})
+    assert cache.get_seq_length() == 333
+    assert cache.capacity in (333, 334), "a further turn has no more than it needs"

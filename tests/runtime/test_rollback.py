@@ -73,6 +73,7 @@ def test_rows_go_on_as_if_nothing_had_been_taken_back(count, masks, batch, name,
     left = mask[:, : 17 - count]
     new = torch.cat([left, torch.ones(batch, 3, dtype=torch.int64)], dim=1)
     logits = model(torch.stack(after), attention_mask=new, past_key_values=cache).logits
+    assert logits.shape[1] == 3, "those of tokens that are run again are nobody's"
     texts = [
         torch.cat([row, own])[: 17 - count][left[i] == 1] for i, (row, own) in enumerate(zip(rows, tries, strict=True))
     ]
@@ -80,6 +81,21 @@ def test_rows_go_on_as_if_nothing_had_been_taken_back(count, masks, batch, name,
     golds = continued(gold_model, name, whole)
     assert batch == 1 or not torch.allclose(golds[0], golds[1], atol=1e-2)
     torch.testing.assert_close(logits[:, -1], golds, atol=1e-4, rtol=0)
+
+
+def test_into_calls_that_are_joined(name, model, gold_model, monkeypatch):
+    monkeypatch.setattr(rollback, "MOST_POINTS", 3)
+    (text,) = prompts([14])
+    cache = model._graph.new_cache(1)
+    cache.activate_past_recording()
+    for i in range(0, 14, 2):
+        model(text[None, i : i + 2], past_key_values=cache)
+    assert len(cache.recording) == 3
+    cache.crop(-7)
+    assert (cache.pending is None) == model.layout.gives_columns, "the columns of all calls are joined"
+    (gold,) = continued(gold_model, name, [torch.cat([text[:7], torch.tensor([20])])])
+    logits = model(torch.tensor([[20]]), past_key_values=cache).logits[0, -1]
+    torch.testing.assert_close(logits, gold, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("back", [5, 14])
@@ -104,7 +120,8 @@ def test_over_several_calls_and_into_a_prompt_of_several_chunks(back, name, mode
         assert own.length == own.get_seq_length() == 19 - back
 
 
-def test_what_is_run_again_is_bounded(exported, monkeypatch):
+@pytest.mark.parametrize("keep", [2, 4])
+def test_what_is_run_again_is_bounded(keep, exported, monkeypatch):
     """Candidates that fail every time, and a prompt with candidates after it."""
     model = ORTModelForCausalLM.from_pretrained(exported("hybrid"))
     calls: list[int] = []
@@ -113,13 +130,13 @@ def test_what_is_run_again_is_bounded(exported, monkeypatch):
     cache = model._graph.new_cache(1)
     cache.activate_past_recording()
     (text,) = prompts([60])
-    model(text[None, :44], past_key_values=cache, logits_to_keep=4)
-    cache.crop(-3)
+    model(text[None, : 40 + keep], past_key_values=cache, logits_to_keep=keep)
+    cache.crop(1 - keep)
     for i in range(41, 56):
-        model(text[None, i : i + 4], past_key_values=cache, logits_to_keep=4)
-        cache.crop(-3)
-    assert calls[:2] == [40, 4]
-    assert max(calls[1:]) <= rows_module.RUN_AGAIN + 4
+        assert model(text[None, i : i + keep], past_key_values=cache, logits_to_keep=keep).logits.shape[1] == keep
+        cache.crop(1 - keep)
+    assert calls[:2] == [40, keep]
+    assert max(calls[1:]) <= rows_module.RUN_AGAIN + keep
     assert cache.get_seq_length() == 56
 
 
@@ -136,6 +153,20 @@ def test_a_failed_call_leaves_pending_tokens_pending(exported, gold_model, monke
         with pytest.raises(ZeroDivisionError):
             model(torch.tensor([[20]]), past_key_values=cache)
     assert cache.get_seq_length() == 7
+    logits = model(torch.tensor([[20]]), past_key_values=cache).logits[:, -1]
+    gold = continued(gold_model, "hybrid", [torch.cat([text[:7], torch.tensor([20])])])
+    torch.testing.assert_close(logits, gold, atol=1e-4, rtol=0)
+
+
+def test_taken_back_twice_in_a_row(exported, gold_model):
+    """The second time from tokens that have to be run again."""
+    model, (text,) = ORTModelForCausalLM.from_pretrained(exported("hybrid")), prompts([11])
+    cache = model(text[None, :5]).past_key_values
+    cache.activate_past_recording()
+    model(text[None, 5:], past_key_values=cache)
+    for left in (9, 7):
+        cache.crop(left)
+        assert cache.get_seq_length() == left
     logits = model(torch.tensor([[20]]), past_key_values=cache).logits[:, -1]
     gold = continued(gold_model, "hybrid", [torch.cat([text[:7], torch.tensor([20])])])
     torch.testing.assert_close(logits, gold, atol=1e-4, rtol=0)
@@ -184,6 +215,15 @@ def test_zero_means_what_it_means_to_transformers(exported):
     assert cache.get_seq_length() == (3 if compat.CROPS_BY_NUMBER else 0)
 
 
+def test_one_is_the_length_to_go_back_to(exported):
+    model = ORTModelForCausalLM.from_pretrained(exported("hybrid"))
+    cache = model._graph.new_cache(1)
+    cache.activate_past_recording()
+    model(torch.tensor([[9, 8, 7]]), past_key_values=cache)
+    cache.crop(1)
+    assert cache.get_seq_length() == 1
+
+
 def test_the_file_that_gives_columns(checkpoint, exported, cli, tmp_path):
     """It is validated, keeps the order that others go by, and a default file has no such output."""
     code, err = cli(
@@ -192,6 +232,14 @@ def test_the_file_that_gives_columns(checkpoint, exported, cli, tmp_path):
     assert code == 0, err
     given, usual = (ORTModelForCausalLM.from_pretrained(folder).layout for folder in (tmp_path, exported("hybrid")))
     assert given.gives_columns
+    for use_io_binding in (True, False):
+        model = ORTModelForCausalLM.from_pretrained(tmp_path, use_io_binding=use_io_binding)
+        cache = model(torch.tensor([[9, 8]])).past_key_values
+        assert cache.columns is None, "they are of use to a cache that records"
+        cache.activate_past_recording()
+        model(torch.tensor([[7, 6, 5]]), past_key_values=cache)
+        cache.crop(-2)
+        assert (cache.get_seq_length(), cache.pending) == (3, None), "nothing is run again"
     assert not usual.gives_columns
     assert given.outputs[: len(usual.outputs)] == usual.outputs
     assert given.outputs[len(usual.outputs) :] == tuple(f"columns_conv.{i}" for i in (0, 1, 3))

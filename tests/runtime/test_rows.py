@@ -41,13 +41,17 @@ def test_one_row_decides_for_all():
     assert contiguous_order(mask, 0).tolist() == [[0, 1, 2], [0, 2, 1]]
 
 
-@pytest.fixture
-def foreign(exported):
+def taken_for_foreign(folder) -> ORTModelForCausalLM:
     """Our graph, taken for one that says nothing of itself."""
-    model = ORTModelForCausalLM.from_pretrained(exported("hybrid"))
+    model = ORTModelForCausalLM.from_pretrained(folder)
     model.layout = dataclasses.replace(model.layout, any_padding=False, in_place=False)
     model._connect()
     return model
+
+
+@pytest.fixture
+def foreign(exported):
+    return taken_for_foreign(exported("hybrid"))
 
 
 def batch(lengths: list[int], width: int) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
@@ -91,12 +95,24 @@ def test_unpadded_rows_run_together(foreign, gold_model, monkeypatch):
     assert out == [gold_tokens(gold_model("hybrid"), row, 16) for row in rows]
 
 
-def test_logits_of_padded_rows(foreign, gold_model):
-    rows, inputs = batch([9, 3], 9)
+@pytest.mark.parametrize("task", ["text-generation-with-past", "text-generation"])
+def test_logits_of_padded_rows(task, exported, gold_model):
+    foreign, (rows, inputs) = taken_for_foreign(exported("hybrid", task=task)), batch([9, 3], 9)
     logits = foreign(**inputs).logits
     for i, row in enumerate(rows):
         expected = gold_model("hybrid")(input_ids=row[None]).logits[0]
         torch.testing.assert_close(logits[i, 9 - len(row) :], expected, atol=1e-4, rtol=0)
+    for keep in (1, 4):
+        torch.testing.assert_close(foreign(**inputs, logits_to_keep=keep).logits, logits[:, -keep:], atol=1e-5, rtol=0)
+
+
+def test_rows_on_a_cache_of_one_token(exported, gold_model):
+    model, rows = ORTModelForCausalLM.from_pretrained(exported("hybrid")), prompts([4, 4])
+    cache = model(torch.stack(rows)[:, :1]).past_key_values
+    logits = model(torch.stack(rows)[:, 1:], past_key_values=cache).logits
+    for own, row in zip(logits, rows, strict=True):
+        expected = gold_model("hybrid")(input_ids=row[None]).logits[0, 1:]
+        torch.testing.assert_close(own, expected, atol=1e-4, rtol=0)
 
 
 def test_rows_that_a_call_takes_together_take_one_call(exported, monkeypatch):
@@ -109,6 +125,19 @@ def test_rows_that_a_call_takes_together_take_one_call(exported, monkeypatch):
     mask = torch.cat([inputs["attention_mask"], torch.ones(3, 1, dtype=torch.int64)], dim=1)
     model(torch.tensor([[9], [8], [7]]), attention_mask=mask, past_key_values=out.past_key_values)
     assert len(calls) == 2
+
+
+def test_rows_alone_are_repeated_and_selected(foreign, gold_model):
+    rows, inputs = batch([9, 3], 9)
+    out, mask = foreign(**inputs), torch.cat([inputs["attention_mask"], torch.ones(2, 1, dtype=torch.int64)], dim=1)
+    cache = out.past_key_values
+    cache.batch_repeat_interleave(2)
+    cache.batch_select_indices(torch.tensor([3, 0, 1]))
+    order = [1, 0, 0]
+    logits = foreign(torch.full((3, 1), 20), attention_mask=mask[order], past_key_values=cache).logits[:, -1]
+    for own, i in zip(logits, order, strict=True):
+        expected = gold_model("hybrid")(input_ids=torch.cat([rows[i], torch.tensor([20])])[None]).logits[0, -1]
+        torch.testing.assert_close(own, expected, atol=1e-4, rtol=0)
 
 
 def test_hiding_what_was_shown(foreign):
