@@ -161,16 +161,16 @@ def measure(chats: Mapping[str, Chat], wanted: set[str], rounds: int, vocabulary
     """Return what each scenario gave in each round. One more round comes first, and is not counted."""
     from optimum_lfm2.runtime.threads import single_torch_thread
 
-    results: Results = {}
     with single_torch_thread():  # as `generate` does
         found = scenarios(chats, wanted, vocabulary)
+        results: Results = {name: [] for name in found}
         orders = random.Random(0)
         for number in range(rounds + 1):
             for name, run in orders.sample([*found.items()], len(found)):  # a heavy one slows the next one down
                 # A call by itself takes milliseconds: the median of some, as many as fill the time of a short text.
                 value = statistics.median(run() for _ in range(9)) if name.endswith("tokens") else run()
                 if number:
-                    results.setdefault(name, []).append(value)
+                    results[name].append(value)
             say(f"round {number} of {rounds}")
     return results
 
