@@ -34,8 +34,9 @@ ask: .venv/ready .demo/vision/config.json
 .demo/vision/config.json: .venv/ready demo/vision_checkpoint/model.safetensors
 	.venv/bin/optimum-cli export onnx --model demo/vision_checkpoint .demo/vision
 
+# Transformers.js asks for the last token's logits alone only where the graph requires it to say so.
 web: .venv/ready $(NODE_MODULES)
-	.venv/bin/optimum-cli export onnx --model "$(MODEL)" .demo/web
+	.venv/bin/optimum-cli export onnx --model "$(MODEL)" --model-kwargs '{"num_logits_to_keep": "required"}' .demo/web
 	.venv/bin/python examples/web/serve.py .demo/web --port "$(PORT)"
 
 test: .venv-test/ready lint $(if $(shell command -v npm),$(NODE_MODULES))
