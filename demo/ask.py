@@ -9,6 +9,7 @@ Your own picture needs pillow.
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -76,17 +77,20 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=3, help="of the picture that is drawn")
     args = parser.parse_args()
 
+    known: dict[str, str] = {}  # questions whose answers the drawer knows
     if args.picture is None:
         picture, rng = next(drawings(args.seed))
-        pixels, asked = picture.pixels(), [question for question, _ in questions(rng, picture, 4)]
+        pixels, known = picture.pixels(), dict(questions(rng, picture, 4))
     else:
-        pixels, asked = fit(read(args.picture)), ["Describe the picture."]
+        pixels = fit(read(args.picture))
     model = ORTLfm2VlForConditionalGeneration.from_pretrained(args.folder)
     tokenizer = AutoTokenizer.from_pretrained(args.folder)
-    asked = [args.question] if args.question else asked
-    print(show(pixels))
+    asked = [args.question] if args.question else [*known] or ["Describe the picture."]
+    if sys.stdout.isatty():
+        print(show(pixels))
     for question, said in zip(asked, answers(model, tokenizer, [(pixels, one) for one in asked]), strict=True):
-        print(f"{question} {said}")
+        right = known.get(question, said)
+        print(f"{question} {said}" + ("" if said == right else f" (wrong: {right})"))
 
 
 if __name__ == "__main__":
