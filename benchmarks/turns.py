@@ -1,7 +1,8 @@
 """Systems side by side: each stays loaded in a process of its own, and one chats at a time, in turn.
 
 A turn takes a second or a few, so a slow minute of a shared machine affects all systems alike. Ratios are taken within
-a round. Each round has an order of its own: the system that follows a heavy one is slower than in another place.
+a round. Each round has an order of its own: a system may be slower right after a heavy one, and in a fixed order, also
+in one that rotates, it would always be the same one.
 """
 
 from __future__ import annotations
@@ -10,16 +11,14 @@ import json
 import random
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 from benchmarks.bench import Bench, WorkerError, say
 
 
-# Seconds before a turn: the machine comes to rest. Without them a system right after transformers decoded by up to 13 %
-# slower here, and in a fixed order it was always the same one.
-PAUSE = 1.0
+PAUSE = 1.0  # seconds before a turn, in which the machine comes to rest
 
 
 @dataclass(frozen=True)
@@ -63,15 +62,22 @@ def take_turns(bench: Bench, names: Sequence[str], chats: Sequence[Chat], rounds
         orders = random.Random(0)
         for number in range(rounds):
             for chat in chats:
-                for name in orders.sample([*workers], len(workers)):
+                for name in shuffled(workers, orders):
                     if name in bench.errors:
                         continue
-                    time.sleep(PAUSE)
                     with bench.tolerant(name):
                         result = _chat(workers[name], chat)
                         speeds.setdefault(name, {}).setdefault(str(chat), []).append(result)
             say(f"round {number + 1} of {rounds}")
     return {name: own for name, own in speeds.items() if name not in bench.errors}
+
+
+def shuffled(names: Iterable[str], orders: random.Random) -> Iterator[str]:
+    """Yield the systems in the next order, with a pause before each."""
+    every = [*names]
+    for name in orders.sample(every, len(every)):
+        time.sleep(PAUSE)
+        yield name
 
 
 @contextmanager

@@ -2,13 +2,15 @@
 
 `python -m benchmarks.vision --work FOLDER` makes a checkpoint with random weights, exports it, and prints a table. The
 systems are transformers in torch, the exported files in each precision, and those in 4 bits in onnxruntime-genai. All
-of them stay loaded, and every round runs each of them in turn. Ratios to the first system are taken within a round.
+of them stay loaded. Every round runs each of them in turn, in an order of its own. Ratios to the first system are taken
+within a round.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import random
 import struct
 import time
 import zlib
@@ -24,6 +26,7 @@ from transformers.models.lfm2_vl.modeling_lfm2_vl import Lfm2VlForConditionalGen
 
 from benchmarks.checkpoint import add_tokenizer, save_seeded
 from benchmarks.encoders import SHAPE as TEXT
+from benchmarks.turns import shuffled
 from optimum_lfm2.compat import picture_features
 
 
@@ -47,7 +50,6 @@ DTYPES = {"transformers": torch.float32, "transformers-bf16": torch.bfloat16}
 VARIANTS = {"ours-fp32": "default", "ours-q8": "q8", "ours-q4": "q4"}
 GENAI = "genai-q4"
 SYSTEMS = (*DTYPES, *VARIANTS, GENAI)
-PAUSE = 0.1  # seconds: the threads of the system before spin for a while after their last call
 
 
 @dataclass(frozen=True)
@@ -195,16 +197,14 @@ def take_turns(systems: dict[str, System], new: int, rounds: int) -> dict[str, l
         return time.perf_counter() - start
 
     def turn(system: System) -> Turn:
-        time.sleep(PAUSE)
         first, whole = seconds(lambda: system.generate(1)), seconds(lambda: system.generate(1 + new))
         encoder = None if system.encode is None else seconds(system.encode)
         return Turn(encoder, first, (whole - first) / new)
 
     turns: dict[str, list[Turn]] = {name: [] for name in systems}
-    names = list(systems)
-    for number in range(rounds + 1):
-        first = number % len(names)  # who goes first changes
-        for name in names[first:] + names[:first]:
+    orders = random.Random(0)
+    for _ in range(rounds + 1):
+        for name in shuffled(systems, orders):
             turns[name].append(turn(systems[name]))
     return {name: own[1:] for name, own in turns.items()}
 

@@ -21,9 +21,10 @@ def listed(counts: Counter[Kind]) -> str:
     return ", ".join(parts[:-1]) + " and " + parts[-1] if len(parts) > 1 else parts[0]
 
 
-def one(rng: random.Random, picture: Picture) -> Thing | None:
-    """Pick a thing that is the only one of its kind."""
-    things = [thing for thing in picture.things if picture.counts[thing.kind] == 1]
+def one(rng: random.Random, picture: Picture, of: str = "kind") -> Thing | None:
+    """Pick a thing that is the only one of its kind, its shape or its colour."""
+    counts = Counter(getattr(thing, of) for thing in picture.things)
+    things = [thing for thing in picture.things if counts[getattr(thing, of)] == 1]
     return rng.choice(things) if things else None
 
 
@@ -52,21 +53,13 @@ def how_many_of_shape(rng: random.Random, picture: Picture) -> Turn | None:
 
 
 def what_colour(rng: random.Random, picture: Picture) -> Turn | None:
-    shapes = Counter(thing.shape for thing in picture.things)
-    things = [thing for thing in picture.things if shapes[thing.shape] == 1]
-    if not things:
-        return None
-    thing = rng.choice(things)
-    return f"What colour is the {thing.shape}?", f"{thing.colour.capitalize()}."
+    thing = one(rng, picture, "shape")
+    return thing and (f"What colour is the {thing.shape}?", f"{thing.colour.capitalize()}.")
 
 
 def what_shape(rng: random.Random, picture: Picture) -> Turn | None:
-    colours = Counter(thing.colour for thing in picture.things)
-    things = [thing for thing in picture.things if colours[thing.colour] == 1]
-    if not things:
-        return None
-    thing = rng.choice(things)
-    return f"What shape is {thing.colour}?", f"A {thing.shape}."
+    thing = one(rng, picture, "colour")
+    return thing and (f"What shape is {thing.colour}?", f"A {thing.shape}.")
 
 
 def is_there(rng: random.Random, picture: Picture) -> Turn | None:

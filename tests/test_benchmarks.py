@@ -44,13 +44,18 @@ OPTIONS = ["--rounds", "2", "--loads", "1", "--threads", "1", "--chats", "16:4",
 NAMES = ["ours-fp32", "loop-fp32", "ours-q4", "transformers-fp32"]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def no_pauses():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(turns, "PAUSE", 0)
+        yield
+
+
 @pytest.fixture(scope="module")
 def results(checkpoint, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("benchmarks")
     places = ["--checkpoint", str(checkpoint("hybrid")), "--work", str(folder / "work"), "--out", str(folder / "out")]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(turns, "PAUSE", 0)
-        run.main([*places, *OPTIONS, "--long-prompt", "48", "--systems", ",".join(NAMES)])
+    run.main([*places, *OPTIONS, "--long-prompt", "48", "--systems", ",".join(NAMES)])
     return folder / "out" / "results.json"
 
 

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import copy
-from pathlib import Path
 
-import onnxruntime
 import pytest
 import torch
-from checkpoints import CHECKPOINTS, HYBRID, gold_tokens, prompts
+from checkpoints import CHECKPOINTS, gold_tokens, prompts
 from optimum.onnxruntime import ORTModelForCausalLM
 from optimum.pipelines import pipeline
 from transformers import AutoTokenizer, GenerationConfig, MaxLengthCriteria, StoppingCriteria, StoppingCriteriaList
@@ -278,53 +276,6 @@ def test_a_graph_without_cache_generates(exported, gold, monkeypatch):
         model(input_ids=rows_[0][None], use_cache=True)
 
 
-def test_export_on_load(checkpoint, gold):
-    model = ORTModelForCausalLM.from_pretrained(checkpoint("hybrid"), export=True)
-    assert isinstance(model, ORTLfm2ForCausalLM)
-    prompt, tokens = gold(9)
-    assert model.generate(prompt[None], **GREEDY)[0, 9:].tolist() == tokens
-
-
-def test_save_and_load_again(model, gold, tmp_path):
-    prompt, tokens = gold(9)
-    model.save_pretrained(tmp_path / "saved")
-    (tmp_path / "saved" / "generation_config.json").unlink()
-    again = ORTModelForCausalLM.from_pretrained(tmp_path / "saved")
-    assert again.generation_config.eos_token_id == 7, "where there are no settings, config.json has some"
-    assert again.generate(prompt[None], **GREEDY)[0, 9:].tolist() == tokens
-
-
-def test_file_name_and_subfolder(exported, gold, tmp_path):
-    prompt, tokens = gold(9)
-    source = exported("hybrid")
-    (tmp_path / "onnx").mkdir()
-    for file in source.iterdir():
-        target = tmp_path / "onnx" if file.name.startswith("model.onnx") else tmp_path
-        (target / file.name).write_bytes(file.read_bytes())
-    (tmp_path / "onnx" / "model.onnx").rename(tmp_path / "onnx" / "model_q.onnx")
-    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [7, 8]}')
-    model = ORTModelForCausalLM.from_pretrained(tmp_path, subfolder="onnx", file_name="model_q.onnx")
-    assert isinstance(model, ORTLfm2ForCausalLM)
-    assert model.generation_config.eos_token_id == [7, 8], "Optimum looks beside the graph alone"
-    assert model.generate(prompt[None], **GREEDY)[0, 9:].tolist() == tokens
-
-
-def test_session_options_and_providers(exported, gold):
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 2
-    prompt, tokens = gold(9)
-    model = ORTModelForCausalLM.from_pretrained(
-        exported("hybrid"), session_options=options, provider="CPUExecutionProvider", provider_options={}
-    )
-    assert model.session.get_session_options().intra_op_num_threads == 2
-    assert model.use_io_binding
-    quiet = ORTModelForCausalLM.from_pretrained(exported("hybrid")).session.get_session_options()
-    assert quiet.log_severity_level > options.log_severity_level, "warnings at load are of choices made on purpose"
-    assert model.to("cpu").generate(prompt[None], **GREEDY)[0, 9:].tolist() == tokens
-    with pytest.raises(ValueError, match=r"CUDAExecutionProvider|cuda"):
-        ORTModelForCausalLM.from_pretrained(exported("hybrid"), provider="CUDAExecutionProvider")
-
-
 def test_the_trained_checkpoint_tells_stories(exported, gold_model):
     """Rows of unequal length get the words that transformers writes for each prompt alone."""
     tokenizer = AutoTokenizer.from_pretrained(exported("trained"), padding_side="left")
@@ -351,111 +302,3 @@ def test_pipeline(exported, gold_model):
     gold = torch.cat([ids, torch.tensor(gold_tokens(gold_model("trained"), ids, 12))])
     text = generator(prompt, max_new_tokens=12, do_sample=False)[0]["generated_text"]
     assert text == generator.tokenizer.decode(gold, skip_special_tokens=True)
-
-
-def test_threads_are_restored(model, gold, monkeypatch):
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        seen = []
-        run = model._rows.run
-        monkeypatch.setattr(model._rows, "run", lambda *args: (seen.append(torch.get_num_threads()), run(*args))[1])
-        model.generate(gold(9)[0][None], **GREEDY)
-        assert set(seen) == {1}
-        assert torch.get_num_threads() == 2
-        monkeypatch.setattr(model._rows, "run", lambda *args: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            model.generate(gold(9)[0][None], **GREEDY)
-        assert torch.get_num_threads() == 2
-    finally:
-        torch.set_num_threads(before)
-
-
-class TestBadInput:
-    def test_ids_outside_the_vocabulary(self, model):
-        for bad in (-1, 256):
-            with pytest.raises(Lfm2Error, match="outside the vocabulary of 256"):
-                model(input_ids=torch.tensor([[9, bad]]))
-
-    def test_mask_of_another_length(self, model):
-        with pytest.raises(Lfm2Error, match=r"needs \(1, 3\)"):
-            model(input_ids=torch.tensor([[9, 8, 7]]), attention_mask=torch.ones(1, 4, dtype=torch.int64))
-        cache = model(input_ids=torch.tensor([[9, 8, 7]])).past_key_values
-        with pytest.raises(Lfm2Error, match="3 cached and 1 new"):
-            model(torch.tensor([[9]]), attention_mask=torch.ones(1, 1, dtype=torch.int64), past_key_values=cache)
-
-    def test_prompt_too_long(self, model):
-        with pytest.raises(Lfm2Error, match="takes 512"):
-            model(input_ids=torch.full((1, 513), 9))
-        cache = model(input_ids=torch.full((1, 512), 9)).past_key_values
-        with pytest.raises(Lfm2Error, match="has 514 tokens; the model takes 512"):
-            model(torch.tensor([[9, 8]]), past_key_values=cache)
-        # Single tokens go on, as in transformers, and so do candidates after them.
-        cache.activate_past_recording()
-        assert model(torch.tensor([[9, 8]]), past_key_values=cache).logits.shape[1] == 2
-        cache.stop_recording()
-        assert model(torch.tensor([[9]]), past_key_values=cache).logits.shape[1] == 1
-
-    def test_rows_that_do_not_fit_the_cache(self, model):
-        cache = model(input_ids=torch.tensor([[9, 8, 7]])).past_key_values
-        with pytest.raises(Lfm2Error, match="2 rows, but the cache has 1"):
-            model(input_ids=torch.tensor([[9], [8]]), past_key_values=cache)
-
-    def test_a_cache_of_another_kind(self, model):
-        with pytest.raises(Lfm2Error, match="tuple"):
-            model(input_ids=torch.tensor([[9]]), past_key_values=((torch.zeros(1),),))
-
-    @pytest.mark.parametrize("name", ["output_attentions", "output_hidden_states"])
-    def test_what_a_graph_does_not_give(self, name, model):
-        with pytest.raises(Lfm2Error, match=name):
-            model(input_ids=torch.tensor([[9]]), **{name: True})
-
-    def test_a_graph_that_lacks_a_cache_input(self, exported, tmp_path):
-        import onnx_ir as ir
-
-        folder = copy_folder(exported("hybrid"), tmp_path)
-        graph = ir.load(folder / "model.onnx")
-        gone = next(value for value in graph.graph.inputs if value.name == "past_conv.3")
-        gone.name = "something_else"
-        ir.save(graph, folder / "model.onnx")
-        with pytest.raises(Lfm2Error, match=r"no input for the conv cache of layer 3"):
-            ORTModelForCausalLM.from_pretrained(folder)
-
-    @pytest.mark.parametrize(
-        ("change", "message"),
-        [
-            ({"vocab_size": 300}, "vocabulary"),
-            ({"conv_L_cache": 5}, "past_conv.0"),
-            ({"num_key_value_heads": 4}, "past_key_values.2.key"),
-            ({"layer_types": ["conv"] * 4 + ["full_attention"]}, "past_conv.2"),
-            ({"layer_types": HYBRID[:4], "num_hidden_layers": 4}, "the cache input past_key_values.4.key"),
-        ],
-        ids=str,
-    )
-    def test_a_config_of_another_model(self, change, message, exported, tmp_path):
-        import json
-
-        folder = copy_folder(exported("hybrid"), tmp_path)
-        config = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps(config | change))
-        with pytest.raises(Lfm2Error, match=message):
-            ORTModelForCausalLM.from_pretrained(folder)
-
-    @pytest.mark.parametrize("name", ["model.onnx", "model_q4.onnx"])
-    @pytest.mark.parametrize("content", [b"", b"no graph"])
-    def test_a_file_that_is_no_graph(self, content, name, exported, tmp_path):
-        folder = copy_folder(exported("hybrid"), tmp_path)
-        (folder / name).write_bytes(content)
-        with pytest.raises(Lfm2Error, match=rf"onnxruntime cannot load .*{name}") as error:
-            ORTModelForCausalLM.from_pretrained(folder, file_name=name if "q4" in name else None)
-        assert "\n" not in str(error.value)
-
-    def test_a_graph_of_another_task(self, exported):
-        with pytest.raises(Lfm2Error, match="text-generation"):
-            ORTModelForCausalLM.from_pretrained(exported("hybrid", task="feature-extraction"))
-
-
-def copy_folder(source: Path, target: Path) -> Path:
-    for file in source.iterdir():
-        (target / file.name).write_bytes(file.read_bytes())
-    return target

@@ -1,10 +1,11 @@
 """Run a script with torchvision, for transformers' processor of pictures: `python torchvision_python.py SCRIPT ...`.
 
 The Makefile puts PyPI's torchvision and pillow into a folder of each environment. The compiled parts of a torchvision
-load only beside the torch that it was built for, and PyPI's is built for CUDA. What the processor computes with is
-Python, which imports once two operators are declared. Files are decoded by a compiled part in transformers 5, by pillow
-in transformers 4.57: without that part by pillow in both. All this must
-happen before transformers is imported, and so in a process of its own.
+load only beside the torch that it was built for, and PyPI's is built for CUDA. The processor uses its Python parts,
+which can be imported once two operators are declared. transformers 5 decodes files by a compiled part, and transformers
+4.57 by pillow. Without the compiled part, pillow does it for both.
+
+All this must happen before transformers is imported, and so in a process of its own.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from optimum_lfm2.graph.member import Member
 from optimum_lfm2.publish.encoder_card import TEMPLATE as ENCODER_TEMPLATE
 from optimum_lfm2.publish.encoder_card import encoder_values
 from optimum_lfm2.publish.precisions import PRECISIONS, Published, preferred
+from optimum_lfm2.publish.table import Column, file_table
 from optimum_lfm2.publish.vision_card import TEMPLATE as VISION_TEMPLATE
 from optimum_lfm2.publish.vision_card import vision_values
 
@@ -31,6 +32,14 @@ TAGS = ["onnx", "onnxruntime"]
 GENAI = "onnxruntime-genai"
 JAVASCRIPT = "transformers.js"
 SENTENCE_TRANSFORMERS = "sentence-transformers"
+
+COLUMNS: tuple[Column, ...] = (
+    ("precision", lambda file: file.precision),
+    ("file", lambda file: f"`onnx/{file.path.name}`"),
+    ("MB", lambda file: f"{file.size / 1e6:.4g}"),
+    ("weights", lambda file: PRECISIONS[file.precision].weights),
+    ("differs by", lambda file: f"{file.difference:.2g}"),
+)
 
 TEMPLATE = """\
 {% macro question(to) -%}
@@ -297,26 +306,9 @@ def _values(folder: Path, files: list[Published], name: str, data: ModelCardData
         "chat": "chat_template" in tokenizer,
         "folder": f'snapshot_download("{name}")' if online else f'"{name}"',
         "download": "\nfrom huggingface_hub import snapshot_download" if online else "",
-        "table": "\n".join(_table(files)),
+        "table": file_table(files, COLUMNS),
         "measured": " ".join(_measured(files)),
     }
-
-
-def _table(files: list[Published]) -> Iterator[str]:
-    """Yield the table's rows, one per file. The quality columns appear only where some file has been measured."""
-    columns = ["precision", "file", "MB", "weights", "differs by"]
-    measured = next((list(file.quality.cells()) for file in files if file.quality), [])
-    yield _row(columns + measured)
-    yield _row(["---"] * len(columns + measured))
-    for file in files:
-        cells = [file.precision, f"`onnx/{file.path.name}`", f"{file.size / 1e6:.4g}"]
-        cells += [PRECISIONS[file.precision].weights, f"{file.difference:.2g}"]
-        figures = file.quality.cells() if file.quality else {}
-        yield _row(cells + [figures.get(column, "") for column in measured])
-
-
-def _row(cells: Iterable[str]) -> str:
-    return f"| {' | '.join(cells)} |"
 
 
 def _part(file: Published) -> str:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from optimum_lfm2.file_names import DECODER, EMBEDDING, VISION
 from optimum_lfm2.publish.precisions import PRECISIONS, Published
+from optimum_lfm2.publish.table import Column, file_table
 
 
 TEMPLATE = """\
@@ -146,6 +147,27 @@ print(processor.decode(answer))
 """
 
 
+def _of(part: str) -> Column:
+    """Return the column for the difference of a part's file from transformers."""
+
+    def cell(file: Published) -> str:
+        name = PRECISIONS[file.precision].named(part)
+        return next(f"{one.difference:.2g}" for one in file.all if one.path.name == name)
+
+    return "differs by", cell
+
+
+COLUMNS: tuple[Column, ...] = (
+    ("precision", lambda file: file.precision),
+    ("suffix", lambda file: f"`{suffix}`" if (suffix := PRECISIONS[file.precision].suffix) else "none"),
+    ("MB", lambda file: f"{file.size / 1e6:.4g}"),
+    ("decoder", lambda file: PRECISIONS[file.precision].weights),
+    _of(DECODER),
+    ("vision encoder", lambda file: PRECISIONS[file.precision].vision),
+    _of(VISION),
+)
+
+
 def vision_values(files: Sequence[Published], chosen: Published) -> dict[str, Any]:
     """Return the values that the template of LFM2-VL asks for, besides those of every card.
 
@@ -159,29 +181,9 @@ def vision_values(files: Sequence[Published], chosen: Published) -> dict[str, An
     best = next((file.precision for file in files if file.precision in ("fp16", "q8")), chosen.precision)
     dtypes = {VISION: best, EMBEDDING: chosen.precision, DECODER: chosen.precision}
     return {
-        "table": "\n".join(_table(files)),
+        "table": file_table(files, COLUMNS),
         "vision": own.named(VISION),
         "embedding": own.named(EMBEDDING),
         "in_8_bits": f"{names} have 8" if small else "q4 gives them 8",
         "parts": ", ".join(f'{part}: "{dtype}"' for part, dtype in dtypes.items()),
     }
-
-
-def _table(files: Sequence[Published]) -> Iterator[str]:
-    """Yield the table's rows, one a precision. The quality columns appear only where some file has been measured."""
-    columns = ["precision", "suffix", "MB", "decoder", "differs by", "vision encoder", "differs by"]
-    measured = next((list(file.quality.cells()) for file in files if file.quality), [])
-    yield _row(columns + measured)
-    yield _row(["---"] * len(columns + measured))
-    for file in files:
-        precision = PRECISIONS[file.precision]
-        difference = {part.path.name: f"{part.difference:.2g}" for part in file.all}
-        cells = [file.precision, f"`{precision.suffix}`" if precision.suffix else "none", f"{file.size / 1e6:.4g}"]
-        cells += [precision.weights, difference[precision.named(DECODER)]]
-        cells += [precision.vision, difference[precision.named(VISION)]]
-        figures = file.quality.cells() if file.quality else {}
-        yield _row(cells + [figures.get(column, "") for column in measured])
-
-
-def _row(cells: list[str]) -> str:
-    return f"| {' | '.join(cells)} |"

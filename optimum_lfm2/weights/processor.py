@@ -55,12 +55,12 @@ def processor_files(model_name_or_path: str, config: PretrainedConfig, **hub: An
         Lfm2Error: it has no settings of an image processor, they contradict the model, or a file is no JSON object.
     """
     found = [path for name in FILES if (path := find_file(model_name_or_path, name, hub)) is not None]
-    if not any(path.name == PREPROCESSOR or _whole(path).get(IMAGE_PROCESSOR) for path in found):
+    written = {path.name: read_object(path) for path in found if path.suffix == ".json"}
+    if PREPROCESSOR not in written and not written.get(PROCESSOR_CONFIG, {}).get(IMAGE_PROCESSOR):
         raise Lfm2Error(
             f"{model_name_or_path} has no {PREPROCESSOR}, which says how pictures become patches. "
             "Copy it there from the model that this one was made of."
         )
-    written = {path.name: read_object(path) for path in found if path.suffix == ".json"}
     name = PREPROCESSOR if PREPROCESSOR in written else f"{IMAGE_PROCESSOR} in {PROCESSOR_CONFIG}"
     settings = DEFAULTS | image_settings(written)
     for field, rule in FIELDS.items():
@@ -115,7 +115,3 @@ def write_processor(files: Iterable[Path], folder: Path) -> None:
     settings = {**DEFAULTS, **named, **image_settings(written), "do_resize": False}
     text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
     (folder / PREPROCESSOR).write_text(text, encoding="utf-8")
-
-
-def _whole(path: Path) -> Mapping[str, Any]:
-    return read_object(path) if path.name == PROCESSOR_CONFIG else {}

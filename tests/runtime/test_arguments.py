@@ -84,3 +84,47 @@ def test_guidance_reads_the_prompt_twice(model, gold_model):
     expected = gold_model("hybrid").generate(prompt, use_cache=False, **settings)
     assert model.generate(prompt, **settings).tolist() == expected.tolist()
     assert expected.tolist() != model.generate(prompt, **GREEDY).tolist()
+
+
+def test_ids_outside_the_vocabulary(model):
+    for bad in (-1, 256):
+        with pytest.raises(Lfm2Error, match="outside the vocabulary of 256"):
+            model(input_ids=torch.tensor([[9, bad]]))
+
+
+def test_mask_of_another_length(model):
+    with pytest.raises(Lfm2Error, match=r"needs \(1, 3\)"):
+        model(input_ids=torch.tensor([[9, 8, 7]]), attention_mask=torch.ones(1, 4, dtype=torch.int64))
+    cache = model(input_ids=torch.tensor([[9, 8, 7]])).past_key_values
+    with pytest.raises(Lfm2Error, match="3 cached and 1 new"):
+        model(torch.tensor([[9]]), attention_mask=torch.ones(1, 1, dtype=torch.int64), past_key_values=cache)
+
+
+def test_prompt_too_long(model):
+    with pytest.raises(Lfm2Error, match="takes 512"):
+        model(input_ids=torch.full((1, 513), 9))
+    cache = model(input_ids=torch.full((1, 512), 9)).past_key_values
+    with pytest.raises(Lfm2Error, match="has 514 tokens; the model takes 512"):
+        model(torch.tensor([[9, 8]]), past_key_values=cache)
+    # Single tokens go on, as in transformers, and so do candidates after them.
+    cache.activate_past_recording()
+    assert model(torch.tensor([[9, 8]]), past_key_values=cache).logits.shape[1] == 2
+    cache.stop_recording()
+    assert model(torch.tensor([[9]]), past_key_values=cache).logits.shape[1] == 1
+
+
+def test_rows_that_do_not_fit_the_cache(model):
+    cache = model(input_ids=torch.tensor([[9, 8, 7]])).past_key_values
+    with pytest.raises(Lfm2Error, match="2 rows, but the cache has 1"):
+        model(input_ids=torch.tensor([[9], [8]]), past_key_values=cache)
+
+
+def test_a_cache_of_another_kind(model):
+    with pytest.raises(Lfm2Error, match="tuple"):
+        model(input_ids=torch.tensor([[9]]), past_key_values=((torch.zeros(1),),))
+
+
+@pytest.mark.parametrize("name", ["output_attentions", "output_hidden_states"])
+def test_what_a_graph_does_not_give(name, model):
+    with pytest.raises(Lfm2Error, match=name):
+        model(input_ids=torch.tensor([[9]]), **{name: True})

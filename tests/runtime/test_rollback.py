@@ -98,7 +98,7 @@ def test_into_calls_that_are_joined(name, model, gold_model, monkeypatch):
     torch.testing.assert_close(logits, gold, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("back", [5, 14])
+@pytest.mark.parametrize("back", [2, 5, 14])
 def test_over_several_calls_and_into_a_prompt_of_several_chunks(back, name, model, gold_model, monkeypatch):
     """As a drafting model does: tokens one by one. There are more calls than points; a copy goes on too."""
     monkeypatch.setattr(rows_module, "PREFILL_CHUNK", 4)
@@ -206,22 +206,14 @@ def test_what_cannot_be_taken_back_says_why(exported):
         cache.crop(-1)
 
 
-def test_zero_means_what_it_means_to_transformers(exported):
+@pytest.mark.parametrize(("tokens", "left"), [(0, 3 if compat.CROPS_BY_NUMBER else 0), (1, 1)])
+def test_zero_is_what_it_is_to_transformers_and_one_is_a_length(tokens, left, exported):
     model = ORTModelForCausalLM.from_pretrained(exported("hybrid"))
     cache = model._graph.new_cache(1)
     cache.activate_past_recording()
     model(torch.tensor([[9, 8, 7]]), past_key_values=cache)
-    cache.crop(0)
-    assert cache.get_seq_length() == (3 if compat.CROPS_BY_NUMBER else 0)
-
-
-def test_one_is_the_length_to_go_back_to(exported):
-    model = ORTModelForCausalLM.from_pretrained(exported("hybrid"))
-    cache = model._graph.new_cache(1)
-    cache.activate_past_recording()
-    model(torch.tensor([[9, 8, 7]]), past_key_values=cache)
-    cache.crop(1)
-    assert cache.get_seq_length() == 1
+    cache.crop(tokens)
+    assert cache.get_seq_length() == left
 
 
 def test_the_file_that_gives_columns(checkpoint, exported, cli, tmp_path):

@@ -77,3 +77,16 @@ def test_two_models_in_two_threads(exported, gold_model):
         thread.join()
     assert [out[i] for i in range(2)] == [gold_tokens(gold_model("hybrid"), row, 32) for row in rows]
     assert torch.get_num_threads() == 2
+
+
+def test_generate_holds_them_and_gives_them_back(exported, monkeypatch):
+    model = ORTModelForCausalLM.from_pretrained(exported("hybrid"))
+    seen, run = [], model._rows.run
+    monkeypatch.setattr(model._rows, "run", lambda *args: (seen.append(torch.get_num_threads()), run(*args))[1])
+    model.generate(prompts([9])[0][None], max_new_tokens=4)
+    assert set(seen) == {1}
+    assert torch.get_num_threads() == 2
+    monkeypatch.setattr(model._rows, "run", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model.generate(prompts([9])[0][None], max_new_tokens=4)
+    assert torch.get_num_threads() == 2
