@@ -32,6 +32,8 @@ MODEL_TYPE = "lfm2"
 # The operator that onnxruntime-genai's builder writes (0.18; onnxruntime has it since 1.25.1). Its conv state has
 # `conv_L_cache - 1` columns, one less than transformers keeps (tests/interop/test_others.py).
 NARROW_CONV = "CausalConvWithState"
+# Tokens of a text where the user sets no `max_length`. onnxruntime-genai allocates and zeroes its KV cache for that many.
+DEFAULT_MAX_LENGTH = 8192
 
 
 def write_genai_config(
@@ -191,7 +193,7 @@ def _search(config: PretrainedConfig, generation: Mapping[str, Any]) -> dict[str
     search: dict[str, Any] = {
         "do_sample": False,
         "early_stopping": True,
-        "max_length": config.max_position_embeddings,
+        "max_length": min(config.max_position_embeddings, DEFAULT_MAX_LENGTH),
         "min_length": 0,
         "num_beams": 1,
         "num_return_sequences": 1,
@@ -199,7 +201,7 @@ def _search(config: PretrainedConfig, generation: Mapping[str, Any]) -> dict[str
         "temperature": 1.0,
         "top_k": 50,
         "top_p": 1.0,
-        "past_present_share_buffer": False,
+        "past_present_share_buffer": True,  # else every step copies all keys and values
     }
     settings = ("do_sample", "repetition_penalty", "temperature", "top_k", "top_p")
     return search | {name: generation[name] for name in settings if generation.get(name) is not None}

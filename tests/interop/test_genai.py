@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from clients import END, MESSAGES, NEW, PRECISIONS, up_to_end
+from optimum.exporters.onnx import main_export
 
 from optimum_lfm2.quality.quantize_cache import quantize_cache
 
@@ -123,6 +124,21 @@ def test_a_cache_of_8_bits(exported, tmp_path, prompt_ids, gold_continuation):
         assert new_tokens(generator, 0, len(ids)) == up_to_end(gold_continuation(ids, NEW))
 
 
+def test_the_length_of_a_text_is_bounded_unless_asked_for(checkpoint, tmp_path):
+    """Keys and values have one buffer of `max_length`, which onnxruntime-genai zeroes."""
+    source = shutil.copytree(checkpoint("trained"), tmp_path / "long")
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 128_000}))
+    main_export(str(source), tmp_path / "export", do_validation=False)
+    model = og.Model(str(tmp_path / "export"))
+    ids = [8] * 8193
+    with pytest.raises(Exception, match="exceeds max length .8192"):
+        og.Generator(model, og.GeneratorParams(model)).append_tokens(ids)
+    params = og.GeneratorParams(model)
+    params.set_search_options(max_length=8200)
+    og.Generator(model, params).append_tokens(ids)
+
+
 def test_what_the_readme_says_it_cannot_do(exported, prompt_ids, gold_continuation):
     model = og.Model(str(exported("trained")))
     generator = make_generator(model)
@@ -130,8 +146,11 @@ def test_what_the_readme_says_it_cannot_do(exported, prompt_ids, gold_continuati
     run(generator, 3)
     with pytest.raises(Exception, match="RewindTo is currently not supported"):
         generator.rewind_to(5)
-    with pytest.raises(Exception, match="total_sequence_length must equal past_sequence_length"):
-        generator.append_tokens(prompt_ids[1])  # it loses the last token of an answer that has not ended
+    stopped = generator.get_sequence(0).tolist()
+    generator.append_tokens(prompt_ids[1])  # the last token of an answer that has not ended gets no keys and values
+    again = make_generator(model)
+    again.append_tokens(stopped + prompt_ids[1])
+    assert np.abs(generator.get_logits() - again.get_logits()).max() > 0.01
 
     batch = make_generator(model, 2)
     batch.append_tokens(np.array([prompt_ids[0]] * 2, np.int32))
