@@ -1,4 +1,4 @@
-"""Finish the traced file: quantise, declare shapes, and stream the weights in, one tensor in memory at a time."""
+"""Finish the traced file: quantise, declare shapes, and stream the weights in, one or two in memory at a time."""
 
 from __future__ import annotations
 
@@ -24,6 +24,9 @@ from optimum_lfm2.weights.blocks import Scheme
 # Small tensors stay in model.onnx: onnxruntime-web reads shapes and axes from there alone.
 EXTERNAL_FROM_BYTES = 1024
 IR_VERSION = 10
+# Threads that read, convert and write float weights. To quantise a weight takes all cores by itself.
+WRITERS = 2
+IN_FLIGHT = 300 * 2**20  # bytes of the weights that they hold together, as long as one is not larger by itself
 
 
 def bind(
@@ -66,7 +69,7 @@ def bind(
     model.metadata_props.update(metadata)
     model.ir_version = IR_VERSION
     model.opset_imports.pop(PLACEHOLDER_DOMAIN, None)
-    _save(model, path, views)
+    _save(model, path, views, WRITERS if scheme is None else 1)
 
 
 def _replace_placeholders(graph: ir.Graph, weights: Mapping[str, torch.Tensor]) -> None:
@@ -102,7 +105,7 @@ def keep_all_logits(graph: ir.Graph) -> None:
             graph.register_initializer(value)
 
 
-def _save(model: ir.Model, path: Path, views: Mapping[ir.Value, str]) -> None:
+def _save(model: ir.Model, path: Path, views: Mapping[ir.Value, str], writers: int) -> None:
     with tqdm(desc="Writing weights", unit="tensor", disable=None, leave=False) as bar:
 
         def advance(tensor: ir.TensorProtocol, info: ir.external_data.CallbackInfo) -> None:
@@ -115,6 +118,8 @@ def _save(model: ir.Model, path: Path, views: Mapping[ir.Value, str]) -> None:
             f"{path.name}_data",
             size_threshold_bytes=EXTERNAL_FROM_BYTES - 1,
             callback=advance,
+            max_workers=writers,
+            max_in_flight_bytes=IN_FLIGHT,
         )
     for value in model.graph.initializers.values():
         if isinstance(value.const_value, ir.LazyTensor):  # read now, since onnx-ir would wrap our error in its own
