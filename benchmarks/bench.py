@@ -61,6 +61,7 @@ class Bench:
 
     def prepare(self, name: str) -> None:
         """Make a system's files, unless they are there and of this checkpoint and version."""
+        name = SYSTEMS[name].of or name
         folder = self.folder(name)
         if folder == self.checkpoint:
             return
@@ -131,7 +132,7 @@ def _version(package: str, python: str) -> str | None:
 def _sources(module: str) -> str:
     """Changes with how a system's files are made."""
     paths = [ROOT / "benchmarks" / "systems" / f"{module}.py"]
-    if module in ("ours", "loop"):
+    if module == "ours":
         paths = sorted((ROOT / "optimum_lfm2").rglob("*.py"))
     return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()
 

@@ -97,8 +97,8 @@ def measure(bench: Bench, args: argparse.Namespace) -> dict[str, Any]:
     }
     if args.quality:
         quality = Bench(args.work / "quality", CHECKPOINT, args.threads, bench.pythons)
-        alike = [name for name in results["systems"] if not name.startswith("loop")]  # the same files as ours
-        for name, divergence in divergences(quality, alike, args.quality, QUALITY_LENGTH).items():
+        own = [name for name in results["systems"] if SYSTEMS[name].of is None]
+        for name, divergence in divergences(quality, own, args.quality, QUALITY_LENGTH).items():
             results["systems"][name]["divergence"] = divergence
     if args.long_prompt:
         measured = [name for name in LONG_PROMPT_SYSTEMS if name in names]

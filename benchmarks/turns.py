@@ -2,7 +2,8 @@
 
 A turn takes a second or a few, so a slow minute of a shared machine affects all systems alike. Ratios are taken within
 a round. Each round has an order of its own: a system may be slower right after a heavy one, and in a fixed order, also
-in one that rotates, it would always be the same one.
+in one that rotates, it would always be the same one. Each round loads all systems anew: where the weights happen to lie
+in memory changes the speed of a process, as long as it lives.
 """
 
 from __future__ import annotations
@@ -50,17 +51,19 @@ def take_turns(bench: Bench, names: Sequence[str], chats: Sequence[Chat], rounds
     Args:
         names: of systems whose files are made. All of them are loaded at once.
         chats: every round has each of them, for each system.
-        rounds: those that count. One more comes first, which pages the weights in.
+        rounds: each loads the systems anew. Their first chat, which pages the weights in, does not count.
     """
     speeds: dict[str, Speeds] = {}
-    with ExitStack() as stack:
-        workers = {}
-        for name in names:
-            with bench.tolerant(name):
-                workers[name] = stack.enter_context(_worker(bench, name, max(c.prompt + c.new for c in chats)))
-                _chat(workers[name], chats[0])
-        orders = random.Random(0)
-        for number in range(rounds):
+    orders = random.Random(0)
+    for number in range(rounds):
+        with ExitStack() as stack:
+            workers = {}
+            for name in names:
+                if name in bench.errors:
+                    continue
+                with bench.tolerant(name):
+                    workers[name] = stack.enter_context(_worker(bench, name, max(c.prompt + c.new for c in chats)))
+                    _chat(workers[name], chats[0])
             for chat in chats:
                 for name in shuffled(workers, orders):
                     if name in bench.errors:
@@ -68,7 +71,7 @@ def take_turns(bench: Bench, names: Sequence[str], chats: Sequence[Chat], rounds
                     with bench.tolerant(name):
                         result = _chat(workers[name], chat)
                         speeds.setdefault(name, {}).setdefault(str(chat), []).append(result)
-            say(f"round {number + 1} of {rounds}")
+        say(f"round {number + 1} of {rounds}")
     return {name: own for name, own in speeds.items() if name not in bench.errors}
 
 

@@ -25,11 +25,13 @@ class Entry:
         precision: what the table says of its weights.
         bits: 32, 8 or 4: which of ours it is compared with.
         head: bits of the head's weights.
-        files: name of the folder of its files, which several entries may share; None: the checkpoint itself.
-        module: in this package, with a class `System` and a function `prepare(checkpoint, folder, **options)`.
+        files: name of the folder of its files, or None: the checkpoint itself.
+        module: in this package, with a class `System`, and a function `prepare(checkpoint, folder, **options)` if it
+            has files of its own.
         options: of both.
         package: the distribution that must be installed.
         imports: the modules that it loads, so that their time and memory can be told from the model's.
+        of: the system whose files it runs, where they are not its own.
     """
 
     title: str
@@ -41,6 +43,7 @@ class Entry:
     package: str
     imports: tuple[str, ...]
     options: tuple[tuple[str, str], ...] = ()
+    of: str | None = None
 
     def prepare(self, checkpoint: Path, folder: Path) -> None:
         importlib.import_module(f"benchmarks.systems.{self.module}").prepare(checkpoint, folder, **dict(self.options))
@@ -73,6 +76,7 @@ VARIANTS = (
     ("q4-kv8", "q4, KV cache in 8 bits", 4, 8), ("q4-columns", "q4, the columns of its states given", 4, 8),
 )  # fmt: skip
 OPTIMUM = ("optimum_lfm2", "optimum.onnxruntime")
+GENAI = ("onnxruntime_genai",)
 TORCH = ("torch", "transformers.models.lfm2.modeling_lfm2", "transformers.generation")
 
 
@@ -81,17 +85,28 @@ def _transformers(precision: str, bits: int, head: int, dtype: str) -> Entry:
 
 
 _ours = _each("optimum-lfm2, generate()", "ours", "ours", "onnxruntime", OPTIMUM, "variant", VARIANTS)
-_loops = _each("optimum-lfm2, bare session loop", "loop", "loop", "onnxruntime", ("onnxruntime",), "variant", VARIANTS)
+
+
+def _elsewhere(title: str, prefix: str, module: str, package: str, imports: tuple[str, ...]) -> dict[str, Entry]:
+    """Entries for our files in another program."""
+    changes = {"title": title, "module": module, "package": package, "imports": imports}
+    return {name.replace("ours", prefix): replace(entry, of=name, **changes) for name, entry in _ours.items()}
+
+
+def _plain(entries: dict[str, Entry]) -> dict[str, Entry]:
+    """Those whose file is `model.onnx`, the only name of a file that onnxruntime-genai finds beside it."""
+    return {name: entry for name, entry in entries.items() if not name.endswith(("-kv8", "-columns"))}
+
 
 SYSTEMS: dict[str, Entry] = {
     **_ours,
-    # The same files.
-    **{name: replace(entry, files=entry.files.replace("loop", "ours")) for name, entry in _loops.items()},
+    **_elsewhere("optimum-lfm2, bare session loop", "loop", "loop", "onnxruntime", ("onnxruntime",)),
+    **_plain(_elsewhere("optimum-lfm2, in onnxruntime-genai", "ours-genai", "ours_genai", "onnxruntime-genai", GENAI)),
     "transformers-fp32": _transformers("fp32, sdpa", 32, 32, "float32"),
     # The smallest that it has without another library, so what our q4 replaces.
     "transformers-bf16": _transformers("bf16, sdpa", 4, 16, "bfloat16"),
     **_each(
-        "onnxruntime-genai", "genai", "genai", "onnxruntime-genai", ("onnxruntime_genai",), "precision",
+        "onnxruntime-genai", "genai", "genai", "onnxruntime-genai", GENAI, "precision",
         (
             ("fp32", "fp32", 32, 32), ("int4", "int4, blocks of 32 (its default)", 4, 4),
             ("int4-128", "int4, blocks of 128", 4, 4),

@@ -7,10 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.systems import base
-from benchmarks.systems.ours import file_name, prepare
+from benchmarks.systems.ours import file_name
 
-
-__all__ = ["System", "prepare"]
 
 DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int8)": np.int8}
 

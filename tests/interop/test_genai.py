@@ -124,6 +124,15 @@ def test_a_cache_of_8_bits(exported, tmp_path, prompt_ids, gold_continuation):
         assert new_tokens(generator, 0, len(ids)) == up_to_end(gold_continuation(ids, NEW))
 
 
+def test_the_benchmark_runs_our_folder(exported, prompt_ids, gold_continuation):
+    from benchmarks.systems.ours_genai import System
+
+    system = System(exported("trained"), threads=1, length=MAX_LENGTH, variant="fp32")
+    gold = up_to_end(gold_continuation(prompt_ids[0], NEW))[:-1]  # it goes on after the end of the answer
+    assert len(gold) > 4
+    assert system.run(prompt_ids[0], len(gold) - 1).tokens == gold
+
+
 def test_the_length_of_a_text_is_bounded_unless_asked_for(checkpoint, tmp_path):
     """Keys and values have one buffer of `max_length`, which onnxruntime-genai zeroes."""
     source = shutil.copytree(checkpoint("trained"), tmp_path / "long")
