@@ -32,7 +32,7 @@ MODEL_TYPE = "lfm2"
 # The operator that onnxruntime-genai's builder writes (0.18; onnxruntime has it since 1.25.1). Its conv state has
 # `conv_L_cache - 1` columns, one less than transformers keeps (tests/interop/test_others.py).
 NARROW_CONV = "CausalConvWithState"
-# Tokens of a text where the user sets no `max_length`. onnxruntime-genai allocates and zeroes its KV cache for that many.
+# Tokens of a text where the user sets no `max_length`. onnxruntime-genai zeroes a KV cache of that length.
 DEFAULT_MAX_LENGTH = 8192
 
 

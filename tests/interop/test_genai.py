@@ -141,7 +141,7 @@ def test_the_length_of_a_text_is_bounded_unless_asked_for(checkpoint, tmp_path):
     main_export(str(source), tmp_path / "export", do_validation=False)
     model = og.Model(str(tmp_path / "export"))
     ids = [8] * 8193
-    with pytest.raises(Exception, match="exceeds max length .8192"):
+    with pytest.raises(Exception, match="exceeds max length"):
         og.Generator(model, og.GeneratorParams(model)).append_tokens(ids)
     params = og.GeneratorParams(model)
     params.set_search_options(max_length=8200)
