@@ -11,7 +11,6 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
 from transformers import PretrainedConfig
@@ -25,9 +24,6 @@ PAST = "past_sequence_length"
 TOTAL = "past_sequence_length + sequence_length"
 
 LOGITS_TO_KEEP = "num_logits_to_keep"
-
-# `model_kv8.onnx` is a copy of the graph `model.onnx` with an int8 KV cache. Both files share the same weights.
-QUANTIZED_CACHE = "_kv8"
 
 CONV = "conv"
 GROWS = None  # stands in place of a size, for the axis that grows with the sequence
@@ -164,12 +160,3 @@ def unflatten(values: Sequence[Any], tensors: Sequence[CacheTensor]) -> list[tup
     """Undo `flatten`: group `values`, one for each of `tensors`, into one tuple a layer."""
     pairs = zip(tensors, values, strict=True)
     return [tuple(value for _, value in layer) for _, layer in groupby(pairs, key=lambda pair: pair[0].layer)]
-
-
-def with_float_caches(files: Iterable[Path]) -> list[Path]:
-    """Return the sorted files without the ones that have an int8 KV cache, or all files where nothing else is left.
-
-    A folder's name stands for its float graph. A user asks for the graph with the int8 KV cache by its file name.
-    """
-    files = sorted(files)
-    return [file for file in files if not file.stem.endswith(QUANTIZED_CACHE)] or files

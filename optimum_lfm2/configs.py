@@ -361,7 +361,7 @@ class Lfm2OnnxConfig(TextDecoderOnnxConfig):
         if source := getattr(model, "source", None):
             copy_modules(source.modules, Path(path))
         if config.task == "text-generation" and config.use_past:
-            write_genai_config(Path(path), onnx_files_subpaths[0], config._config, config.cache_tensors)
+            write_genai_config(Path(path), "", Path(path, onnx_files_subpaths[0]), config._config, config.cache_tensors)
         return models_and_onnx_configs, onnx_files_subpaths
 
 

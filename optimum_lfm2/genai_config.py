@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import onnx_ir as ir
@@ -18,9 +18,9 @@ from transformers import Lfm2Config, PretrainedConfig
 from optimum_lfm2.caches import CONV, CacheTensor, head_dim
 from optimum_lfm2.errors import Lfm2Error, read_object
 from optimum_lfm2.export.config_check import check_fields
+from optimum_lfm2.export.genai_decoder import write_decoder
 from optimum_lfm2.export.genai_pictures import write_pictures
 from optimum_lfm2.families import member_of
-from optimum_lfm2.file_names import DECODER, EMBEDDING
 from optimum_lfm2.graph.editing import graph_cache_tensors
 
 
@@ -38,19 +38,21 @@ DEFAULT_MAX_LENGTH = 8192
 
 def write_genai_config(
     folder: Path,
-    filename: str,
+    subfolder: str,
+    decoder: Path,
     config: PretrainedConfig,
     caches: Iterable[CacheTensor],
-    parts: Mapping[str, Path] | None = None,
+    embedding: Path | None = None,
 ) -> bool:
     """Write `genai_config.json` beside the tokenizer, and what else onnxruntime-genai needs.
 
     Args:
         folder: the folder of the tokenizer and of `config.json`.
-        filename: the ONNX file, relative to `folder`.
+        subfolder: the subfolder in which the ONNX files lie or will lie.
+        decoder: the decoder's file.
         config: the model's configuration.
-        caches: the graph's cache tensors.
-        parts: the decoder's and the embedding's file of a model that takes pictures, by the names of the parts.
+        caches: the decoder's cache tensors.
+        embedding: the embedding's file of a model that takes pictures.
 
     Returns:
         Whether the file was written. It is not written without a tokenizer, nor for a model, caches or a processor
@@ -59,14 +61,13 @@ def write_genai_config(
     caches = list(caches)
     if member_of(config).with_caches(caches).genai_type is None or not (folder / TOKENIZER).is_file():
         return False
+    pictures = {} if embedding is None else write_pictures(folder, decoder, embedding, config)
+    if pictures is None:
+        return False
+    graph = write_decoder(decoder, folder / subfolder)
     generation = _read(folder / "generation_config.json")
-    contents = genai_config(filename, config, caches, generation)
-    if parts is not None:
-        sections = write_pictures(folder, parts[DECODER], parts[EMBEDDING], config)
-        if sections is None:
-            return False
-        contents["model"]["decoder"]["filename"] = sections.pop("decoder")
-        contents["model"] |= sections
+    contents = genai_config(PurePosixPath(subfolder, graph).as_posix(), config, caches, generation)
+    contents["model"] |= pictures
     text = json.dumps(contents, indent=2) + "\n"
     (folder / GENAI_CONFIG).write_text(text, encoding="utf-8")
     return True
@@ -77,11 +78,8 @@ def genai_config(
 ) -> dict[str, Any]:
     """Build the contents of `genai_config.json`.
 
-    The contents do not name `num_logits_to_keep`. Its default in the graph keeps the logits of all tokens, which
-    onnxruntime-genai expects. Where the graph has no default, onnxruntime-genai 0.18 feeds the same value, 0.
-
     Args:
-        filename: the ONNX file, relative to the folder.
+        filename: the decoder's graph, relative to the folder.
         config: the model's configuration.
         caches: the graph's cache tensors.
         generation: the checkpoint's `generation_config.json`. Its special tokens and sampling settings take

@@ -145,8 +145,8 @@ class Lfm2VlOnnxConfig(Lfm2OnnxConfig):
         compat.spell_model_type(folder, self.member.model_type)
         declare_external_data(folder, [folder / name for name in onnx_files_subpaths], {})
         _, decoder = models_and_onnx_configs[f"{ONNX_FOLDER}/{DECODER}"]
-        parts = {part: folder / ONNX_FOLDER / f"{part}.onnx" for part in (DECODER, EMBEDDING)}
-        write_genai_config(folder, f"{ONNX_FOLDER}/{DECODER}.onnx", model.config, decoder.cache_tensors, parts)
+        text, embedding = (folder / ONNX_FOLDER / f"{part}.onnx" for part in (DECODER, EMBEDDING))
+        write_genai_config(folder, ONNX_FOLDER, text, model.config, decoder.cache_tensors, embedding)
         return models_and_onnx_configs, onnx_files_subpaths
 
 

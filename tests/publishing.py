@@ -6,6 +6,7 @@ import json
 from argparse import ArgumentParser
 from pathlib import Path
 
+import onnx_ir as ir
 import torch
 from optimum.onnxruntime import ORTModelForCausalLM
 from transformers import AutoTokenizer
@@ -40,6 +41,13 @@ def tree(folder: Path) -> dict[str, bytes]:
 
 def js_config(folder: Path) -> dict:
     return json.loads((folder / "config.json").read_text())["transformers.js_config"]
+
+
+def genai_weights(folder: Path) -> set[str]:
+    """Return the data files of the graph that onnxruntime-genai runs."""
+    decoder = json.loads((folder / "genai_config.json").read_text())["model"]["decoder"]
+    tensors = [value.const_value for value in ir.load(folder / decoder["filename"]).graph.initializers.values()]
+    return {tensor.location for tensor in tensors if isinstance(tensor, ir.ExternalTensor)}
 
 
 def rows(folder: Path) -> dict[str, list[str]]:

@@ -1,8 +1,7 @@
 """What onnxruntime-genai (0.18) needs of LFM2-VL besides the three files that other runtimes read.
 
-Its embedding takes the features of pictures too, and its decoder must not require `num_logits_to_keep`, as
-Transformers.js' must. So second graphs lie beside those files, over the same weights. Its image processor has settings
-of its own.
+Its embedding takes the features of pictures too, so a second graph of it lies beside those files, over the same
+weights. Its image processor has settings of its own.
 """
 
 from __future__ import annotations
@@ -16,14 +15,11 @@ import numpy as np
 import onnx_ir as ir
 from transformers import PretrainedConfig
 
-from optimum_lfm2.caches import LOGITS_TO_KEEP
 from optimum_lfm2.errors import read_object
-from optimum_lfm2.export.finish import keep_all_logits
-from optimum_lfm2.file_names import DECODER, ONNX_FOLDER, VISION
+from optimum_lfm2.file_names import DECODER, GENAI_EMBEDDING, ONNX_FOLDER, VISION
 from optimum_lfm2.weights.processor import PREPROCESSOR
 
 
-GENAI_EMBEDDING, GENAI_DECODER = "genai_embedding.onnx", "genai_decoder.onnx"
 GENAI_PROCESSOR = "genai_processor_config.json"
 FEATURES = "image_features"
 # PIL's numbers of filters, as a preprocessor_config.json has them.
@@ -31,36 +27,28 @@ FILTERS = {0: "NEAREST", 1: "LANCZOS", 2: "LINEAR", 3: "CUBIC"}
 
 
 def write_pictures(folder: Path, decoder: Path, embedding: Path, config: PretrainedConfig) -> dict[str, Any] | None:
-    """Write the second graphs, and the settings of onnxruntime-genai's image processor.
+    """Write the embedding's second graph, and the settings of onnxruntime-genai's image processor.
 
     Args:
-        folder: the folder of `genai_config.json` and `preprocessor_config.json`. The graphs go to its subfolder of ONNX
-            files, where their weights lie or will lie.
+        folder: the folder of `genai_config.json` and `preprocessor_config.json`. The graph goes to its subfolder of
+            ONNX files, where its weights lie or will lie.
         decoder, embedding: the files of these parts.
         config: the configuration of the whole model.
 
     Returns:
-        The name of the decoder's graph as `genai_config.json` has it, and the sections there for the other parts.
-        None where onnxruntime-genai lacks the filter that resizes the model's pictures. Nothing is written then.
+        The sections of `genai_config.json` for the parts other than the decoder. None where onnxruntime-genai lacks the
+        filter that resizes the model's pictures. Nothing is written then.
     """
     settings = read_object(folder / PREPROCESSOR)
     if settings["resample"] not in FILTERS:
         return None
     text = json.dumps(processor_settings(settings), indent=2) + "\n"
     (folder / GENAI_PROCESSOR).write_text(text, encoding="utf-8")
-    place = folder / ONNX_FOLDER
     model = ir.load(embedding)
     take_features(model.graph, config.image_token_id)
-    ir.save(model, place / GENAI_EMBEDDING)
-    name = decoder.name
-    model = ir.load(decoder)
-    if LOGITS_TO_KEEP not in model.graph.initializers:
-        keep_all_logits(model.graph)
-        name = GENAI_DECODER
-        ir.save(model, place / name)
+    ir.save(model, folder / ONNX_FOLDER / GENAI_EMBEDDING)
     options = {"log_id": "onnxruntime-genai", "provider_options": []}
     return {
-        "decoder": f"{ONNX_FOLDER}/{name}",
         "image_token_id": config.image_token_id,
         "embedding": {
             "filename": f"{ONNX_FOLDER}/{GENAI_EMBEDDING}",

@@ -14,8 +14,8 @@ from types import FrameType
 
 from filelock import FileLock, Timeout
 
-from optimum_lfm2.caches import QUANTIZED_CACHE
 from optimum_lfm2.errors import Lfm2Error
+from optimum_lfm2.file_names import QUANTIZED_CACHE
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from optimum_lfm2.export.js_config import JS_CONFIG, declare_external_data
 from optimum_lfm2.export.loading import Lfm2TasksManager, task_of
 from optimum_lfm2.export.staging import staged
 from optimum_lfm2.families import member_of
-from optimum_lfm2.file_names import ONNX_FOLDER
+from optimum_lfm2.file_names import DECODER, EMBEDDING, ONNX_FOLDER
 from optimum_lfm2.genai_config import write_genai_config
 from optimum_lfm2.metadata import CHECKPOINT, COMPARED, DIFFERENCE, QUALITY, TEXT
 from optimum_lfm2.publish.card import write_card
@@ -76,7 +76,8 @@ def publish(job: Job) -> list[str]:
         files = published(job.output, folder)
         _declare_external_data(job, folder, files)
         chosen = preferred(files, encodes=member_of(config).encodes)
-        write_genai_config(folder, f"{ONNX_FOLDER}/{chosen.path.name}", config, chosen.caches, chosen.by_part)
+        parts = chosen.by_part or {DECODER: chosen.path}
+        write_genai_config(folder, ONNX_FOLDER, parts[DECODER], config, chosen.caches, parts.get(EMBEDDING))
         write_card(folder, files, job.output, job.model, job.card, cache_dir=job.cache_dir)
     return failed
 

@@ -19,9 +19,10 @@ import torch
 from packaging import version
 from tqdm import tqdm
 
-from optimum_lfm2.caches import QUANTIZED_CACHE, CacheTensor
+from optimum_lfm2.caches import CacheTensor
 from optimum_lfm2.errors import Lfm2Error, first_line
 from optimum_lfm2.export.staging import terminable
+from optimum_lfm2.file_names import QUANTIZED_CACHE
 from optimum_lfm2.graph.editing import add_initializer, graph_cache_tensors
 from optimum_lfm2.metadata import COMPARED, DIFFERENCE, QUALITY, TEXT
 from optimum_lfm2.quality.evaluate import Quality, find_tokenizer, measure, read_chunks

@@ -15,13 +15,13 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import CONFIG_NAME
 
-from optimum_lfm2.caches import LOGITS_TO_KEEP, head_dim, with_float_caches
+from optimum_lfm2.caches import LOGITS_TO_KEEP, head_dim
 from optimum_lfm2.errors import Lfm2Error, first_line
 from optimum_lfm2.export.config_check import loaded_config
 from optimum_lfm2.export.loading import Lfm2TasksManager, is_ours, materialize_buffers
 from optimum_lfm2.export.streamed import StandIns, streamed
 from optimum_lfm2.families import member_of
-from optimum_lfm2.file_names import DECODER, EMBEDDING
+from optimum_lfm2.file_names import DECODER, EMBEDDING, main_files
 from optimum_lfm2.genai_config import GENAI_CONFIG, read_genai_config
 from optimum_lfm2.vision_configs import text_model
 
@@ -67,7 +67,7 @@ def onnx_file(folder: Path) -> Path | None:
     Raises:
         Lfm2Error: there are several.
     """
-    files = with_float_caches([*folder.glob("*.onnx"), *folder.glob("onnx/*.onnx")])
+    files = main_files([*folder.glob("*.onnx"), *folder.glob("onnx/*.onnx")])
     files = [file for file in files if file.name.startswith(DECODER)] or files
     if len(files) > 1:
         raise Lfm2Error(f"{folder} holds several models. Give one of them: {', '.join(map(str, files))}.")

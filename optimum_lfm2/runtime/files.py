@@ -13,8 +13,8 @@ from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 from optimum.onnxruntime.constants import ONNX_WEIGHTS_NAME
 from transformers import GenerationConfig
 
-from optimum_lfm2.caches import with_float_caches
 from optimum_lfm2.errors import Lfm2Error, first_line
+from optimum_lfm2.file_names import main_files
 from optimum_lfm2.weights.companions import generation_settings
 
 
@@ -66,7 +66,7 @@ def only_file(folder: Path) -> str | None:
     Raises:
         Lfm2Error: there are several models, and none has that name. Optimum would take any of them.
     """
-    names = [path.name for path in with_float_caches(folder.rglob("*.onnx"))]
+    names = [path.name for path in main_files(folder.rglob("*.onnx"))]
     if not names or ONNX_WEIGHTS_NAME in names:
         return None
     if len(names) > 1:

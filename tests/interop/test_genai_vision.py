@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from optimum_lfm2 import ORTLfm2VlForConditionalGeneration
 from optimum_lfm2.export.genai_pictures import processor_settings
+from optimum_lfm2.file_names import DECODER, EMBEDDING
 from optimum_lfm2.genai_config import write_genai_config
 from optimum_lfm2.publish.precisions import PRECISIONS, published
 from optimum_lfm2.weights.processor import DEFAULTS
@@ -76,7 +77,8 @@ def test_every_precision_gives_our_tokens(precision, vl_hub_folder, tmp_path):
     folder = shutil.copytree(vl_hub_folder, tmp_path / "vl")
     (chosen,) = (file for file in published(folder) if file.precision == precision)
     written = AutoConfig.from_pretrained(folder)
-    assert write_genai_config(folder, f"onnx/{chosen.path.name}", written, chosen.caches, chosen.by_part)
+    decoder, embedding = (chosen.by_part[part] for part in (DECODER, EMBEDDING))
+    assert write_genai_config(folder, "onnx", decoder, written, chosen.caches, embedding)
     pixels, tokenizer = drawn(), AutoTokenizer.from_pretrained(folder)
     prompt = tokenizer.decode(asked(QUESTION, [], tokenizer)).replace("user\n", "user\n<image>")
     ids, tokens, _ = run(without_end(folder), prompt, og.Images.open(str(write_png(tmp_path / "picture.png", pixels))))

@@ -13,7 +13,7 @@ import onnxruntime
 import pytest
 from checkpoints import gold_tokens, prompts
 from optimum.onnxruntime import ORTModelForCausalLM
-from publishing import TEXT, TRAINED, js_config, rows, run, story, tree
+from publishing import TEXT, TRAINED, genai_weights, js_config, rows, run, story, tree
 
 from optimum_lfm2.publish.precisions import PRECISIONS
 
@@ -24,6 +24,7 @@ FILES = [
     "config.json",
     "genai_config.json",
     "generation_config.json",
+    "onnx/genai_decoder.onnx",
     *(f"onnx/{precision.file}{part}" for precision in PRECISIONS.values() for part in ("", "_data")),
     "tokenizer.json",
     "tokenizer_config.json",
@@ -116,8 +117,7 @@ def test_a_file_that_a_user_removed_is_not_declared(small):
     assert run("--model", TRAINED, small, "--precisions", "q8") == 0
     assert js_config(small) == {"use_external_data_format": {"model.onnx": True, "model_quantized.onnx": True}}
     assert list(rows(small)) == ["fp32", "q8"]
-    decoder = json.loads((small / "genai_config.json").read_text())["model"]["decoder"]
-    assert decoder["filename"] == "onnx/model_quantized.onnx"
+    assert genai_weights(small) == {"model_quantized.onnx_data"}
 
 
 def test_help_teaches():

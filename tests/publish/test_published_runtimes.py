@@ -12,7 +12,7 @@ import pytest
 from checkpoints import gold_tokens
 from optimum.exporters.onnx import main_export
 from optimum.onnxruntime import ORTModelForCausalLM
-from publishing import DEMO, TRAINED, answer, run, story
+from publishing import DEMO, TRAINED, answer, genai_weights, run, story
 from transformers import GenerationConfig
 
 from optimum_lfm2.errors import Lfm2Error
@@ -88,7 +88,8 @@ def genai_tokens(folder: Path) -> list[int]:
 def test_genai_runs_the_folder(names, gold_model, tmp_path):
     assert run("--model", TRAINED, tmp_path / "out", "--precisions", "fp32", "--cache-names", names) == 0
     decoder = json.loads((tmp_path / "out" / "genai_config.json").read_text())["model"]["decoder"]
-    assert decoder["filename"] == "onnx/model.onnx"
+    assert decoder["filename"] == "onnx/genai_decoder.onnx"
+    assert genai_weights(tmp_path / "out") == {"model.onnx_data"}
     assert decoder["inputs"]["past_conv_names"] == {"hub": "past_conv.%d", "genai": "past.%d.conv"}[names]
     assert decoder["outputs"]["present_conv_names"] == {"hub": "present_conv.%d", "genai": "present.%d.conv"}[names]
     gold = gold_tokens(gold_model("trained").float(), story()[0], 60)
@@ -108,6 +109,5 @@ def test_export_onnx_with_the_names_of_genais_builder(gold_model, tmp_path):
 
 def test_genai_takes_what_a_cpu_runs_best(hub_folder, small):
     for path in (hub_folder, small):
-        decoder = json.loads((path / "genai_config.json").read_text())["model"]["decoder"]
-        assert decoder["filename"] == "onnx/model_q4.onnx"
+        assert genai_weights(path) == {"model_q4.onnx_data"}
     assert len(set(genai_tokens(hub_folder))) > 15
