@@ -139,7 +139,7 @@ def plot(results: dict[str, Any], path: Path) -> Path | None:
         for side in ("top", "right"):
             axes.spines[side].set_visible(False)
     axes.invert_yaxis()
-    axes.legend(frameon=False, fontsize="small")
+    drawing.legend(*axes.get_legend_handles_labels(), loc="outside lower right", ncols=len(chats), frameon=False)
     drawing.savefig(path)
     return path
 

@@ -82,8 +82,8 @@ print(tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_toke
 ```
 
 {% if genai -%}
-With [ONNX Runtime GenAI](https://github.com/microsoft/onnxruntime-genai). It runs `decoder.filename` of `genai_config.json`, a
-small graph over the weights of the precision that a CPU runs fastest:
+With [ONNX Runtime GenAI](https://github.com/microsoft/onnxruntime-genai). It runs the graph that `decoder.filename` in
+`genai_config.json` names. Its weights are those of the precision that a CPU runs fastest:
 
 ```python
 {% if chat -%}

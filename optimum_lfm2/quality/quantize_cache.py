@@ -62,7 +62,7 @@ def quantize_cache(
     source = _source(Path(model))
     quantized = _load(source)
     if EMBEDS in (value.name for value in quantized.graph.inputs):
-        raise Lfm2Error(f"{source} is the decoder of a model that takes pictures too. Its KV cache stays in float yet.")
+        raise Lfm2Error(f"{source} is the decoder of a model that takes pictures too. Its KV cache stays in float.")
     found = FileIdentity.of(source)
     nodes = _attention_nodes(quantized.graph, source)
     _check_weights(quantized.graph)

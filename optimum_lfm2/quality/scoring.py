@@ -86,10 +86,10 @@ class OnnxModel:
     """
 
     def __init__(self, path: Path) -> None:
-        self._session = _session(path)
+        self._session = open_session(path)
         self._inputs = {value.name: value for value in self._session.get_inputs()}
         self._path = path
-        self._embedding = _session(_embedding_of(path)) if EMBEDS in self._inputs else None
+        self._embedding = open_session(_embedding_of(path)) if EMBEDS in self._inputs else None
         if "logits" not in (output.name for output in self._session.get_outputs()):
             raise Lfm2Error(f"{path} has no output named logits. Export it for text-generation.")
 
@@ -157,7 +157,12 @@ class OnnxModel:
         )
 
 
-def _session(path: Path) -> onnxruntime.InferenceSession:
+def open_session(path: Path) -> onnxruntime.InferenceSession:
+    """Open an ONNX file on the CPU.
+
+    Raises:
+        Lfm2Error: onnxruntime cannot load it.
+    """
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     # torch computes between the calls, and onnxruntime's threads would hold the cores while they spin.

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-import onnxruntime
 import torch
 from tqdm import tqdm
 from transformers.utils import CONFIG_NAME
@@ -18,7 +17,7 @@ from optimum_lfm2.errors import Lfm2Error, first_line
 from optimum_lfm2.export.loading import Lfm2TasksManager, is_ours, materialize_buffers, task_of
 from optimum_lfm2.export.streamed import StandIns, streamed
 from optimum_lfm2.families import MODEL_TYPES, member_of
-from optimum_lfm2.quality.scoring import onnx_file
+from optimum_lfm2.quality.scoring import onnx_file, open_session
 
 
 HIDDEN = "last_hidden_state"
@@ -129,13 +128,7 @@ class OnnxEncoder:
     """
 
     def __init__(self, path: Path) -> None:
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # torch computes between the calls
-        try:
-            self._session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # onnxruntime's errors have no common class of their own
-            raise Lfm2Error(f"{path} cannot be loaded ({' '.join(str(error).split())}). Export it again.") from None
+        self._session = open_session(path)
         self._path = path
         if strange := {value.name for value in self._session.get_inputs()} ^ {"input_ids", "attention_mask"}:
             raise Lfm2Error(f"{path} is no encoder: {', '.join(sorted(strange))} among its inputs. Export it again.")
@@ -146,7 +139,7 @@ class OnnxEncoder:
             feeds = {"input_ids": ids.numpy(), "attention_mask": np.ones(ids.shape, dtype=np.int64)}
             try:
                 output = self._session.run(None, feeds)[0]
-            except Exception as error:  # as above
+            except Exception as error:  # onnxruntime's errors have no common class of their own
                 raise Lfm2Error(f"{self._path} cannot run ({first_line(error)}). Export it again.") from None
             yield torch.from_numpy(output).reshape(-1, output.shape[-1])
 

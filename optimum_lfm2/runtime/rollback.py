@@ -51,8 +51,6 @@ class Point:
 
     def states_after(self, count: int) -> States | None:
         """Return the states after the first `count` tokens of the call, or None if these have to be run again."""
-        if count == 0:
-            return self.states
         if self.columns is None:
             return None
         return {

@@ -33,9 +33,7 @@ class GraphSession:
 
     def new_cache(self, batch_size: int, capacity: int = 0) -> Lfm2Cache:
         """Return an empty cache with room for `capacity` columns."""
-        cache = Lfm2Cache(self._layout, batch_size, self._device, capacity if self._layout.in_place else 0)
-        cache.made_by = self._file
-        return cache
+        return Lfm2Cache(self._layout, batch_size, self._device, capacity if self._layout.in_place else 0)
 
     def make_room(self, cache: Lfm2Cache, length: int) -> None:
         """Make room for `length` columns at once, if the graph writes keys and values in place."""
@@ -56,7 +54,7 @@ class GraphSession:
             raise Lfm2Error(
                 "The cache was interrupted while its rows changed places. Start without it, or from a copy made before."
             )
-        if cache.made_by is None:  # it was loaded from a file, or reset
+        if cache.made_by is None:  # it is new, was reset, or was loaded from a file
             cache.made_by = self._file
         elif cache.made_by != self._file:
             raise Lfm2Error(

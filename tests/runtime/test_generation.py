@@ -201,6 +201,27 @@ class TestFailures:
         again = model(two["input_ids"], attention_mask=mask, past_key_values=cache).logits
         torch.testing.assert_close(again, expected, atol=1e-5, rtol=0)
 
+    def test_an_interrupt_of_a_second_turn_that_is_padded_on_the_right(self, model, monkeypatch):
+        """In the second row's second chunk, when the first row has overwritten its state's first buffer."""
+        monkeypatch.setattr(rows_module, "PREFILL_CHUNK", 2)
+        one, two = torch.stack(prompts([4, 4])), pad_right(prompts([6, 4], seed=3))
+        cache = model(one).past_key_values
+        mask = torch.cat([torch.ones(2, 4, dtype=torch.int64), two["attention_mask"]], dim=1)
+        expected = model._rows.run_to_last(two["input_ids"], mask, copy.deepcopy(cache), io_binding=True)
+        run, calls = model._graph.run, []
+
+        def interrupted(*args):
+            calls.append(1)
+            if len(calls) == 5:
+                raise KeyboardInterrupt
+            return run(*args)
+
+        monkeypatch.setattr(model._graph, "run", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            model._rows.run_to_last(two["input_ids"], mask, cache, io_binding=True)
+        again = model._rows.run_to_last(two["input_ids"], mask, cache, io_binding=True)
+        torch.testing.assert_close(again, expected, atol=1e-5, rtol=0)
+
     def test_an_interrupt_while_rows_are_repeated(self, model, monkeypatch):
         cache = model(prompts([4])[0][None]).past_key_values
         expected = model(torch.tensor([[9]]), past_key_values=copy.deepcopy(cache)).logits
@@ -327,6 +348,21 @@ class TestCaches:
             model(torch.tensor([[9]]), past_key_values=cache)
         with pytest.raises(Lfm2Error, match="another model"):
             model.generate(prompts([5])[0][None], past_key_values=cache, **GREEDY)
+
+    def test_a_loaded_cache_of_another_model(self, model, exported):
+        """Nothing says which file made it. Its layers do."""
+        other = ORTModelForCausalLM.from_pretrained(exported("multi_query"))
+        cache = pickle.loads(pickle.dumps(other(prompts([4])[0][None]).past_key_values))
+        with pytest.raises(Lfm2Error, match="another model, whose layers differ"):
+            model(torch.tensor([[9]]), past_key_values=cache)
+
+    @pytest.mark.parametrize("io_binding", [True, False])
+    def test_io_binding_as_it_is_set(self, io_binding, model, monkeypatch):
+        model.use_io_binding, calls = io_binding, []
+        run = model.session.run_with_iobinding
+        monkeypatch.setattr(model.session, "run_with_iobinding", lambda *args: (calls.append(1), run(*args)))
+        model.generate(prompts([5])[0][None], **GREEDY)
+        assert bool(calls) == io_binding
 
     @pytest.mark.parametrize("change", ["a copy", "model.onnx", "model.onnx_data"])
     def test_a_cache_of_another_model_of_the_same_shape(self, change, model, exported, tmp_path):

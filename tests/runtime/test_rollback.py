@@ -158,17 +158,71 @@ def test_a_failed_call_leaves_pending_tokens_pending(exported, gold_model, monke
     torch.testing.assert_close(logits, gold, atol=1e-4, rtol=0)
 
 
-def test_taken_back_twice_in_a_row(exported, gold_model):
-    """The second time from tokens that have to be run again."""
+@pytest.mark.parametrize("lefts", [(9, 7), (9, 5)])
+def test_taken_back_twice_in_a_row(lefts, exported, gold_model):
+    """The second time from tokens that have to be run again: some of them, or all."""
     model, (text,) = ORTModelForCausalLM.from_pretrained(exported("hybrid")), prompts([11])
     cache = model(text[None, :5]).past_key_values
     cache.activate_past_recording()
     model(text[None, 5:], past_key_values=cache)
-    for left in (9, 7):
+    for left in lefts:
         cache.crop(left)
         assert cache.get_seq_length() == left
+    logits = model(torch.tensor([[20, 30]]), past_key_values=cache, logits_to_keep=1).logits
+    assert logits.shape[1] == 1
+    gold = continued(gold_model, "hybrid", [torch.cat([text[: lefts[-1]], torch.tensor([20, 30])])])
+    torch.testing.assert_close(logits[:, -1], gold, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("second", [[1, 1, 1, 1, 1, 1], [1, 1, 0, 1, 1, 1]], ids=["visible", "a hole"])
+@pytest.mark.parametrize("first", [[1, 1, 1, 1, 1, 1], [1, 1, 0, 1, 1, 1], [0, 1, 1, 1, 1, 1]], ids=str)
+@pytest.mark.parametrize("calls", [1, 2])
+def test_recorded_from_the_first_token_on(calls, first, second, name, model, gold_model):
+    """The first call may have several rows, the second one runs them one by one. Masked tokens are in no state."""
+    rows, mask = torch.stack(prompts([12, 12])), torch.tensor([[*first, *second], [1] * 12])
+    cache = model._graph.new_cache(2)
+    cache.activate_past_recording()
+    for call in range(calls):
+        end = 6 * (call + 1)
+        model(rows[:, end - 6 : end], attention_mask=mask[:, :end], past_key_values=cache)
+    cache.crop(-2)
+    left = 6 * calls - 2
+    after = torch.cat([mask[:, :left], torch.ones(2, 1, dtype=torch.int64)], dim=1)
+    logits = model(torch.full((2, 1), 20), attention_mask=after, past_key_values=cache).logits[:, -1]
+    texts = [torch.cat([row[:left][own[:left] == 1], torch.tensor([20])]) for row, own in zip(rows, mask, strict=True)]
+    torch.testing.assert_close(logits, continued(gold_model, name, texts), atol=1e-4, rtol=0)
+
+
+def test_before_rows_were_taken_apart(exported, gold_model):
+    """A graph that is wrong on padding runs rows together until padding comes."""
+    model = ORTModelForCausalLM.from_pretrained(exported("hybrid"))
+    model.layout = dataclasses.replace(model.layout, any_padding=False, in_place=False)
+    model._connect()
+    rows = torch.stack(prompts([10, 10]))
+    cache = model._graph.new_cache(2)
+    cache.activate_past_recording()
+    model(rows[:, :6], past_key_values=cache)
+    mask = torch.ones(2, 10, dtype=torch.int64)
+    mask[0, 7] = 0
+    model(rows[:, 6:], attention_mask=mask, past_key_values=cache)
+    cache.crop(-7)
+    logits = model(torch.full((2, 1), 20), past_key_values=cache).logits[:, -1]
+    golds = continued(gold_model, "hybrid", [torch.cat([row[:3], torch.tensor([20])]) for row in rows])
+    torch.testing.assert_close(logits, golds, atol=1e-4, rtol=0)
+
+
+def test_calls_with_columns_and_without_are_joined(exported, gold_model, monkeypatch):
+    """A call of several chunks leaves none. To activate recording again forgets nothing."""
+    monkeypatch.setattr(rollback, "MOST_POINTS", 2)
+    monkeypatch.setattr(rows_module, "PREFILL_CHUNK", 4)
+    model, (text,) = ORTModelForCausalLM.from_pretrained(exported("hybrid", model_kwargs=ROLLBACK)), prompts([12])
+    cache = model._graph.new_cache(1)
+    for start, end in ((0, 2), (2, 8), (8, 10), (10, 12)):
+        cache.activate_past_recording()
+        model(text[None, start:end], past_key_values=cache)
+    cache.crop(-7)
     logits = model(torch.tensor([[20]]), past_key_values=cache).logits[:, -1]
-    gold = continued(gold_model, "hybrid", [torch.cat([text[:7], torch.tensor([20])])])
+    gold = continued(gold_model, "hybrid", [torch.cat([text[:5], torch.tensor([20])])])
     torch.testing.assert_close(logits, gold, atol=1e-4, rtol=0)
 
 
@@ -194,6 +248,7 @@ def test_what_cannot_be_taken_back_says_why(exported):
     for back in (2, -1):
         with pytest.raises(Lfm2Error, match="activate_past_recording"):
             cache.crop(back)
+    assert cache.recording is None, "to crop is not to record"
     cache.activate_past_recording()
     model(torch.tensor([[9, 8]]), past_key_values=cache)
     with pytest.raises(Lfm2Error, match=r"crop\(-6\) takes back more tokens than the 5"):
@@ -204,6 +259,17 @@ def test_what_cannot_be_taken_back_says_why(exported):
     cache.reorder_cache(torch.tensor([0, 0]))
     with pytest.raises(Lfm2Error, match="cannot be cropped to 6"):
         cache.crop(-1)
+
+
+def test_what_was_recorded_is_forgotten_once_tokens_are_taken_back(exported):
+    model, (text,) = ORTModelForCausalLM.from_pretrained(exported("hybrid")), prompts([11])
+    cache = model._graph.new_cache(1)
+    cache.activate_past_recording()
+    model(text[None, :5], past_key_values=cache)
+    model(text[None, 5:], past_key_values=cache)
+    cache.crop(9)
+    with pytest.raises(Lfm2Error, match="cache of 9 tokens cannot be cropped to 3"):
+        cache.crop(3)
 
 
 @pytest.mark.parametrize(("tokens", "left"), [(0, 3 if compat.CROPS_BY_NUMBER else 0), (1, 1)])

@@ -115,6 +115,31 @@ def test_rows_on_a_cache_of_one_token(exported, gold_model):
         torch.testing.assert_close(own, expected, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("keep", [1, 2, 5])
+def test_logits_of_the_last_tokens_of_rows_with_holes(keep, exported, gold_model):
+    model, rows = ORTModelForCausalLM.from_pretrained(exported("hybrid")), torch.stack(prompts([7, 7]))
+    mask = torch.tensor([[1, 1, 0, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0, 1]])
+    logits = model(rows, attention_mask=mask, logits_to_keep=keep).logits
+    assert logits.shape[1] == keep
+    for own, row, seen in zip(logits, rows, mask == 1, strict=True):
+        expected = gold_model("hybrid")(input_ids=row[seen][None]).logits[0]
+        kept = int(seen[-keep:].sum())
+        torch.testing.assert_close(own[seen[-keep:]], expected[-kept:], atol=1e-4, rtol=0)
+
+
+def test_the_last_tokens_logits_alone(exported):
+    """`generate` asks for them where rows are padded on the right."""
+    model, other = (ORTModelForCausalLM.from_pretrained(exported(name)) for name in ("hybrid", "multi_query"))
+    mask = torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0]])
+    ids, cache = torch.stack(prompts([4, 4])), model._graph.new_cache(2)
+    for length in (4, 8):
+        logits = model._rows.run_to_last(ids, mask.repeat(1, length // 4), cache, io_binding=True)
+        assert logits.shape[:2] == (2, 1)
+        assert cache.get_seq_length() == length
+    with pytest.raises(Lfm2Error, match="another model"):
+        other._rows.run_to_last(ids, mask.repeat(1, 3), cache, io_binding=True)
+
+
 def test_rows_that_a_call_takes_together_take_one_call(exported, monkeypatch):
     model, calls = ORTModelForCausalLM.from_pretrained(exported("hybrid")), []
     run = model._graph.run
