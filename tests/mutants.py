@@ -1,6 +1,7 @@
 """Change the package in one place at a time, and list the changes that no test sees.
 
     .venv-test/bin/python tests/mutants.py --tests tests/runtime tests/test_modeling.py -- runtime/cache.py modeling.py
+    .venv-test/bin/python tests/mutants.py -- runtime/rows.py:37,122    # these lines alone, by all tests
 
 A child of one pytest session runs all tests once, to learn the lines that each of them reaches. Then each mutant has a
 child of its own, in which the functions of a module get other code: the tests that reach the changed line run, the
@@ -154,9 +155,16 @@ def apply(mutant: Mutant, functions: Iterable[FunctionType]) -> None:
 class Mutants:
     """A plugin of pytest that runs mutants in place of the tests that were collected."""
 
-    def __init__(self, files: list[Path], workers: int, share: float, place: Path) -> None:
-        self.files, self.workers, self.place = files, workers, place
-        found = [mutant for file in files for mutant in mutants(file)]
+    def __init__(self, modules: list[str], workers: int, share: float, place: Path) -> None:
+        self.workers, self.place = workers, place
+        lines = {PACKAGE / name: listed for name, _, listed in (module.partition(":") for module in modules)}
+        self.files = list(lines)
+        found = [
+            mutant
+            for file, listed in lines.items()
+            for mutant in mutants(file)
+            if not listed or str(mutant.lines.start) in listed.split(",")
+        ]
         self.mutants = random.Random(0).sample(found, round(share * len(found)))
         self.times: dict[str, float] = {}
         self.killers: Counter[str] = Counter()
@@ -252,7 +260,7 @@ class Mutants:
 
 def main() -> None:
     parser = ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("modules", nargs="+", help="modules of the package, such as runtime/cache.py")
+    parser.add_argument("modules", nargs="+", help="such as runtime/cache.py, or runtime/cache.py:50,61 for lines")
     parser.add_argument("--tests", nargs="+", default=["tests"], help="files and folders of tests")
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument("--share", type=float, default=1.0, help="of the mutants, drawn with a seed")
@@ -260,7 +268,7 @@ def main() -> None:
     os.chdir(ROOT)
     os.environ["PYTEST_XDIST_WORKER"] = "gw0"  # so that all children share the exports that `made_once` makes
     with tempfile.TemporaryDirectory() as folder:
-        plugin = Mutants([PACKAGE / name for name in args.modules], args.workers, args.share, Path(folder))
+        plugin = Mutants(args.modules, args.workers, args.share, Path(folder))
         options = ["-q", "--capture=no", "-m", "not slow", "-p", "no:cacheprovider", "-p", "no:xdist"]
         pytest.main([*args.tests, *options], plugins=[plugin])
 
