@@ -103,6 +103,21 @@ def test_candidates_end_before_the_text_does(monkeypatch):
     assert given(longest=11) == []
     assert given(ends=[9]) == [8]
     assert given(stops=lambda ids: bool((ids[0] == 10).sum() > 1)) == [8, 9]
+    assert given(stops=lambda ids: False) == [8, 9, 10]
+    # The kind of a candidate is by the length of the match before it: 2 and 3 are of one kind, 4 to 7 of the next.
+    monkeypatch.setattr(lookup_module, "EXPECTED", (1.0, 1.0, 0.0, 0.0, 0.0))
+    assert given() == [8]
+
+
+def test_what_is_learned_of_candidates():
+    """Each right one, and the first wrong one: what comes after it has other words before it."""
+    lookup, learned = PromptLookup(4, 3, 100), []
+    lookup._acceptance.learn = lambda kind, right: learned.append((kind, right))
+    text = [5, 6, 7, 8, 9, 10, 11, 5, 6, 7]
+    for new in ([], [8, 9, 1, 11]):
+        text += new
+        lookup.get_candidates(torch.tensor([text]))
+    assert learned == [(1, True), (2, True), (2, False)]
 
 
 def test_the_first_call_gets_none():
