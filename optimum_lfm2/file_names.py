@@ -12,7 +12,8 @@ MODEL = "model"  # of a model in one file
 # Of a model that takes pictures.
 VISION, EMBEDDING, DECODER = "vision_encoder", "embed_tokens", "decoder_model_merged"
 # Second graphs for onnxruntime-genai, over the weights of other files.
-GENAI_DECODER, GENAI_EMBEDDING = "genai_decoder.onnx", "genai_embedding.onnx"
+GENAI = "genai_"
+GENAI_DECODER, GENAI_EMBEDDING = f"{GENAI}decoder.onnx", f"{GENAI}embedding.onnx"
 # `model_kv8.onnx` is a copy of the graph `model.onnx` with an int8 KV cache. Both files share the same weights.
 QUANTIZED_CACHE = "_kv8"
 
@@ -23,5 +24,5 @@ def main_files(files: Iterable[Path]) -> list[Path]:
     A user asks for a graph with an int8 KV cache by its file name, so it is left out where another one is left. The
     second graphs of onnxruntime-genai are left out too.
     """
-    files = sorted(file for file in files if file.name not in (GENAI_DECODER, GENAI_EMBEDDING))
+    files = sorted(file for file in files if not file.name.startswith(GENAI))
     return [file for file in files if not file.stem.endswith(QUANTIZED_CACHE)] or files
