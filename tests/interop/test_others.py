@@ -71,8 +71,8 @@ def test_a_genai_config_that_says_something_else_is_refused(content, says, expor
 
 def test_a_genai_folder_whose_graph_is_none(exported, tmp_path):
     folder = without_config(exported("trained"), tmp_path / "model")
-    (folder / "genai_decoder.onnx").write_bytes(b"no graph")
-    with pytest.raises(Lfm2Error, match=r"genai_decoder.onnx is no ONNX graph") as error:
+    (folder / "genai_decoder.onnx_graph").write_bytes(b"no graph")
+    with pytest.raises(Lfm2Error, match=r"genai_decoder.onnx_graph is no ONNX graph") as error:
         ORTLfm2ForCausalLM.from_pretrained(folder)
     assert "\n" not in str(error.value)
 

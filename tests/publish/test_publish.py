@@ -24,7 +24,7 @@ FILES = [
     "config.json",
     "genai_config.json",
     "generation_config.json",
-    "onnx/genai_decoder.onnx",
+    "onnx/genai_decoder.onnx_graph",
     *(f"onnx/{precision.file}{part}" for precision in PRECISIONS.values() for part in ("", "_data")),
     "tokenizer.json",
     "tokenizer_config.json",

@@ -30,7 +30,7 @@ def test_a_precision_that_fails_is_not_left_behind(tmp_path, capfd):
     assert err.startswith("optimum-cli: error: fp16: model.layers.3.ffn_norm.weight")
     assert err.count("\n") == 1
     assert sorted(path.name for path in (out / "onnx").iterdir()) == [
-        "genai_decoder.onnx",
+        "genai_decoder.onnx_graph",
         "model_quantized.onnx",
         "model_quantized.onnx_data",
     ]

@@ -88,7 +88,7 @@ def genai_tokens(folder: Path) -> list[int]:
 def test_genai_runs_the_folder(names, gold_model, tmp_path):
     assert run("--model", TRAINED, tmp_path / "out", "--precisions", "fp32", "--cache-names", names) == 0
     decoder = json.loads((tmp_path / "out" / "genai_config.json").read_text())["model"]["decoder"]
-    assert decoder["filename"] == "onnx/genai_decoder.onnx"
+    assert decoder["filename"] == "onnx/genai_decoder.onnx_graph"
     assert genai_weights(tmp_path / "out") == {"model.onnx_data"}
     assert decoder["inputs"]["past_conv_names"] == {"hub": "past_conv.%d", "genai": "past.%d.conv"}[names]
     assert decoder["outputs"]["present_conv_names"] == {"hub": "present_conv.%d", "genai": "present.%d.conv"}[names]

@@ -19,8 +19,7 @@ from optimum_lfm2.runtime.files import FileIdentity, generation_config_of, only_
         (["model.onnx"], None),
         (["model.onnx", "model_q4.onnx"], None),
         (["model_q4.onnx"], "model_q4.onnx"),
-        (["genai_decoder.onnx", "model_q4.onnx"], "model_q4.onnx"),
-        (["genai_decoder_quantized.onnx", "model_quantized.onnx"], "model_quantized.onnx"),  # Optimum quantised all
+        (["genai_decoder.onnx_graph", "model_q4.onnx"], "model_q4.onnx"),
     ],
 )
 def test_the_only_file(names, only, tmp_path):
