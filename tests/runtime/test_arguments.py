@@ -52,6 +52,18 @@ def test_a_negative_number_of_logits(model):
         model(prompts([4])[0][None], logits_to_keep=-1)
 
 
+@pytest.mark.parametrize("name", ["past_key_values", "cache"])
+def test_the_cache_by_either_name(name, model):
+    ids = prompts([5])[0][None]
+    expected = model(ids).logits[:, -1]
+    cache = model(ids[:, :4])[-1]
+    logits = model(ids[:, 4:], **{name: cache}).logits[:, -1]
+    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
+    assert cache.get_seq_length() == 5
+    cache.batch_repeat_interleave(2)
+    assert cache.recording is None, "to repeat rows is not to record"
+
+
 def test_two_different_caches(model):
     ids, token = prompts([4])[0][None], torch.tensor([[9]])
     one, other = (model(ids, return_dict=False)[1] for _ in range(2))
