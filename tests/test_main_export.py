@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import shutil
 
 import onnx
 import pytest
+import torch
 from commands import pickled
 from optimum.exporters.onnx import main_export
 from optimum.onnxruntime import ORTModelForCausalLM
@@ -56,6 +58,18 @@ def test_python_names_a_wrong_field(arguments, checkpoint, tmp_path):
     with pytest.raises(Lfm2Error, match="layer_types in"):
         main_export(str(source), tmp_path / "out", **arguments)
     assert not (tmp_path / "out").exists()
+
+
+def test_workers_that_were_forked_export(checkpoint, tmp_path):
+    """After a fork, two threads that use torch first at once fail in about half of the processes (torch 2.13)."""
+    torch.ones(9).amax()
+    source, context = str(checkpoint("hybrid")), multiprocessing.get_context("fork")
+    for attempt in range(6):
+        out = tmp_path / str(attempt)
+        worker = context.Process(target=main_export, args=(source, out), kwargs={"do_validation": False})
+        worker.start()
+        worker.join(60)
+        assert (worker.exitcode, (out / "model.onnx_data").exists()) == (0, True)
 
 
 def test_python_refuses_an_unknown_argument(checkpoint, tmp_path):

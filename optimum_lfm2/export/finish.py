@@ -112,6 +112,9 @@ def _save(model: ir.Model, path: Path, views: Mapping[ir.Value, str], writers: i
             bar.total = info.total
             bar.update()
 
+        # After a fork, the first thread that sets torch's number of threads replaces its pool. New threads do so on
+        # their first operation, and two at once fail in torch 2.13 ("Invalid thread pool!"). So this one comes first.
+        torch.set_num_threads(torch.get_num_threads())
         ir.external_data.unload_from_model(
             model,
             path.parent,
