@@ -37,7 +37,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--shape", choices=SHAPES, default="lfm2-350m", help="of the random checkpoint")
     add("--layers", type=int, help="of the random lfm2-8b-a1b, which has 24 and needs transformers 5; fewer need less")
     add("--systems", type=_names, default=list(SYSTEMS), help=f"comma-separated, of: {', '.join(SYSTEMS)}")
-    add("--rounds", type=int, default=12, help="in which each system has each of its chats")
+    add("--rounds", type=int, default=12, help="in which each system is loaded and has each of its chats")
     add("--threads", type=int, default=2, help="for every system")
     chats = "tokens of a prompt and tokens after it; may be several (default: 512:48 4096:24)"
     add("--chats", type=_chat, nargs="+", default=[Chat(512, 48), Chat(4096, 24)], metavar="PROMPT:NEW", help=chats)

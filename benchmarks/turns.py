@@ -1,4 +1,4 @@
-"""Systems side by side: each stays loaded in a process of its own, and one chats at a time, in turn.
+"""Systems side by side: each is loaded in a process of its own, and one chats at a time, in turn.
 
 A turn takes a second or a few, so a slow minute of a shared machine affects all systems alike. Ratios are taken within
 a round. Each round has an order of its own: a system may be slower right after a heavy one, and in a fixed order, also

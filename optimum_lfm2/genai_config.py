@@ -21,6 +21,7 @@ from optimum_lfm2.export.config_check import check_fields
 from optimum_lfm2.export.genai_decoder import write_decoder
 from optimum_lfm2.export.genai_pictures import write_pictures
 from optimum_lfm2.families import member_of
+from optimum_lfm2.file_names import GENAI_DECODER
 from optimum_lfm2.graph.editing import graph_cache_tensors
 
 
@@ -64,9 +65,9 @@ def write_genai_config(
     pictures = {} if embedding is None else write_pictures(folder, decoder, embedding, config)
     if pictures is None:
         return False
-    graph = write_decoder(decoder, folder / subfolder)
+    write_decoder(decoder, folder / subfolder)
     generation = _read(folder / "generation_config.json")
-    contents = genai_config(PurePosixPath(subfolder, graph).as_posix(), config, caches, generation)
+    contents = genai_config(PurePosixPath(subfolder, GENAI_DECODER).as_posix(), config, caches, generation)
     contents["model"] |= pictures
     text = json.dumps(contents, indent=2) + "\n"
     (folder / GENAI_CONFIG).write_text(text, encoding="utf-8")

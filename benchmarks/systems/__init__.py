@@ -87,21 +87,25 @@ def _transformers(precision: str, bits: int, head: int, dtype: str) -> Entry:
 _ours = _each("optimum-lfm2, generate()", "ours", "ours", "onnxruntime", OPTIMUM, "variant", VARIANTS)
 
 
-def _elsewhere(title: str, prefix: str, module: str, package: str, imports: tuple[str, ...]) -> dict[str, Entry]:
-    """Entries for our files in another program."""
+def _elsewhere(
+    title: str, prefix: str, module: str, package: str, imports: tuple[str, ...], option: str, without: tuple = ()
+) -> dict[str, Entry]:
+    """Entries for our files in another program. Its module takes the variant as `option`."""
     changes = {"title": title, "module": module, "package": package, "imports": imports}
-    return {name.replace("ours", prefix): replace(entry, of=name, **changes) for name, entry in _ours.items()}
-
-
-def _plain(entries: dict[str, Entry]) -> dict[str, Entry]:
-    """Those whose file is `model.onnx`, the only name of a file that onnxruntime-genai finds beside it."""
-    return {name: entry for name, entry in entries.items() if not name.endswith(("-kv8", "-columns"))}
+    return {
+        name.replace("ours", prefix): replace(entry, of=name, options=((option, variant),), **changes)
+        for (variant, *_), (name, entry) in zip(VARIANTS, _ours.items(), strict=True)
+        if variant not in without
+    }
 
 
 SYSTEMS: dict[str, Entry] = {
     **_ours,
-    **_elsewhere("optimum-lfm2, bare session loop", "loop", "loop", "onnxruntime", ("onnxruntime",)),
-    **_plain(_elsewhere("optimum-lfm2, in onnxruntime-genai", "ours-genai", "ours_genai", "onnxruntime-genai", GENAI)),
+    **_elsewhere("optimum-lfm2, bare session loop", "loop", "loop", "onnxruntime", ("onnxruntime",), "variant"),
+    **_elsewhere(
+        "optimum-lfm2, in onnxruntime-genai", "ours-genai", "genai", "onnxruntime-genai", GENAI, "precision",
+        without=("q4-kv8", "q4-columns"),  # genai_config.json names neither a KV cache in 8 bits nor columns
+    ),
     "transformers-fp32": _transformers("fp32, sdpa", 32, 32, "float32"),
     # The smallest that it has without another library, so what our q4 replaces.
     "transformers-bf16": _transformers("bf16, sdpa", 4, 16, "bfloat16"),

@@ -1,8 +1,8 @@
 """A second graph of the decoder, for onnxruntime-genai. It gives the logits of each row's last token alone.
 
-onnxruntime-genai (0.18) uses no others, but asks a graph for the logits of every token of a prompt, unless the graph
-declares that it has those of one token (https://github.com/microsoft/onnxruntime-genai/pull/1995). So the graph that
-Optimum and Transformers.js run costs it time, and 262 KB of memory per token of the prompt with a vocabulary of 65,536.
+onnxruntime-genai (0.18) reads no others. Yet it lets a graph compute the logits of every token of a prompt, unless the
+graph declares that it has those of one (https://github.com/microsoft/onnxruntime-genai/pull/1995). So the graph for
+Optimum and Transformers.js would cost time there, and 262 KB a token of the prompt with a vocabulary of 65,536.
 """
 
 from __future__ import annotations
@@ -14,28 +14,22 @@ import onnx_ir as ir
 
 from optimum_lfm2.caches import LOGITS_TO_KEEP
 from optimum_lfm2.file_names import GENAI_DECODER
+from optimum_lfm2.graph.editing import constant
 
 
 MASK = "attention_mask"
 
 
-def write_decoder(decoder: Path, place: Path) -> str:
-    """Write the second graph of a decoder. Its weights are those of the decoder's own file.
+def write_decoder(decoder: Path, place: Path) -> None:
+    """Write the second graph of a decoder as `GENAI_DECODER`. Its weights are those of the decoder's own file.
 
     Args:
         decoder: the decoder's file.
         place: the folder in which the decoder's file lies or will lie.
-
-    Returns:
-        The name of the graph that onnxruntime-genai should run: the second one, or the decoder's own where that has no
-        `num_logits_to_keep`.
     """
     model = ir.load(decoder)
-    if all(value.name != LOGITS_TO_KEEP for value in model.graph.inputs):
-        return decoder.name
     keep_last_logits(model.graph)
     ir.save(model, place / GENAI_DECODER)
-    return GENAI_DECODER
 
 
 def keep_last_logits(graph: ir.Graph) -> None:
@@ -47,7 +41,7 @@ def keep_last_logits(graph: ir.Graph) -> None:
     count = next(value for value in graph.inputs if value.name == LOGITS_TO_KEEP)
     starts = [node.outputs[0] for reshape, _ in count.uses() for node, _ in reshape.outputs[0].uses()]
     slices = [node for start in starts for node, _ in start.uses()]
-    last = _last_token(graph, slices[0].inputs[0])
+    last = _last_token(graph)
     for node in slices:
         taken = ir.node("GatherND", [node.inputs[0], last], {"batch_dims": 1})
         graph.insert_before(node, taken)
@@ -61,21 +55,15 @@ def keep_last_logits(graph: ir.Graph) -> None:
     logits.shape = ir.Shape([batch, 1, vocabulary])
 
 
-def _last_token(graph: ir.Graph, hidden: ir.Value) -> ir.Value:
+def _last_token(graph: ir.Graph) -> ir.Value:
     """Emit the index of each row's last unmasked token, (batch_size, 1, 1), as `GatherND` takes it."""
-    mask = next(value for value in graph.inputs if value.name == MASK)
+    tokens, mask = graph.inputs[0], next(value for value in graph.inputs if value.name == MASK)
     tape = ir.tape.Tape()
-
-    def constant(*values: int) -> ir.Value:
-        return tape.op("Constant", [], {"value": ir.tensor(np.array(values, dtype=np.int64))})
-
-    def scalar(value: int) -> ir.Value:
-        return tape.op("Constant", [], {"value": ir.tensor(np.array(value, dtype=np.int64))})
-
-    length = tape.op("Shape", [hidden], {"start": 1, "end": 2})
-    new = tape.op("Slice", [mask, tape.op("Neg", [length]), constant(np.iinfo(np.int64).max), constant(1)])
-    columns = tape.op("Range", [scalar(0), tape.op("Squeeze", [length]), scalar(1)])
-    last = tape.op("ReduceMax", [tape.op("Mul", [new, columns]), constant(1)], {"keepdims": 1})
-    index = tape.op("Unsqueeze", [last, constant(2)])
+    length = tape.op("Shape", [tokens], {"start": 1, "end": 2})
+    end = constant(tape, [np.iinfo(np.int64).max])
+    new = tape.op("Slice", [mask, tape.op("Neg", [length]), end, constant(tape, [1])])
+    columns = tape.op("Range", [constant(tape, 0), tape.op("Squeeze", [length]), constant(tape, 1)])
+    last = tape.op("ReduceMax", [tape.op("Mul", [new, columns]), constant(tape, [1])], {"keepdims": 1})
+    index = tape.op("Unsqueeze", [last, constant(tape, [2])])
     graph.insert_before(graph[0], tape.nodes)
     return index

@@ -11,12 +11,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx_ir as ir
 from transformers import PretrainedConfig
 
 from optimum_lfm2.errors import read_object
 from optimum_lfm2.file_names import DECODER, GENAI_EMBEDDING, ONNX_FOLDER, VISION
+from optimum_lfm2.graph.editing import constant
 from optimum_lfm2.weights.processor import PREPROCESSOR
 
 
@@ -116,17 +116,12 @@ def take_features(graph: ir.Graph, image_token: int) -> None:
         name=FEATURES, shape=ir.Shape(["num_image_tokens", hidden]), type=ir.TensorType(ir.DataType.FLOAT)
     )
     tape = ir.tape.Tape(graph)
-
-    def constant(*values: int, scalar: bool = False) -> ir.Value:
-        array = np.array(values[0] if scalar else values, dtype=np.int64)
-        return tape.op("Constant", [], {"value": ir.tensor(array)})
-
-    zero, one = constant(0, scalar=True), constant(1, scalar=True)
-    flat = tape.op("Reshape", [ids, constant(-1)])
-    rows = tape.op("Reshape", [embeds, constant(-1, hidden)])
-    count = tape.op("Squeeze", [tape.op("Shape", [features], {"start": 0, "end": 1}), constant(0)])
-    length = tape.op("Squeeze", [tape.op("Shape", [flat]), constant(0)])
-    pictured = tape.op("Equal", [flat, constant(image_token, scalar=True)])
+    zero, one = constant(tape, 0), constant(tape, 1)
+    flat = tape.op("Reshape", [ids, constant(tape, [-1])])
+    rows = tape.op("Reshape", [embeds, constant(tape, [-1, hidden])])
+    count = tape.op("Squeeze", [tape.op("Shape", [features], {"start": 0, "end": 1}), constant(tape, [0])])
+    length = tape.op("Squeeze", [tape.op("Shape", [flat]), constant(tape, [0])])
+    pictured = tape.op("Equal", [flat, constant(tape, image_token)])
     order = tape.op("Sub", [tape.op("CumSum", [tape.op("Cast", [pictured], {"to": ir.DataType.INT64}), zero]), one])
     own = tape.op("Add", [tape.op("Range", [zero, length, one]), count])
     taken = tape.op("And", [pictured, tape.op("Less", [order, count])])

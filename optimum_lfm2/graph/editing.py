@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 import torch
 
@@ -76,6 +77,11 @@ def table_names(graph: ir.Graph) -> set[str]:
     linear = (parameter_name(node.inputs[1]) for node in graph if is_linear(node))
     tables = (parameter_name(node.inputs[0]) for node in embeddings(graph))
     return {*tables, *(name for name in linear if name.endswith(TABLES))}
+
+
+def constant(tape: ir.tape.Tape, value: int | Sequence[int]) -> ir.Value:
+    """Emit an int64 constant: a scalar for a number, a vector for a sequence."""
+    return tape.op("Constant", [], {"value": ir.tensor(np.array(value, dtype=np.int64))})
 
 
 def insert(

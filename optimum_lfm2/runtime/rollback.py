@@ -50,7 +50,7 @@ class Point:
             self.states, self.borrowed = {name: state.clone() for name, state in self.states.items()}, False
 
     def states_after(self, count: int) -> States | None:
-        """Return the states after the first `count` tokens of the call, or None if these have to be run again."""
+        """Return the states after the first `count` tokens of the call, or None if its columns are not known."""
         if self.columns is None:
             return None
         return {

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 from clients import END, MESSAGES, NEW, PRECISIONS, up_to_end
 from optimum.exporters.onnx import main_export
@@ -125,12 +126,24 @@ def test_a_cache_of_8_bits(exported, tmp_path, prompt_ids, gold_continuation):
 
 
 def test_the_benchmark_runs_our_folder(exported, prompt_ids, gold_continuation):
-    from benchmarks.systems.ours_genai import System
+    from benchmarks.systems import SYSTEMS
 
-    system = System(exported("trained"), threads=1, length=MAX_LENGTH, variant="fp32")
+    system = SYSTEMS["ours-genai-fp32"].load(exported("trained"), threads=1, length=MAX_LENGTH)
     gold = up_to_end(gold_continuation(prompt_ids[0], NEW))[:-1]  # it goes on after the end of the answer
     assert len(gold) > 4
     assert system.run(prompt_ids[0], len(gold) - 1).tokens == gold
+
+
+def test_the_graph_differs_in_its_logits_alone(folder):
+    """Its inputs and outputs are those of the folder's own graph. Its nodes stand in an order in which they can run."""
+    own, theirs = (ir.load(folder / name).graph for name in ("model.onnx", "genai_decoder.onnx_graph"))
+    known = {*theirs.inputs, *theirs.initializers.values(), None}
+    for node in theirs:
+        assert known.issuperset(node.inputs), node.name
+        known.update(node.outputs)
+    assert [value.name for value in theirs.outputs] == [value.name for value in own.outputs]
+    assert theirs.outputs[0].shape[1] == 1
+    assert [value.name for value in theirs.inputs] == [x.name for x in own.inputs if x.name != "num_logits_to_keep"]
 
 
 def test_the_length_of_a_text_is_bounded_unless_asked_for(checkpoint, tmp_path):
