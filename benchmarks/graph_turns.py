@@ -3,6 +3,9 @@
 Every graph gets the same session options, and caches bound once: keys and values lie in place, conv states go from one
 buffer to another. Each round runs every graph, so a slow moment of the machine meets all. Ratios are taken within a
 round, to the first graph.
+
+Of several sessions in one process, a later one is faster: 3 to 7 % when the same file is loaded four times. So all
+graphs are loaded several times, each time with another graph first.
 """
 
 from __future__ import annotations
@@ -76,40 +79,56 @@ class Graph:
         return 1000 * statistics.median(times)
 
 
+def rotated(count: int, start: int) -> list[int]:
+    """The numbers below `count`, from one of them on."""
+    return [(start + i) % count for i in range(count)]
+
+
+def take_turns(graphs: dict[int, Graph], tokens: int, past: int, rounds: int, calls: int) -> list[list[float]]:
+    """Milliseconds of a call, of each graph in each round."""
+    bound = {i: graph.call(tokens, past) for i, graph in graphs.items()}
+    for i, graph in graphs.items():
+        graph.milliseconds(bound[i], calls)
+    turns = []
+    for number in range(rounds):  # who goes first changes
+        times = {i: graphs[i].milliseconds(bound[i], calls) for i in rotated(len(graphs), number)}
+        turns.append([times[i] for i in range(len(graphs))])
+    return turns
+
+
+def report(kind: str, paths: list[Path], turns: list[list[float]]) -> None:
+    print(f"{kind}, {len(turns)} rounds: ms (median, lowest), ratio (quartiles)")
+    for path, own in zip(paths, zip(*turns, strict=True), strict=True):
+        ratios = [time / turn[0] for time, turn in zip(own, turns, strict=True)]
+        low, middle, high = np.quantile(ratios, (0.25, 0.5, 0.75))
+        print(
+            f"  {path.parent.name}/{path.name:12} {statistics.median(own):8.2f} {min(own):8.2f}"
+            f"   {middle:.3f} ({low:.3f} to {high:.3f})"
+        )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "graphs", type=Path, nargs="+", help=".onnx files; the first is what the others are measured by"
     )
-    parser.add_argument("--rounds", type=int, default=60)
-    parser.add_argument("--steps", type=int, default=9, help="calls of one token a turn")
+    parser.add_argument("--loads", type=int, help="(default: one for each graph)")
+    parser.add_argument("--rounds", type=int, default=20, help="of each loading")
+    parser.add_argument("--steps", type=int, default=12, help="calls of one token a turn")
     parser.add_argument("--prompt", type=int, default=512)
-    parser.add_argument("--prefill-rounds", type=int, default=5)
+    parser.add_argument("--prefill-rounds", type=int, default=2, help="of each loading")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--head-dim", type=int, default=64, help="where a graph does not declare it")
     args = parser.parse_args()
-    graphs = [Graph(path, args.threads, args.prompt + 1, args.head_dim) for path in args.graphs]
-    decode, prefill = (1, args.prompt), (args.prompt, 0)
-    turns_of = (("decode", decode, args.rounds, args.steps), ("prefill", prefill, args.prefill_rounds, 1))
-    for kind, call, rounds, calls in turns_of:
-        if not rounds:
-            continue
-        bound = [graph.call(*call) for graph in graphs]
-        for graph, binding in zip(graphs, bound, strict=True):
-            graph.milliseconds(binding, calls)
-        turns = []
-        for number in range(rounds):  # who goes first changes
-            order = [(number + i) % len(graphs) for i in range(len(graphs))]
-            times = {i: graphs[i].milliseconds(bound[i], calls) for i in order}
-            turns.append([times[i] for i in range(len(graphs))])
-        print(f"{kind}, {rounds} rounds: ms (median, lowest), ratio (quartiles)")
-        for path, own in zip(args.graphs, zip(*turns, strict=True), strict=True):
-            ratios = sorted(time / turn[0] for time, turn in zip(own, turns, strict=True))
-            low, middle, high = (np.quantile(ratios, q) for q in (0.25, 0.5, 0.75))
-            print(
-                f"  {path.parent.name}/{path.name:12} {statistics.median(own):8.2f} {min(own):8.2f}"
-                f"   {middle:.3f} ({low:.3f} to {high:.3f})"
-            )
+    decode, prefill = [], []
+    for load in range(args.loads or len(args.graphs)):
+        order = rotated(len(args.graphs), load)
+        graphs = {i: Graph(args.graphs[i], args.threads, args.prompt + 1, args.head_dim) for i in order}
+        decode += take_turns(graphs, 1, args.prompt, args.rounds, args.steps)
+        prefill += take_turns(graphs, args.prompt, 0, args.prefill_rounds, 1)
+    for kind, turns in (("decode", decode), ("prefill", prefill)):
+        if turns:
+            report(kind, args.graphs, turns)
 
 
 if __name__ == "__main__":

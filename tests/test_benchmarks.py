@@ -121,16 +121,21 @@ def test_ratios_are_taken_within_a_round():
 
 
 def test_graphs_in_turns(exported, monkeypatch, capsys):
-    files = [str(exported("hybrid", **options) / "model.onnx") for options in ({}, {"_variant": "q4"})]
+    """Each graph is loaded first once, and in each round all have a turn."""
+    files = [exported("hybrid", **options) / "model.onnx" for options in ({}, {"_variant": "q4"})]
+    loaded: list[Path] = []
+    real = graph_turns.Graph.__init__
+    monkeypatch.setattr(graph_turns.Graph, "__init__", lambda self, *args: loaded.append(args[0]) or real(self, *args))
     options = ["--rounds", "2", "--steps", "1", "--prefill-rounds", "1", "--prompt", "8", "--threads", "1"]
-    monkeypatch.setattr(sys, "argv", ["graph_turns", *files, *options])
+    monkeypatch.setattr(sys, "argv", ["graph_turns", *map(str, files), *options])
     graph_turns.main()
+    assert loaded == [files[0], files[1], files[1], files[0]]
     decode, *rows = capsys.readouterr().out.splitlines()
-    assert decode.startswith("decode, 2 rounds")
+    assert decode.startswith("decode, 4 rounds")
     first, second, prefill, *_ = rows
     assert first.split()[3:] == ["1.000", "(1.000", "to", "1.000)"], "the first is what the others are measured by"
     assert min(float(second.split()[1]), float(second.split()[3])) > 0
-    assert prefill.startswith("prefill, 1 rounds")
+    assert prefill.startswith("prefill, 2 rounds")
 
 
 def test_a_system_that_dies_is_left_out(checkpoint, tmp_path, capsys):
