@@ -1,7 +1,7 @@
 """Change the package in one place at a time, and list the changes that no test sees.
 
     .venv-test/bin/python tests/mutants.py --tests tests/runtime tests/test_modeling.py -- runtime/cache.py modeling.py
-    .venv-test/bin/python tests/mutants.py -- runtime/rows.py:37,122    # these lines alone, by all tests
+    .venv-test/bin/python tests/mutants.py --tests tests/runtime -- runtime/rows.py:37,122    # these lines alone
 
 A child of one pytest session runs all tests once, to learn the lines that each of them reaches. Then each mutant has a
 child of its own, in which the functions of a module get other code: the tests that reach the changed line run, the

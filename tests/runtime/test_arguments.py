@@ -140,3 +140,12 @@ def test_a_cache_of_another_kind(model):
 def test_what_a_graph_does_not_give(name, model):
     with pytest.raises(Lfm2Error, match=name):
         model(input_ids=torch.tensor([[9]]), **{name: True})
+
+
+def test_inputs_for_a_step_without_a_mask(model):
+    """A loop of the caller's own may leave the mask out: then no token is hidden."""
+    ids = prompts([5])[0][None]
+    cache = model(ids[:, :3])[-1]
+    inputs = model.prepare_inputs_for_generation(ids, past_key_values=cache)
+    assert inputs["input_ids"].tolist() == ids[:, 3:].tolist()
+    torch.testing.assert_close(model(**inputs).logits, model(ids).logits[:, 3:], atol=1e-4, rtol=0)

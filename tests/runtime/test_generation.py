@@ -313,8 +313,8 @@ class TestCaches:
         ids = prompts(LENGTHS)[0][None].to(torch.int32)
         assert model.generate(ids, **GREEDY)[0, 9:].tolist() == golds[0]
         assert torch.equal(model(ids).logits, model(ids.long()).logits)
-        beams = [model.generate(given, num_beams=2, **GREEDY) for given in (ids, ids.long())]
-        assert torch.equal(*beams)
+        for options in ({"num_beams": 2}, {"repetition_penalty": 1.3}):  # the penalty looks the first ids up
+            assert torch.equal(*(model.generate(given, **GREEDY, **options) for given in (ids, ids.long())))
 
     @pytest.mark.parametrize("way", ["pickle", "torch"])
     def test_saved_and_loaded_by_another_session(self, way, model, exported):

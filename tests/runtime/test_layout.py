@@ -25,6 +25,7 @@ def foreign(source, target):
         value.name = re.sub(r"(past|present)_conv\.(\d+)", r"\1.\2.conv", value.name)
         if value.name.startswith("past_key_values"):
             value.shape = ir.Shape(["batch_size", 2, "past_sequence_length", "kv_cache_dim"])
+    model.graph.outputs[0].shape = ir.Shape(["batch_size", "num_logits", "vocab_size"])
     ir.save(model, target / "model.onnx")
     return target
 
