@@ -121,11 +121,9 @@ class GraphLayout:
 
 def _fixed(cache: CacheTensor, config: PretrainedConfig) -> tuple[int | None, ...]:
     """Return the sizes after the batch. The config gives those that the graph leaves open, as genai's builder does."""
-    if cache.kind != CONV and not cache.grows:
-        return cache.axes
     known: tuple[int | None, ...]
     if cache.kind == CONV:
         known = config.hidden_size, config.conv_L_cache
-    else:
+    else:  # a window has all of its sizes in the graph
         known = config.num_key_value_heads, GROWS, head_dim(config)
     return tuple(size or default for size, default in zip(cache.axes, known, strict=True))
