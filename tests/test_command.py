@@ -51,6 +51,7 @@ def expected(gold_model):
         "--no-constant-folding",
         "--batch_size 3 --sequence_length 5",
         "--batch_size 1 --sequence_length 1",
+        "--sequence_length 512",  # the longest that the checkpoint goes to
         "--variant default --trust-remote-code --library-name transformers",
         "--framework pt --device cpu --cache_dir cache",
     ],

@@ -48,6 +48,7 @@ LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "original_max_position_embedding
         ("--task text-generation-with-past --monolith", "--task text-generation."),
         ("--pad_token_id 0", "attention_mask"),
         ("--atol nan", "--atol"),
+        ("--atol inf", "--atol"),
         ("--atol -1", "--atol"),
     ],
 )
@@ -69,6 +70,7 @@ def test_option_is_refused(options, says, cli, checkpoint, out, monkeypatch):
         ({"rope_scaling": {"type": "longrope", "short_factor": [1], "long_factor": [1]}}, "longrope"),
         ({"quantization_config": {"quant_method": "bitsandbytes"}}, "bitsandbytes"),
         ({"quantization_config": None}, "quantization_config"),
+        ({"quantization_config": "fp8"}, "says fp8"),
         ({"architectures": ["Lfm2BidirForSequenceRouting"]}, "Lfm2BidirForSequenceRouting"),
         ({"architectures": ["Lfm2BidirP2ForRuleMatching"]}, "Lfm2BidirP2ForRuleMatching"),
         ({"architectures": ["Lfm2ForCausalLM", "Lfm2BidirForMaskedLM"]}, "is a Lfm2ForCausalLM"),
@@ -82,6 +84,7 @@ def test_option_is_refused(options, says, cli, checkpoint, out, monkeypatch):
         ({"pad_token_id": 256}, "vocab_size 256"),
         ({"head_dim": 15}, "heads are 15 wide"),
         ({"hidden_size": 2, "num_attention_heads": 4}, "heads are 0 wide"),
+        ({"hidden_size": "9" * 99}, f'hidden_size in config.json is "{"9" * 56}...; it has to be'),
         ({"id2label": 7}, "transformers cannot use the config.json"),
     ],
 )
@@ -105,7 +108,7 @@ def test_tolerances_that_are_right():
 
 def _no_weights(source: Path) -> str:
     (source / "model.safetensors").unlink()
-    return "safetensors"
+    return "has no weights: no model.safetensors"
 
 
 def _missing(source: Path) -> str:
