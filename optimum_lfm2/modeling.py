@@ -87,7 +87,6 @@ class ORTLfm2ForCausalLM(AssistedGeneration, compat.GenerationWithoutExperts, OR
         self._connect()
         return self
 
-    @torch.no_grad()
     def forward(
         self,
         input_ids: torch.Tensor,
@@ -158,7 +157,8 @@ class ORTLfm2ForCausalLM(AssistedGeneration, compat.GenerationWithoutExperts, OR
         check_ids(ids)
         past = 0 if cache is None else cache.get_seq_length()
         batch, length = ids.shape[0], past + ids.shape[1]
-        least, most = map(int, ids.aminmax())
+        # A token of decode is one element, and `item` costs a quarter of a reduction.
+        least, most = (ids.item(),) * 2 if ids.numel() == 1 else map(int, ids.aminmax())
         if least < 0 or most >= self._text_config.vocab_size:
             raise Lfm2Error(
                 f"input_ids has {least} to {most}, outside the vocabulary of "

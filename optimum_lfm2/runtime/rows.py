@@ -46,6 +46,8 @@ class RowRunner:
     def _run_recorded(
         self, ids: torch.Tensor, mask: torch.Tensor, cache: Lfm2Cache, keep: int, io_binding: bool
     ) -> torch.Tensor:
+        if cache.recording is None:
+            return self._run(ids, mask, cache, keep, io_binding)
         with cache.recorded(ids, mask):
             return self._run(ids, mask, cache, keep, io_binding)
 

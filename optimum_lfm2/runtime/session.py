@@ -86,7 +86,7 @@ class GraphSession:
                 f"This graph gives the logits of the last token alone, not of {keep or sequence}. Pass "
                 "logits_to_keep=1, or export it without pruning the head."
             )
-        return logits[:, -keep:]
+        return logits if logits.shape[1] == keep else logits[:, -keep:]
 
     def _tokens(self, ids: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return the graph's input that says what the tokens are: (batch_size, sequence_length, ...)."""
@@ -137,7 +137,8 @@ class GraphSession:
         if cache.bound_to is not self._session:  # a cache of another session of the same graph, or loaded from a file
             cache.bindings.clear()
             cache.bound_to = self._session
-        key = (keep, columns, *(tensor.data_ptr() for tensor in cache.spare.values()))[:3]
+        turn = next((tensor.data_ptr() for tensor in cache.spare.values()), None)
+        key = keep, columns, turn
         if key not in cache.bindings:
             binding = IOBinding(self._session)
             for tensor in self._layout.caches:
