@@ -63,6 +63,7 @@ def bind(
     for finish in passes:
         finish(model.graph, weights, scheme)
     _replace_placeholders(model.graph, weights)
+    _leave_out_statistics(model.graph)
     _declare_shapes(model.graph, shapes)
     if logits_default:
         keep_all_logits(model.graph)
@@ -88,6 +89,17 @@ def _replace_placeholders(graph: ir.Graph, weights: Mapping[str, torch.Tensor]) 
 def _read(weights: Mapping[str, torch.Tensor], placeholder: ir.Value, kernel: bool) -> ir.TensorProtocol:
     weight = read_parameter(weights, placeholder)
     return TorchTensor(weight[:, 0].T.contiguous() if kernel else weight)
+
+
+def _leave_out_statistics(graph: ir.Graph) -> None:
+    """Leave out two results of norms that nobody reads: the mean and the inverse deviation.
+
+    torch's exporter names every output, and onnxruntime plans for each that has a name.
+    """
+    for node in graph:
+        if node.op_type == "SkipSimplifiedLayerNormalization":
+            for statistic in node.outputs[1:3]:
+                statistic.name = ""
 
 
 def _declare_shapes(graph: ir.Graph, shapes: Mapping[str, Sequence[int | str] | None]) -> None:
