@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import pytest
 import torch
@@ -190,6 +191,21 @@ def test_the_file_as_a_whole_is_run_too(checkpoint, tmp_path, monkeypatch):
     _wrong_theta(monkeypatch)
     _no_gate(monkeypatch)
     finds("as a whole its logits", checkpoint("hybrid"), tmp_path)
+
+
+def test_the_whole_of_a_quantised_file_keeps_activations_in_float(checkpoint, tmp_path, monkeypatch):
+    """The file that is kept rounds them to 8 bits."""
+    opened, real = [], validation.open_session
+    monkeypatch.setattr(validation, "open_session", lambda model, folder: opened.append(model) or real(model, folder))
+    export(checkpoint("hybrid"), tmp_path, _variant="q4")
+
+    def levels(model: onnx.ModelProto) -> set[int]:
+        products = [node for node in model.graph.node if node.op_type == "MatMulNBits"]
+        return {attribute.i for node in products for attribute in node.attribute if attribute.name == "accuracy_level"}
+
+    (whole,) = opened
+    assert levels(onnx.load_from_string(whole)) == set()
+    assert levels(onnx.load(tmp_path / "model.onnx", load_external_data=False)) == {4}
 
 
 def test_without_memory_the_whole_is_left_out(checkpoint, tmp_path, monkeypatch):
