@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -18,6 +19,8 @@ from benchmarks import (
     experts,
     graph_turns,
     kv_cache_bits,
+    outside,
+    prefixes,
     quantization,
     report,
     rounding,
@@ -306,6 +309,28 @@ def test_rounding_of_several_tokens(tmp_path, capsys, monkeypatch):
     assert float(float_[2]) < 1e-6
     assert float_[4] == "0 of 1"
     assert 0 <= float(four[2]) < float(four[1])
+
+
+def test_prefixes(checkpoint, tmp_path, capsys):
+    """A longer prefix makes a larger file, and every cell has its median between its lowest and highest figure."""
+    options = ["--prefixes", "16", "500", "--rounds", "3", "--threads", "1"]
+    prefixes.main(["--checkpoint", str(checkpoint("hybrid")), "--work", str(tmp_path), *options])
+    short, long = cells(capsys.readouterr().out.splitlines()[2:])
+    assert (short[0], long[0]) == ("16", "500")
+    assert float(short[5]) < float(long[5])
+    for cell in short[1:5] + long[1:5]:
+        middle, low, high = map(float, re.findall(r"[\d.]+", cell))
+        assert 0 < low <= middle <= high
+
+
+def test_the_time_outside_of_the_session(checkpoint, tmp_path, capsys):
+    options = ["--prompt", "16", "--new", "6", "--rounds", "2", "--threads", "1"]
+    outside.main(["--checkpoint", str(checkpoint("hybrid")), "--work", str(tmp_path), *options])
+    tokens, single = (cells(table.splitlines()[2:]) for table in capsys.readouterr().out.split("\n\n"))
+    assert [row[0] for row in tokens] == ["`generate()`", "bare session loop"]
+    assert all(0 < float(row[2]) < float(row[1]) for row in tokens)
+    assert len(single) == 6
+    assert all(float(cell) >= 0 for row in single for cell in row[1:])
 
 
 def test_a_job_may_say_how_long_chunks_are(exported, monkeypatch):
