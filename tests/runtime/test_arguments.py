@@ -99,9 +99,12 @@ def test_guidance_reads_the_prompt_twice(model, gold_model):
 
 
 def test_ids_outside_the_vocabulary(model):
-    for bad in (-1, 256):
-        with pytest.raises(Lfm2Error, match="outside the vocabulary of 256"):
-            model(input_ids=torch.tensor([[9, bad]]))
+    for before in ([], [9]):  # a single token, as in decode, and several
+        model(input_ids=torch.tensor([[*before, 0]]))
+        model(input_ids=torch.tensor([[*before, 255]]))
+        for bad in (-1, 256):
+            with pytest.raises(Lfm2Error, match="outside the vocabulary of 256"):
+                model(input_ids=torch.tensor([[*before, bad]]))
 
 
 def test_mask_of_another_length(model):
