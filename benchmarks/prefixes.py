@@ -74,7 +74,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _short(milliseconds: float) -> str:
-    return f"{milliseconds:.0f}" if milliseconds >= 10 else f"{milliseconds:.1f}"
+    return f"{milliseconds:.0f}" if milliseconds >= 10 else f"{milliseconds:.2g}"
 
 
 if __name__ == "__main__":

@@ -328,7 +328,8 @@ def test_the_time_outside_of_the_session(checkpoint, tmp_path, capsys):
     outside.main(["--checkpoint", str(checkpoint("hybrid")), "--work", str(tmp_path), *options])
     tokens, single = (cells(table.splitlines()[2:]) for table in capsys.readouterr().out.split("\n\n"))
     assert [row[0] for row in tokens] == ["`generate()`", "bare session loop"]
-    assert all(0 < float(row[2]) < float(row[1]) for row in tokens)
+    assert all(float(row[2]) < float(row[1]) for row in tokens)
+    assert 0 <= float(tokens[1][2]) < float(tokens[0][2])  # a tiny model's bare loop may take under 0.005 ms
     assert len(single) == 6
     assert all(float(cell) >= 0 for row in single for cell in row[1:])
 

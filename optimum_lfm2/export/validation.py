@@ -174,8 +174,8 @@ def _check_whole(
 ) -> None:
     """Run the whole file, and compare the median token of each output. Quantised operators keep activations in float.
 
-    With activations in 8 bits, so many experts change that a right file of 24 layers may look wrong. If memory does not
-    allow the run, only the log says so.
+    The errors of activations in 8 bits add up: over 24 layers of experts, a right file may look wrong. If memory does
+    not allow the run, only the log says so.
 
     Raises:
         Lfm2Error: the file fails, or an output differs by more than `WHOLE_TOLERANCE`.
