@@ -13,7 +13,7 @@ PORT ?= 8000
 # A worker for each core; a file's tests stay together, since they share exports.
 PYTEST := -rs -n auto --dist loadfile
 # transformers' processor of pictures needs torchvision. PyPI's is built for another torch than the CPU's, and works for
-# the tests in part (tests/torchvision_python.py), so it gets a folder of its own. torch 2.13 has torchvision 0.28.
+# the tests in part (tests/support/torchvision_python.py), so it gets a folder of its own. torch 2.13 has torchvision 0.28.
 TORCHVISION = "import torch; print(f'torchvision==0.{int(torch.__version__.split(chr(46))[1]) + 15}.*')"
 add_torchvision = $(1)/bin/pip install --quiet --no-deps --target $(1)/torchvision pillow "$$($(1)/bin/python -c $(TORCHVISION))" \
 	|| echo "torchvision could not be installed: the tests of transformers' processor of pictures will be skipped" >&2

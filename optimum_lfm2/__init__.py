@@ -12,9 +12,9 @@ from optimum.exporters.tasks import TasksManager
 import optimum.exporters.onnx.__main__  # registers Optimum's own configs, which ours then replace
 from optimum_lfm2.configs import Lfm2OnnxConfig
 from optimum_lfm2.vision_configs import Lfm2VlOnnxConfig, in_parts
-from optimum_lfm2.export.loading import Lfm2TasksManager, is_ours
+from optimum_lfm2.loading.tasks_manager import Lfm2TasksManager, is_ours
 from optimum_lfm2.export.options import heeding_options
-from optimum_lfm2.export.validation import validated
+from optimum_lfm2.validation.decoder import validated
 from optimum_lfm2.families import MEMBERS, MODEL_TYPES
 from optimum_lfm2.dispatch import dispatch
 from optimum_lfm2.modeling import ORTLfm2ForCausalLM

@@ -30,15 +30,15 @@ from optimum_lfm2.errors import Lfm2Error
 from optimum_lfm2.export.finish import bind
 from optimum_lfm2.export.model_kwargs import ExportOptions
 from optimum_lfm2.export.patcher import GraphPatcher, Lfm2ModelPatcher
-from optimum_lfm2.export.validation import validate
 from optimum_lfm2.families import member_of
 from optimum_lfm2.file_names import MODEL
-from optimum_lfm2.genai_config import write_genai_config
 from optimum_lfm2.graph import ops
 from optimum_lfm2.graph.member import Member
+from optimum_lfm2.loading.modules import copy_modules
 from optimum_lfm2.metadata import ANY_PADDING, IN_PLACE
+from optimum_lfm2.sidecars.genai_config import write_genai_config
+from optimum_lfm2.validation.decoder import validate
 from optimum_lfm2.weights.blocks import SCHEMES, Scheme
-from optimum_lfm2.weights.modules import copy_modules
 
 
 Shapes = dict[str, tuple[int | str, ...] | None]

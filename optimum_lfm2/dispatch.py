@@ -15,10 +15,10 @@ from transformers.utils import CONFIG_NAME
 
 from optimum.commands.lfm2.adapters import check_adapter
 from optimum_lfm2.errors import Lfm2Error
-from optimum_lfm2.export.config_check import check_fields, loaded_config
 from optimum_lfm2.families import member_of
-from optimum_lfm2.genai_config import GENAI_CONFIG, is_of_our_type, read_genai_config
+from optimum_lfm2.loading.config_check import check_fields, loaded_config
 from optimum_lfm2.modeling import ORTLfm2ForCausalLM
+from optimum_lfm2.sidecars.genai_config import GENAI_CONFIG, is_of_our_type, read_genai_config
 
 
 def _genai_folder(cls: type, model_id: Any, subfolder: str = "", **_: Any) -> Path | None:

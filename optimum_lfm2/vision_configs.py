@@ -20,16 +20,16 @@ from optimum_lfm2 import compat
 from optimum_lfm2.caches import BATCH, SEQUENCE
 from optimum_lfm2.configs import Lfm2OnnxConfig, Shapes
 from optimum_lfm2.export.finish import bind
-from optimum_lfm2.export.js_config import declare_external_data
-from optimum_lfm2.export.loading import weightless
 from optimum_lfm2.export.model_kwargs import ExportOptions
 from optimum_lfm2.export.patcher import DecoderPatcher, EmbeddingPatcher, GraphPatcher, VisionPatcher
-from optimum_lfm2.export.vision_validation import sample_pictures, validate_embedding, validate_vision
 from optimum_lfm2.file_names import DECODER, EMBEDDING, ONNX_FOLDER, VISION
-from optimum_lfm2.genai_config import write_genai_config
+from optimum_lfm2.loading.processor import write_processor
+from optimum_lfm2.loading.tasks_manager import weightless
+from optimum_lfm2.sidecars.genai_config import write_genai_config
+from optimum_lfm2.sidecars.js_config import declare_external_data
+from optimum_lfm2.validation.vision import sample_pictures, validate_embedding, validate_vision
 from optimum_lfm2.weights.blocks import SCHEMES, VISION_SCHEME, Scheme
 from optimum_lfm2.weights.checkpoint import stored_tensors
-from optimum_lfm2.weights.processor import write_processor
 
 
 class DecoderOnnxConfig(Lfm2OnnxConfig):

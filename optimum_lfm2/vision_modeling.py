@@ -25,8 +25,8 @@ from optimum_lfm2.runtime.arguments import check_ids, is_empty
 from optimum_lfm2.runtime.cache import Lfm2Cache
 from optimum_lfm2.runtime.files import generation_config_of, refused_graphs
 from optimum_lfm2.runtime.parts import EmbeddedSession, Part, part_files, picture_features
-from optimum_lfm2.runtime.picture_checks import PICTURE, check_folder, check_pictures, check_type
 from optimum_lfm2.runtime.rows import RowRunner
+from optimum_lfm2.runtime.vision_checks import PICTURE, check_folder, check_pictures, check_type
 
 
 HUB = ("subfolder", "revision", "force_download", "local_files_only", "cache_dir", "token")

@@ -18,8 +18,8 @@ from optimum.exporters.tasks import TasksManager
 from optimum.onnxruntime import ORTModelForCausalLM
 from transformers import AutoTokenizer
 
+from optimum_lfm2.command import quiet
 from optimum_lfm2.compat import TRANSFORMERS_5
-from optimum_lfm2.export.command import quiet
 
 
 ROOT = Path(__file__).parent.parent

@@ -104,7 +104,7 @@ def found(models, tmp_path_factory) -> dict[str, dict]:
     for mode in ("with", "without"):
         folder = tmp_path_factory.mktemp(mode)
         environment["HF_MODULES_CACHE"] = str(folder / "modules")
-        command = [sys.executable, str(ROOT / "tests" / "others.py"), mode, str(models)]
+        command = [sys.executable, str(ROOT / "tests" / "support" / "others.py"), mode, str(models)]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         running[mode] = subprocess.Popen(command, cwd=folder, env=dict(environment), **pipes)
     answers = {mode: (*process.communicate(timeout=300), process.returncode) for mode, process in running.items()}

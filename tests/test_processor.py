@@ -24,6 +24,7 @@ pytestmark = pytest.mark.skipif(
     not torchvision_python.is_installed(), reason="no torchvision: `make test` installs one for the tests"
 )
 TESTS = Path(__file__).parent
+SUPPORT = TESTS / "support"
 PICTURE = ("pixel_values", "pixel_attention_mask", "spatial_shapes")
 NEW = 32
 
@@ -39,7 +40,7 @@ def child(folder, tmp_path_factory):
     path = tmp_path_factory.mktemp("processor")
     (path / "lfm2_vl_onnx").symlink_to(folder)
     settings = os.environ | {"PYTHONPATH": str(TESTS.parent / "demo"), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, TESTS / "torchvision_python.py", TESTS / "processor_child.py", "lfm2_vl_onnx"]
+    command = [sys.executable, SUPPORT / "torchvision_python.py", SUPPORT / "processor_child.py", "lfm2_vl_onnx"]
     subprocess.run(command, cwd=path, env=settings, check=True)
     return path
 

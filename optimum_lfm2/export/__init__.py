@@ -1,1 +1,1 @@
-"""`export onnx`: load the model, trace the graph, stream the weights into the file, validate it."""
+"""Trace the graph, finish it, quantise it, and stream the weights in. A folder is written whole or not at all."""

@@ -13,10 +13,10 @@ from optimum.exporters.tasks import TasksManager
 from optimum.utils import DEFAULT_DUMMY_SHAPES
 
 from optimum_lfm2.errors import Lfm2Error
-from optimum_lfm2.export.loading import check_task
 from optimum_lfm2.export.model_kwargs import ExportOptions
-from optimum_lfm2.export.supported import check_architecture
 from optimum_lfm2.families import MODEL_TYPES, member_of
+from optimum_lfm2.loading.supported import check_architecture
+from optimum_lfm2.loading.tasks_manager import check_task
 from optimum_lfm2.weights.blocks import SCHEMES
 
 

@@ -15,7 +15,6 @@ from transformers.utils import CONFIG_NAME, cached_file
 
 from optimum_lfm2.families import member_of
 from optimum_lfm2.file_names import DECODER, EMBEDDING, VISION
-from optimum_lfm2.genai_config import GENAI_CONFIG
 from optimum_lfm2.graph.member import Member
 from optimum_lfm2.publish.encoder_card import TEMPLATE as ENCODER_TEMPLATE
 from optimum_lfm2.publish.encoder_card import encoder_values
@@ -23,6 +22,7 @@ from optimum_lfm2.publish.precisions import PRECISIONS, Published, preferred
 from optimum_lfm2.publish.table import Column, file_table
 from optimum_lfm2.publish.vision_card import TEMPLATE as VISION_TEMPLATE
 from optimum_lfm2.publish.vision_card import vision_values
+from optimum_lfm2.sidecars.genai_config import GENAI_CONFIG
 
 
 CARD = "README.md"

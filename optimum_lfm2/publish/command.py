@@ -7,7 +7,7 @@ from argparse import Namespace
 from collections.abc import Mapping
 from typing import Any
 
-from optimum_lfm2.export.command import quiet, reported
+from optimum_lfm2.command import quiet, reported
 from optimum_lfm2.publish.folder import publish
 from optimum_lfm2.publish.job import Job
 

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from optimum_lfm2.weights.modules import MODULES
+from optimum_lfm2.loading.modules import MODULES
 
 
 CLASSES = {

@@ -18,13 +18,13 @@ from transformers import AutoTokenizer, PretrainedConfig
 from optimum_lfm2 import compat
 from optimum_lfm2.configs import DTYPES
 from optimum_lfm2.errors import Lfm2Error, read_object
-from optimum_lfm2.export.config_check import loaded_config
-from optimum_lfm2.export.js_config import JS_CONFIG, declare_external_data
-from optimum_lfm2.export.loading import Lfm2TasksManager, task_of
 from optimum_lfm2.export.staging import staged
 from optimum_lfm2.families import member_of
 from optimum_lfm2.file_names import DECODER, EMBEDDING, ONNX_FOLDER
-from optimum_lfm2.genai_config import write_genai_config
+from optimum_lfm2.loading.config_check import loaded_config
+from optimum_lfm2.loading.modules import copy_modules
+from optimum_lfm2.loading.processor import write_processor
+from optimum_lfm2.loading.tasks_manager import Lfm2TasksManager, task_of
 from optimum_lfm2.metadata import CHECKPOINT, COMPARED, DIFFERENCE, QUALITY, TEXT
 from optimum_lfm2.publish.card import write_card
 from optimum_lfm2.publish.job import LEAST_COSINE, WITH_PAST, Job
@@ -41,9 +41,9 @@ from optimum_lfm2.publish.precisions import (
 from optimum_lfm2.quality.evaluate import Quality, measure, read_chunks
 from optimum_lfm2.quality.scoring import load, reference_model
 from optimum_lfm2.quality.similarity import Similarity, compare_encoders, load_encoder, reference_encoder
+from optimum_lfm2.sidecars.genai_config import write_genai_config
+from optimum_lfm2.sidecars.js_config import JS_CONFIG, declare_external_data
 from optimum_lfm2.weights.checkpoint import find_tensors, fingerprint
-from optimum_lfm2.weights.modules import copy_modules
-from optimum_lfm2.weights.processor import write_processor
 
 
 # The traced graph is the same for any shape. A small one is chosen since a CPU is slow in half precision.

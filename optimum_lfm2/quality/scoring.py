@@ -17,12 +17,12 @@ from transformers.utils import CONFIG_NAME
 
 from optimum_lfm2.caches import LOGITS_TO_KEEP, head_dim
 from optimum_lfm2.errors import Lfm2Error, first_line
-from optimum_lfm2.export.config_check import loaded_config
-from optimum_lfm2.export.loading import Lfm2TasksManager, is_ours, materialize_buffers
-from optimum_lfm2.export.streamed import StandIns, streamed
 from optimum_lfm2.families import member_of
 from optimum_lfm2.file_names import DECODER, EMBEDDING, main_files
-from optimum_lfm2.genai_config import GENAI_CONFIG, read_genai_config
+from optimum_lfm2.loading.config_check import loaded_config
+from optimum_lfm2.loading.tasks_manager import Lfm2TasksManager, is_ours, materialize_buffers
+from optimum_lfm2.sidecars.genai_config import GENAI_CONFIG, read_genai_config
+from optimum_lfm2.validation.streamed import StandIns, streamed
 from optimum_lfm2.vision_configs import text_model
 
 

@@ -14,10 +14,10 @@ from tqdm import tqdm
 from transformers.utils import CONFIG_NAME
 
 from optimum_lfm2.errors import Lfm2Error, first_line
-from optimum_lfm2.export.loading import Lfm2TasksManager, is_ours, materialize_buffers, task_of
-from optimum_lfm2.export.streamed import StandIns, streamed
 from optimum_lfm2.families import MODEL_TYPES, member_of
+from optimum_lfm2.loading.tasks_manager import Lfm2TasksManager, is_ours, materialize_buffers, task_of
 from optimum_lfm2.quality.scoring import onnx_file, open_session
+from optimum_lfm2.validation.streamed import StandIns, streamed
 
 
 HIDDEN = "last_hidden_state"

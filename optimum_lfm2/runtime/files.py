@@ -15,7 +15,7 @@ from transformers import GenerationConfig
 
 from optimum_lfm2.errors import Lfm2Error, first_line
 from optimum_lfm2.file_names import main_files
-from optimum_lfm2.weights.companions import generation_settings
+from optimum_lfm2.loading.companions import generation_settings
 
 
 # Bytes of a graph. A larger one is not read for the names of its weight files, since that takes long.

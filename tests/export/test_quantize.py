@@ -18,8 +18,8 @@ from transformers import AutoTokenizer
 
 from optimum_lfm2.errors import Lfm2Error
 from optimum_lfm2.export import quantize
-from optimum_lfm2.export.validation import errors_as_they_are
 from optimum_lfm2.quality.evaluate import evaluate
+from optimum_lfm2.validation.decoder import errors_as_they_are
 from optimum_lfm2.weights.blocks import SCHEMES, Scheme, module_blocks, pack, quantize_tensor, rounded
 
 

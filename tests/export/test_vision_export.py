@@ -17,10 +17,10 @@ from safetensors.torch import load_file, save_file
 
 from optimum_lfm2 import ORTLfm2VlForConditionalGeneration, compat
 from optimum_lfm2.errors import Lfm2Error
-from optimum_lfm2.export.loading import Lfm2TasksManager
 from optimum_lfm2.graph import vision
+from optimum_lfm2.loading.processor import DEFAULTS
+from optimum_lfm2.loading.tasks_manager import Lfm2TasksManager
 from optimum_lfm2.vision_configs import VisionOnnxConfig
-from optimum_lfm2.weights.processor import DEFAULTS
 
 
 # tests/interop/test_node_vision.py shows why.

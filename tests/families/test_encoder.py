@@ -25,9 +25,9 @@ from transformers import AutoConfig
 
 from optimum_lfm2.errors import Lfm2Error
 from optimum_lfm2.export import run_trusted, trusted
-from optimum_lfm2.export.loading import Source
-from optimum_lfm2.export.validation import errors_as_they_are
 from optimum_lfm2.families import member_of
+from optimum_lfm2.loading.tasks_manager import Source
+from optimum_lfm2.validation.decoder import errors_as_they_are
 
 
 CLASSES = {

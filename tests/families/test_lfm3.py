@@ -40,10 +40,10 @@ from transformers import AutoModelForCausalLM
 from benchmarks.checkpoint import add_tokenizer
 from optimum_lfm2 import compat
 from optimum_lfm2.errors import Lfm2Error
-from optimum_lfm2.export.validation import errors_as_they_are
 from optimum_lfm2.families import lfm3
 from optimum_lfm2.quality.evaluate import evaluate
 from optimum_lfm2.quality.quantize_cache import quantize_cache
+from optimum_lfm2.validation.decoder import errors_as_they_are
 
 
 LENGTHS = (9, 1, 30)

@@ -11,8 +11,8 @@ import pytest
 import optimum_lfm2
 from optimum_lfm2.compat import LATER_MODELS
 from optimum_lfm2.errors import Lfm2Error
-from optimum_lfm2.export.config_check import check_fields
-from optimum_lfm2.families import MEMBERS, MODEL_TYPES, encoder, lfm2_moe, lfm3, member_of, vision
+from optimum_lfm2.families import MEMBERS, MODEL_TYPES, encoder, lfm2_moe, lfm2_vl, lfm3, member_of
+from optimum_lfm2.loading.config_check import check_fields
 from optimum_lfm2.weights.blocks import SCHEMES
 
 
@@ -36,9 +36,9 @@ def test_a_type_that_is_not_ours_has_no_record():
             "sliding_window in config.json is 0",
         ),
         (encoder, {"id2label": {"0": "A", "2": "B"}}, "names the labels 0, 2"),
-        (vision, {"vision_config": {"num_patches": 15}}, "num_patches .* is 15, which is no square"),
-        (vision, {"vision_config": {"hidden_size": 48, "num_attention_heads": 5}}, "5 does not divide hidden_size 48"),
-        (vision, {"vision_config": {"patch_size": 0}}, "patch_size in the vision_config .* is 0"),
+        (lfm2_vl, {"vision_config": {"num_patches": 15}}, "num_patches .* is 15, which is no square"),
+        (lfm2_vl, {"vision_config": {"hidden_size": 48, "num_attention_heads": 5}}, "5 does not divide hidden_size 48"),
+        (lfm2_vl, {"vision_config": {"patch_size": 0}}, "patch_size in the vision_config .* is 0"),
     ],
 )
 def test_what_a_record_refuses(member, config, says):
@@ -57,7 +57,7 @@ def test_what_a_record_refuses(member, config, says):
         (lfm3, {"layer_types": ["conv"], "sliding_window": None}),
         (encoder, {"id2label": {"1": "A", "0": "B"}}),
         (encoder, {}),
-        (vision, {"vision_config": {"num_patches": 16, "hidden_size": 48, "num_attention_heads": 4}}),
+        (lfm2_vl, {"vision_config": {"num_patches": 16, "hidden_size": 48, "num_attention_heads": 4}}),
     ],
 )
 def test_what_a_record_takes(member, config):

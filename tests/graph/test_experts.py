@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from optimum_lfm2 import compat
 from optimum_lfm2.errors import Lfm2Error
-from optimum_lfm2.export.streamed import StandIns
 from optimum_lfm2.graph import experts as graph_experts
+from optimum_lfm2.validation.streamed import StandIns
 from optimum_lfm2.weights.blocks import SCHEMES
 from optimum_lfm2.weights.experts import ExpertWeights
 

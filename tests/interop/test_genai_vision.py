@@ -13,11 +13,11 @@ from pictures import asked, drawn, gold_vl_model, gold_vl_tokens, joined, proces
 from transformers import AutoConfig, AutoTokenizer
 
 from optimum_lfm2 import ORTLfm2VlForConditionalGeneration
-from optimum_lfm2.export.genai_pictures import processor_settings
 from optimum_lfm2.file_names import DECODER, EMBEDDING
-from optimum_lfm2.genai_config import write_genai_config
+from optimum_lfm2.loading.processor import DEFAULTS
 from optimum_lfm2.publish.precisions import PRECISIONS, published
-from optimum_lfm2.weights.processor import DEFAULTS
+from optimum_lfm2.sidecars.genai_config import write_genai_config
+from optimum_lfm2.sidecars.genai_vision import processor_settings
 
 
 og = pytest.importorskip("onnxruntime_genai", reason="onnxruntime-genai is not installed")

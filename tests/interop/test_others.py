@@ -19,7 +19,7 @@ from optimum_lfm2 import ORTLfm2ForCausalLM
 from optimum_lfm2.caches import head_dim
 from optimum_lfm2.errors import Lfm2Error
 from optimum_lfm2.families import member_of
-from optimum_lfm2.genai_config import GENAI_CONFIG, genai_config
+from optimum_lfm2.sidecars.genai_config import GENAI_CONFIG, genai_config
 
 
 builder = pytest.mark.skipif(

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 
 from benchmarks.checkpoint import add_tokenizer
 from optimum_lfm2.errors import Lfm2Error
-from optimum_lfm2.weights.modules import find_modules
+from optimum_lfm2.loading.modules import find_modules
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from optimum.exporters.onnx import main_export, onnx_export_from_model
 
 from optimum_lfm2 import compat
 from optimum_lfm2.errors import Lfm2Error
-from optimum_lfm2.export.validation import errors_as_they_are
+from optimum_lfm2.validation.decoder import errors_as_they_are
 
 
 pytestmark = pytest.mark.skipif(not compat.TRANSFORMERS_5, reason="transformers 4 has no lfm2_moe")

@@ -31,7 +31,7 @@ class EvaluateCommand(BaseOptimumCLICommand):
         )
 
     def run(self) -> None:
-        from optimum_lfm2.export.command import quiet, reported
+        from optimum_lfm2.command import quiet, reported
         from optimum_lfm2.quality.evaluate import evaluate
 
         args = self.args

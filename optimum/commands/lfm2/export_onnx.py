@@ -41,7 +41,7 @@ def _wrap(original: Callable[[Any], None]) -> Callable[[Any], None]:
         if config is None:
             original(self)
             return
-        from optimum_lfm2.export.command import run_export
+        from optimum_lfm2.command import run_export
 
         run_export(self, original, config)
 

@@ -33,7 +33,7 @@ class QuantizeCacheCommand(BaseOptimumCLICommand):
         parser.add_argument("--length", type=int, default=512, help="tokens of a chunk (default: 512)")
 
     def run(self) -> None:
-        from optimum_lfm2.export.command import quiet, reported
+        from optimum_lfm2.command import quiet, reported
         from optimum_lfm2.quality.quantize_cache import quantize_cache
 
         args = self.args

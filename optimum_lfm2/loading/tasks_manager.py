@@ -13,15 +13,15 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from optimum_lfm2 import compat
 from optimum_lfm2.errors import Lfm2Error
-from optimum_lfm2.export.config_check import loaded_config
-from optimum_lfm2.export.supported import check_architecture
 from optimum_lfm2.families import MEMBERS, MODEL_TYPES, member_of
 from optimum_lfm2.graph.member import Member
+from optimum_lfm2.loading.companions import check_tokenizer, generation_settings
+from optimum_lfm2.loading.config_check import loaded_config
+from optimum_lfm2.loading.modules import find_modules
+from optimum_lfm2.loading.processor import processor_files
+from optimum_lfm2.loading.supported import check_architecture
 from optimum_lfm2.weights.checkpoint import find_tensors, stored_tensors
-from optimum_lfm2.weights.companions import check_tokenizer, generation_settings
 from optimum_lfm2.weights.experts import is_part
-from optimum_lfm2.weights.modules import find_modules
-from optimum_lfm2.weights.processor import processor_files
 
 
 def is_ours(model_name_or_path: str | Path, **kwargs: Any) -> bool:

@@ -12,8 +12,8 @@ from optimum.exporters.onnx import main_export
 from benchmarks.checkpoint import write_moe
 from optimum_lfm2 import compat
 from optimum_lfm2.errors import Lfm2Error
-from optimum_lfm2.export.validation import errors_as_they_are
 from optimum_lfm2.graph import experts as graph_experts
+from optimum_lfm2.validation.decoder import errors_as_they_are
 from optimum_lfm2.weights import experts
 
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from optimum_lfm2.export.streamed import StandIns
-from optimum_lfm2.export.together import run_together
+from optimum_lfm2.validation.streamed import StandIns
+from optimum_lfm2.validation.together import run_together
 from optimum_lfm2.weights.blocks import SCHEMES
 from optimum_lfm2.weights.checkpoint import tied_names
 

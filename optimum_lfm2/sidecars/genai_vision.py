@@ -17,7 +17,7 @@ from transformers import PretrainedConfig
 from optimum_lfm2.errors import read_object
 from optimum_lfm2.file_names import DECODER, GENAI_EMBEDDING, ONNX_FOLDER, VISION
 from optimum_lfm2.graph.editing import constant
-from optimum_lfm2.weights.processor import PREPROCESSOR
+from optimum_lfm2.loading.processor import PREPROCESSOR
 
 
 GENAI_PROCESSOR = "genai_processor_config.json"

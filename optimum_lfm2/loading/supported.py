@@ -7,8 +7,8 @@ from typing import Any
 
 from optimum_lfm2 import compat
 from optimum_lfm2.errors import Lfm2Error
-from optimum_lfm2.export.config_check import check_fields, ropes
 from optimum_lfm2.families import MEMBERS, member_of
+from optimum_lfm2.loading.config_check import check_fields, ropes
 
 
 # Their frequencies depend on the configuration alone. Those of `dynamic` and `longrope` change with the prompt.

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from optimum_lfm2.errors import Lfm2Error
-from optimum_lfm2.export.pieces import open_session, outputs_of
+from optimum_lfm2.validation.pieces import open_session, outputs_of
 
 
 @pytest.mark.parametrize("content", [b"", b"no graph"])

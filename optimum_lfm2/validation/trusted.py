@@ -18,8 +18,8 @@ import torch
 from safetensors.numpy import load_file
 
 from optimum_lfm2.errors import Lfm2Error
-from optimum_lfm2.export.loading import Source
-from optimum_lfm2.export.streamed import StandIns, streamed
+from optimum_lfm2.loading.tasks_manager import Source
+from optimum_lfm2.validation.streamed import StandIns, streamed
 
 
 # For each task, the classes of transformers by which `auto_map` may name the checkpoint's class.

@@ -10,8 +10,8 @@ from transformers import PretrainedConfig
 from transformers.utils import CONFIG_NAME
 
 from optimum_lfm2.errors import Lfm2Error, read_object
-from optimum_lfm2.export.config_check import check_fields, loaded_config
 from optimum_lfm2.families import MODEL_TYPES, member_of
+from optimum_lfm2.loading.config_check import check_fields, loaded_config
 
 
 PICTURE = ("pixel_values", "pixel_attention_mask", "spatial_shapes")

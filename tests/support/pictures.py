@@ -21,7 +21,7 @@ from transformers.models.lfm2_vl.modeling_lfm2_vl import Lfm2VlForConditionalGen
 from optimum_lfm2.compat import picture_features
 
 
-TRAINED = Path(__file__).parent.parent / "demo" / "checkpoint"
+TRAINED = Path(__file__).parents[2] / "demo" / "checkpoint"
 IMAGE = 4  # the id of `<image>`
 # Special tokens of the trained tokenizer that its texts do not use, and what they are in a processor of LFM2-VL.
 RENAMED = {

@@ -15,7 +15,7 @@ from optimum.commands.lfm2.export_lfm2 import ExportLfm2Command
 from optimum_lfm2.publish.precisions import PRECISIONS
 
 
-DEMO = Path(__file__).parents[1] / "demo"
+DEMO = Path(__file__).parents[2] / "demo"
 TRAINED = DEMO / "checkpoint"
 TEXT = ["--text", DEMO / "heldout.txt", "--chunks", 2, "--length", 128]
 CHAT = [{"role": "user", "content": "What is 3 plus 4?"}]

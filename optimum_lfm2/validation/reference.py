@@ -13,10 +13,10 @@ import torch
 from optimum_lfm2 import compat
 from optimum_lfm2.caches import CacheTensor, unflatten
 from optimum_lfm2.errors import Lfm2Error
-from optimum_lfm2.export.loading import materialize_buffers
-from optimum_lfm2.export.pieces import Cut, Values
-from optimum_lfm2.export.streamed import StandIns
-from optimum_lfm2.export.together import run_together
+from optimum_lfm2.loading.tasks_manager import materialize_buffers
+from optimum_lfm2.validation.pieces import Cut, Values
+from optimum_lfm2.validation.streamed import StandIns
+from optimum_lfm2.validation.together import run_together
 
 
 # Where a forward records its values: the values of its call, its row, and the indices of its tokens.

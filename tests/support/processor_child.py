@@ -26,7 +26,7 @@ from transformers.utils.logging import set_verbosity_error
 from optimum_lfm2 import ORTLfm2VlForConditionalGeneration
 
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 QUESTION, OF_SNIPPETS = "Describe the picture.", "What is in this picture?"
 # Heights and widths in pixels. The last one is cut into tiles.
 SIZES = {

@@ -11,7 +11,7 @@ from transformers import PretrainedConfig
 
 from optimum_lfm2.errors import Lfm2Error, read_object
 from optimum_lfm2.fields import SIZE, Field
-from optimum_lfm2.weights.companions import find_file
+from optimum_lfm2.loading.companions import find_file
 
 
 PREPROCESSOR = "preprocessor_config.json"

@@ -1,7 +1,8 @@
-"""Export tiny models that transformers 4 lacks, so that its tests can run the exports: `python tests/make_exports.py`.
+"""Export tiny models that transformers 4 lacks, so that its tests can run the exports.
 
-For each member this writes tests/exports/NAME: the export, and `gold.json` with a prompt and transformers' greedy
-tokens after it. It needs transformers 5.23, and must run again after a change of the exported graph or of its caches.
+`python tests/support/make_exports.py` writes tests/exports/NAME for each member: the export, and `gold.json` with a
+prompt and transformers' greedy tokens after it. It needs transformers 5.23, and must run again after a change of the
+exported graph or of its caches.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from pathlib import Path
 from checkpoints import ATTENTION, CONV, SLIDING, gold_tokens, make_checkpoint, prompts
 
 
-EXPORTS = Path(__file__).parent / "exports"
+EXPORTS = Path(__file__).parents[1] / "exports"
 NEW = 24
 TINY = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 3}
 TINY |= {"num_key_value_heads": 1}

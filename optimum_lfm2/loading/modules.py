@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from optimum_lfm2.errors import Lfm2Error, read_object
-from optimum_lfm2.weights.companions import find_file
+from optimum_lfm2.loading.companions import find_file
 
 
 MODULES = "modules.json"

@@ -10,7 +10,7 @@ import torch
 from transformers.models.siglip2.configuration_siglip2 import Siglip2VisionConfig
 
 from optimum_lfm2.errors import Lfm2Error
-from optimum_lfm2.runtime.picture_checks import check_folder, check_pictures, check_type
+from optimum_lfm2.runtime.vision_checks import check_folder, check_pictures, check_type
 
 
 CONFIG = Siglip2VisionConfig(num_channels=3, patch_size=2)

@@ -20,7 +20,7 @@ from optimum.exporters.onnx import convert
 from optimum_lfm2.compat import TRANSFORMERS_5
 
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
 CLI = [sys.executable, "-c", "from optimum.commands.optimum_cli import main; main()"]
 

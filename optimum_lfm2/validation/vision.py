@@ -11,9 +11,9 @@ import torch
 from transformers import PretrainedConfig
 
 from optimum_lfm2 import compat
-from optimum_lfm2.export.pieces import open_session, outputs_of
-from optimum_lfm2.export.streamed import Loan, StandIns
-from optimum_lfm2.export.validation import judge, relative_error
+from optimum_lfm2.validation.decoder import judge, relative_error
+from optimum_lfm2.validation.pieces import open_session, outputs_of
+from optimum_lfm2.validation.streamed import Loan, StandIns
 from optimum_lfm2.weights.blocks import rounded
 
 

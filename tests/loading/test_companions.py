@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from optimum_lfm2.errors import Lfm2Error
+from optimum_lfm2.loading.companions import check_tokenizer, generation_settings
+from optimum_lfm2.loading.modules import find_modules
 from optimum_lfm2.weights.checkpoint import find_tensors
-from optimum_lfm2.weights.companions import check_tokenizer, generation_settings
-from optimum_lfm2.weights.modules import find_modules
 
 
 def written(folder: Path, name: str, content: object) -> str:

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from optimum_lfm2.errors import Lfm2Error
-from optimum_lfm2.export.pieces import (
+from optimum_lfm2.validation.pieces import (
     Cut,
     Piece,
     Values,
@@ -32,8 +32,8 @@ from optimum_lfm2.export.pieces import (
     outputs_of,
     split,
 )
-from optimum_lfm2.export.reference import Reference, norm_names
-from optimum_lfm2.export.trusted import compare_trusted
+from optimum_lfm2.validation.reference import Reference, norm_names
+from optimum_lfm2.validation.trusted import compare_trusted
 
 
 # The relative error of the median token that the whole file may have. Errors add up over the layers, and near a tie a

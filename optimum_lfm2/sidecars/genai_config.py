@@ -17,12 +17,12 @@ from transformers import Lfm2Config, PretrainedConfig
 
 from optimum_lfm2.caches import CONV, CacheTensor, head_dim
 from optimum_lfm2.errors import Lfm2Error, read_object
-from optimum_lfm2.export.config_check import check_fields
-from optimum_lfm2.export.genai_decoder import write_decoder
-from optimum_lfm2.export.genai_pictures import write_pictures
 from optimum_lfm2.families import member_of
 from optimum_lfm2.file_names import GENAI_DECODER
 from optimum_lfm2.graph.editing import graph_cache_tensors
+from optimum_lfm2.loading.config_check import check_fields
+from optimum_lfm2.sidecars.genai_decoder import write_decoder
+from optimum_lfm2.sidecars.genai_vision import write_pictures
 
 
 GENAI_CONFIG = "genai_config.json"

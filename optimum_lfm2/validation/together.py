@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from optimum_lfm2.export.streamed import Loan, experts_one_by_one, loans
+from optimum_lfm2.validation.streamed import Loan, experts_one_by_one, loans
 
 
 def run_together(model: Any, weights: Mapping[str, Any], jobs: Sequence[Callable[[], None]]) -> None:

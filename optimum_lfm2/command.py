@@ -13,7 +13,7 @@ from unittest.mock import patch
 from optimum_lfm2.errors import Lfm2Error
 from optimum_lfm2.export import options
 from optimum_lfm2.export.staging import staged
-from optimum_lfm2.export.validation import errors_as_they_are
+from optimum_lfm2.validation.decoder import errors_as_they_are
 
 
 # Loggers whose warnings a user of the export cannot act on.

@@ -1,0 +1,1 @@
+"""Every file of an exported folder besides the ONNX files and their weights."""

@@ -1,0 +1,1 @@
+"""Check exported files against transformers: layer by layer, part by part, or by the checkpoint's own code."""
