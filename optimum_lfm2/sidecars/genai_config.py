@@ -95,18 +95,9 @@ def genai_config(
         past[f"past_{tensor.kind}_names"] = _template(tensor.past, tensor.layer)
         present[f"present_{tensor.kind}_names"] = _template(tensor.present, tensor.layer)
 
-    def token(name: str) -> Any:
-        value = generation.get(name)
-        return getattr(decoder, name, None) if value is None else value
-
-    eos, pad = token("eos_token_id"), token("pad_token_id")
-    if pad is None:
-        pad = eos[0] if isinstance(eos, list) else eos
     model: dict[str, Any] = {
         "type": member_of(config).with_caches(caches).genai_type,
-        "bos_token_id": token("bos_token_id"),
-        "eos_token_id": eos,
-        "pad_token_id": pad,
+        **_special_tokens(decoder, generation),
         "context_length": decoder.max_position_embeddings,
         "vocab_size": decoder.vocab_size,
         "decoder": {
@@ -186,6 +177,20 @@ def _conv_width(path: Path) -> int:
 def _template(name: str, layer: int) -> str:
     """Replace the layer's number in a cache name by `%d`. No other part of a cache name is a number."""
     return name.replace(str(layer), LAYER)
+
+
+def _special_tokens(config: PretrainedConfig, generation: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the special tokens that there are. onnxruntime-genai opens no folder that has null or -1 for one."""
+    tokens = {}
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        value = generation.get(name)
+        value = getattr(config, name, None) if value is None else value
+        listed = [one for one in (value if isinstance(value, list) else [value]) if one in range(config.vocab_size)]
+        if listed:
+            tokens[name] = listed if isinstance(value, list) else listed[0]
+    if eos := tokens.get("eos_token_id"):
+        tokens.setdefault("pad_token_id", eos[0] if isinstance(eos, list) else eos)
+    return tokens
 
 
 def _search(config: PretrainedConfig, generation: Mapping[str, Any]) -> dict[str, Any]:
