@@ -80,11 +80,15 @@ def _check_classes(config: Mapping[str, Any]) -> None:
 
 
 def _check_quantized(config: Mapping[str, Any]) -> None:
-    if "quantization_config" not in config:
-        return
-    settings = config["quantization_config"]
-    method = settings.get("quant_method", "unknown") if isinstance(settings, dict) else settings
-    raise Lfm2Error(
-        f"The checkpoint is quantised already: quantization_config in config.json says {method}. "
-        "Export the original checkpoint, with --variant q4, q4s or q8."
-    )
+    compat.check_null(config, "quantization_config")
+    for field in ("quantization_config", "quantization"):  # the second is MLX's
+        settings = config.get(field)
+        if settings is None:
+            continue
+        method = settings.get("quant_method") if isinstance(settings, dict) else settings
+        if method is None:  # MLX repeats its own settings under both names
+            method = "MLX" if "group_size" in settings else "unknown"
+        raise Lfm2Error(
+            f"The checkpoint is quantised already: {field} in config.json says {method}. "
+            "Export the original checkpoint, with --variant q4, q4s or q8."
+        )

@@ -18,6 +18,7 @@ from optimum_lfm2.graph.member import Member
 from optimum_lfm2.loading.companions import check_tokenizer, generation_settings
 from optimum_lfm2.loading.config_check import loaded_config
 from optimum_lfm2.loading.modules import find_modules
+from optimum_lfm2.loading.notices import tell_of_adapter, tell_of_unread
 from optimum_lfm2.loading.processor import processor_files
 from optimum_lfm2.loading.supported import check_architecture
 from optimum_lfm2.weights.checkpoint import find_tensors, stored_tensors
@@ -108,6 +109,9 @@ class Lfm2TasksManager(TasksManager):
         model.checkpoint = member.checkpoint(files, model)
         if member.text is not None:
             model.processor_files = processor_files(model_name_or_path, config, **hub)
+        tell_of_adapter(model_name_or_path, **hub)
+        own = weightless(config, task_of(config), model.dtype)
+        tell_of_unread(model_name_or_path, model.checkpoint, stored_tensors(own).keys() - stored_tensors(model).keys())
         return model
 
 

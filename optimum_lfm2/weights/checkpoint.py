@@ -23,6 +23,24 @@ from optimum_lfm2.errors import Lfm2Error, read_object
 # What transformers reads besides: pickles, to which it adds random weights where a tensor is missing.
 OTHER_WEIGHTS = (WEIGHTS_INDEX_NAME, WEIGHTS_NAME)
 
+# Parts of names that other programs put into a checkpoint, with whose they are and what to do.
+_MERGE = "Load it with peft, and save what its merge_and_unload() returns."
+_UNWRAP = "Save the model inside, as accelerate's unwrap_model() returns it."
+_ORIGINAL = "Export the checkpoint that it was converted from."
+FOREIGN_NAMES = {
+    "._orig_mod.": ("torch.compile", "Save the model that was compiled, which is its _orig_mod."),
+    ".base_model.model.": ("peft", _MERGE),
+    ".base_layer.": ("peft", _MERGE),
+    ".lora_": ("peft", _MERGE),
+    "._fsdp_wrapped_module.": ("FSDP", _UNWRAP),
+    "._checkpoint_wrapped_module.": ("FSDP", _UNWRAP),
+    "._forward_module.": ("Lightning Fabric", _UNWRAP),
+    ".module.": ("torch's DataParallel", _UNWRAP),
+    ".switch_mlp.": ("MLX", _ORIGINAL),
+}
+# Buffers that older releases stored. They follow from the configuration.
+COMPUTED = ("inv_freq", "original_inv_freq", "position_ids")
+
 
 class Checkpoint(Mapping[str, torch.Tensor]):
     """The parameters of a model. Each is read from its file and converted when it is asked for; none is kept.
@@ -63,7 +81,16 @@ class Checkpoint(Mapping[str, torch.Tensor]):
             for candidate in (spelled, *(prefix + bare for prefix in self.PREFIXES), bare):
                 if candidate in self._files:
                     return candidate
-        raise Lfm2Error(
+        raise self._missing(name)
+
+    def _missing(self, name: str) -> Lfm2Error:
+        """Return the error for a tensor that is not stored. It says so where another program changed the names."""
+        for marker, (program, remedy) in FOREIGN_NAMES.items():
+            if stored := next((stored for stored in self._files if marker in f".{stored}"), None):
+                return Lfm2Error(
+                    f"The checkpoint has no tensor {name}, but {stored}: such names are of {program}. {remedy}"
+                )
+        return Lfm2Error(
             f"The checkpoint has no tensor {name}, which its config.json asks for. "
             "Download or copy the checkpoint again, with its own config.json."
         )
@@ -73,10 +100,17 @@ class Checkpoint(Mapping[str, torch.Tensor]):
         for path in sorted(set(self._files.values())):
             with _opened(path) as file:
                 shapes |= {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118  not a dict
-        for stored, shape in (needed for name in self._parameters for needed in self._needed(name).items()):
+        needed = {stored: shape for name in self._parameters for stored, shape in self._needed(name).items()}
+        self._unread = sorted(self._files.keys() - needed.keys())
+        for stored, shape in needed.items():
             if stored not in shapes:
                 raise Lfm2Error(
                     f"{self._files[stored]} has no tensor {stored}, though the checkpoint's index names it."
+                )
+            if len(shape) == 3 and tuple(shapes[stored]) == (shape[0], shape[2], shape[1]) != shape:
+                raise Lfm2Error(
+                    f"{stored} in {self._files[stored]} has the shape {tuple(shapes[stored])}, and transformers' is "
+                    f"{shape}: such kernels are of MLX. {_ORIGINAL}"
                 )
             if tuple(shapes[stored]) != shape:
                 raise Lfm2Error(
@@ -87,6 +121,23 @@ class Checkpoint(Mapping[str, torch.Tensor]):
     def _needed(self, name: str) -> dict[str, tuple[int, ...]]:
         """Return the stored tensors that a parameter is read from, each with the shape that it must have."""
         return {self._stored[name]: tuple(self._parameters[name].shape)}
+
+    @property
+    def unread(self) -> list[str]:
+        """The names of the stored tensors that no parameter is read from, in order.
+
+        Those that change nothing are left out: buffers that are computed, and copies of what they are tied to.
+        """
+        return [name for name in self._unread if name.split(".")[-1] not in COMPUTED and not self._is_copy(name)]
+
+    def _is_copy(self, name: str) -> bool:
+        if name not in self._stored:
+            return False
+        tensors = []
+        for stored in (name, self._stored[name]):
+            with _opened(self._files[stored]) as file:
+                tensors.append(file.get_tensor(stored))
+        return torch.equal(*tensors)
 
     def __getitem__(self, name: str) -> Any:
         return self._read(self._stored[name], self._parameters[name].dtype)

@@ -76,10 +76,7 @@ class MoeCheckpoint(Checkpoint):
         experts, outputs, inputs = self._parameters[name].shape
         parts = [part for index in range(experts) for part in self._parts(name, index)]
         if missing := [part for part in parts if part not in self._files]:
-            raise Lfm2Error(
-                f"The checkpoint has no tensor {missing[0]}, which its config.json asks for. "
-                "Download or copy the checkpoint again, with its own config.json."
-            )
+            raise self._missing(missing[0])
         return dict.fromkeys(parts, (outputs * experts // len(parts), inputs))
 
     def _parts(self, name: str, index: int) -> list[str]:
