@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import wraps
 from inspect import signature
 from pathlib import Path
@@ -112,14 +112,6 @@ def check_model_type(model_type: str) -> None:
         raise Lfm2Error(
             f"{model_type} is a model of transformers {LATER_MODELS[model_type]}, and {transformers.__version__} is "
             'installed. Install transformers 5 as README.md tells under "Use it"; what it exports runs here too.'
-        )
-
-
-def check_null(config: Mapping[str, Any], field: str) -> None:
-    """Raise `Lfm2Error` for a field that is null, which transformers 4 cannot read there. Goes with transformers 4."""
-    if not TRANSFORMERS_5 and config.get(field, field) is None:
-        raise Lfm2Error(
-            f"{field} in config.json is null, which transformers {transformers.__version__} cannot read. Remove it."
         )
 
 
