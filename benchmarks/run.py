@@ -48,7 +48,11 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--long-prompt", type=int, default=16384, help=long_prompt)
     python = "the Python that has a package, where it cannot be installed beside the others; may be repeated"
     add("--python", type=_interpreter, action="append", default=[], metavar="PACKAGE=PATH", help=python)
-    add("--write-docs", action="store_true", help="put the table into docs/performance.md, and the PNG beside it")
+    add(
+        "--write-docs",
+        action="store_true",
+        help="put the tables into docs/performance.md and README.md, and the PNG into docs/",
+    )
     args = parser.parse_args(argv)
     if min(args.rounds, args.loads + 1, args.threads) < 1:
         parser.error("--rounds and --threads must be 1 at least, and --loads 0")
@@ -147,7 +151,7 @@ def main(argv: list[str] | None = None) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / "results.json"
     path.write_text(json.dumps(results, indent=1) + "\n")
-    report.publish(path, ROOT / "docs" if args.write_docs else None)
+    report.publish(path, ROOT if args.write_docs else None)
 
 
 if __name__ == "__main__":

@@ -111,7 +111,7 @@ def check_model_type(model_type: str) -> None:
     if model_type in STAND_INS:
         raise Lfm2Error(
             f"{model_type} is a model of transformers {LATER_MODELS[model_type]}, and {transformers.__version__} is "
-            'installed. Install transformers 5 as README.md tells under "Use it"; what it exports runs here too.'
+            'installed. Install transformers 5 as README.md tells under "Install"; what it exports runs here too.'
         )
 
 

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import re
 import shutil
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -44,6 +45,7 @@ pytestmark = pytest.mark.once
 
 ROOT = Path(__file__).parent.parent
 OPTIONS = ["--rounds", "2", "--loads", "1", "--threads", "1", "--chats", "16:4", "40:3", "--quality", "2"]
+PAGES = ("README.md", "docs/performance.md")
 NAMES = ["ours-fp32", "loop-fp32", "ours-q4", "transformers-fp32"]
 
 
@@ -94,20 +96,45 @@ def test_float_systems_agree(results):
     assert "ours-fp32 5, loop-fp32 5." in results.with_name("table.md").read_text()
 
 
-def test_the_table_goes_between_the_marks(results, tmp_path):
-    page = tmp_path / "performance.md"
-    page.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
-    report.publish(results, tmp_path)
-    text = page.read_text()
+@pytest.fixture
+def pages(tmp_path) -> Path:
+    """A repository's root with the pages that a report goes into."""
+    for page in PAGES:
+        (tmp_path / page).parent.mkdir(exist_ok=True)
+        (tmp_path / page).write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    return tmp_path
+
+
+def test_the_table_goes_between_the_marks(results, pages, capsys):
+    report.publish(results, pages)
+    readme, text = ((pages / page).read_text() for page in PAGES)
     assert text.startswith("before\n")
     assert text.endswith("\nafter\n")
     assert "\nold\n" not in text
     rows = [line for line in text.splitlines() if line.startswith(("| optimum-lfm2", "| transformers"))]
     assert len(rows) == 2 * len(NAMES)
+    assert "\nold\n" in readme, "this run has not all systems of its table"
+    assert "README.md stays as it is" in capsys.readouterr().out
 
 
-def test_the_page_has_the_marks():
-    text = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+def test_readme_has_a_row_of_each_of_its_systems(results, pages):
+    measured = json.loads(results.read_text())
+    systems = measured["systems"]
+    systems["ours-genai-q4"] = systems["llama-q4_0"] = systems["ours-q4"]
+    (pages / "results.json").write_text(json.dumps(measured))
+    report.publish(pages / "results.json", pages)
+    text = (pages / "README.md").read_text()
+    assert "\nold\n" not in text
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines()[4:-3]]
+    assert [row[1] for row in rows] == ["q4, blocks of 128"] * 3 + ["fp32, sdpa"]
+    prefill, decode = zip(*systems["ours-q4"]["speeds"]["16:4"], strict=True)
+    peak = systems["ours-q4"]["loads"][0]["peak"] / 1e6
+    assert rows[0][2:] == [f"{value:.0f}" for value in (statistics.median(prefill), statistics.median(decode), peak)]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_page_has_the_marks(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
     assert text.index(report.BEGIN) < text.index(report.END)
 
 

@@ -23,14 +23,13 @@ import optimum.exporters.onnx
 import optimum.onnxruntime
 import pytest
 from packaging.requirements import Requirement
+from pages import ROOT, read, snippets
 
 from optimum_lfm2.compat import TRANSFORMERS_5
 
 
-ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
 # In the order in which README's two ways are written: by pip's own choice, and on transformers 5.
-INSTALLED = re.findall(r"^pip install (.*?)(?: +#.*)?$", README, flags=re.MULTILINE)
+INSTALLED = re.findall(r"^pip install (.*?)(?: +#.*)?$", read("README.md"), flags=re.MULTILINE)
 OURS = "optimum-lfm2"
 
 
@@ -158,16 +157,11 @@ for make, options in ((pipeline, {{}}), (optimum.pipelines.pipeline, {{"accelera
     assert len(first.split()) > 8
 
 
-def test_readme_snippets_run(packages, exported, tmp_path):
-    shutil.copytree(exported("trained"), tmp_path / "lfm2_onnx")
-    snippets = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    assert snippets
-    # These need more than README's first lines install: tests/test_readme.py and tests/test_processor.py run them.
-    more = ("sentence_transformers", "AutoProcessor")
-    snippets = [snippet for snippet in snippets if not any(name in snippet for name in more)]
-    said = python(packages, "".join(snippets), tmp_path).splitlines()
-    assert "3 plus 4 is 7." in said
-    assert len(said) == 4
+def test_readme_chats(packages, exported, tmp_path):
+    """Its other snippets need more than its first lines install: test_docs.py and test_processor.py run them."""
+    (tmp_path / "lfm2_onnx").symlink_to(exported("trained", variant="q4"))
+    chat, *_ = snippets("README.md")
+    assert python(packages, chat, tmp_path) == "The silver key is next to the well. Ben put it there.\n"
 
 
 # Imports that Optimum makes on a condition which does not hold here.

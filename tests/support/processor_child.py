@@ -10,11 +10,11 @@ import contextlib
 import io
 import json
 import random
-import re
 import runpy
 import sys
 from pathlib import Path
 
+import pages
 import torch
 from ask import read
 from drawings import draw
@@ -26,7 +26,6 @@ from transformers.utils.logging import set_verbosity_error
 from optimum_lfm2 import ORTLfm2VlForConditionalGeneration
 
 
-ROOT = Path(__file__).parents[2]
 QUESTION, OF_SNIPPETS = "Describe the picture.", "What is in this picture?"
 # Heights and widths in pixels. The last one is cut into tiles.
 SIZES = {
@@ -72,7 +71,7 @@ def printed(function, *args) -> str:
 
 def ask(export: Path, picture: str) -> str:
     sys.argv = ["ask.py", str(export), "--picture", picture, "--question", QUESTION]
-    return printed(lambda: runpy.run_path(str(ROOT / "demo" / "ask.py"), run_name="__main__")).splitlines()[-1]
+    return printed(lambda: runpy.run_path(str(pages.ROOT / "demo" / "ask.py"), run_name="__main__")).splitlines()[-1]
 
 
 def main(export: Path) -> None:
@@ -93,7 +92,7 @@ def main(export: Path) -> None:
     describe = pipeline("image-text-to-text", model=model, processor=processor)
     snippets = {}
     for page in ("README.md", "docs/vision.md"):
-        for snippet in re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), flags=re.DOTALL):
+        for snippet in pages.snippets(page):
             if "AutoProcessor" in snippet:
                 snippets[page] = printed(exec, compile(snippet, page, "exec"), {})
     said = {
