@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from embedding import make_embedding, states_alone
 from optimum.exporters.onnx import main_export
 from pages import ROOT, anchors, commands, links, pages, read, snippets
@@ -157,3 +158,16 @@ def test_readme_embeds_two_sentences(tmp_path, monkeypatch):
 @pytest.mark.once
 def test_readme_is_short():
     assert len(read("README.md").split()) <= 1000
+
+
+@pytest.mark.once
+def test_forms_and_workflows_can_be_read():
+    files = sorted((ROOT / ".github").rglob("*.yml"))
+    read_files = {path.stem: yaml.safe_load(path.read_text(encoding="utf-8")) for path in files}
+    for name in ("bug", "new_member"):
+        assert all(field["attributes"]["label"] for field in read_files[name]["body"])
+    job = read_files["ci"]["jobs"]["test"]
+    assert job["steps"][-1]["run"] == "make ${{ matrix.target }}"
+    script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    assert set(job["strategy"]["matrix"]["target"]) == set(re.findall(r"^make (test\S*)$", script, flags=re.MULTILINE))
+    assert f"TORCH={job['env']['TORCH']} " in script
