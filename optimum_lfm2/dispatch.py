@@ -16,7 +16,7 @@ from transformers.utils import CONFIG_NAME
 from optimum.commands.lfm2.adapters import check_adapter
 from optimum_lfm2.errors import Lfm2Error
 from optimum_lfm2.families import member_of
-from optimum_lfm2.loading.config_check import check_fields, loaded_config
+from optimum_lfm2.loading.config_check import check_fields, loaded_config, mend
 from optimum_lfm2.modeling import ORTLfm2ForCausalLM
 from optimum_lfm2.sidecars.genai_config import GENAI_CONFIG, is_of_our_type, read_genai_config
 
@@ -100,7 +100,10 @@ def _dispatching(original: Callable[..., Any], model_types: tuple[str, ...]) -> 
     @wraps(original)
     def method(cls: type, *args: Any, **kwargs: Any) -> Any:
         config = kwargs.get("config", args[1] if len(args) > 1 else None)
-        if cls is ORTModelForCausalLM and getattr(config, "model_type", None) in model_types:
+        ours = getattr(config, "model_type", None) in model_types
+        if ours and original.__name__ == "_export" and issubclass(cls, ORTModelForCausalLM):
+            mend(config)  # transformers read it, and `save_pretrained` writes it beside the graph
+        if ours and cls is ORTModelForCausalLM:
             return getattr(ORTLfm2ForCausalLM, original.__name__)(*args, **kwargs)
         return original(cls, *args, **kwargs)
 

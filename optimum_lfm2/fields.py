@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,6 +62,14 @@ FLAG = Field(bool)
 POSITIVE = Field(float, 1e-30, 1e30)
 TOKEN = Field(int, -1, 2**31 - 1, optional=True)
 NUMBER_TYPES = ("float32", "float16", "bfloat16", "float64")
+
+
+def ropes(config: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yield the field and the parameters of each rope. There is one for all layers, or one for each kind of layer."""
+    for field in ("rope_scaling", "rope_parameters"):
+        rope = config.get(field) or {}
+        by_kind = [value for value in rope.values() if isinstance(value, Mapping)]
+        yield from ((field, value) for value in by_kind or [rope])
 
 
 def contradiction(name: str, one: str, other: str) -> Lfm2Error:

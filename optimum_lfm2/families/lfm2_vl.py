@@ -15,11 +15,19 @@ from transformers import AutoModelForImageTextToText
 from optimum_lfm2.errors import Lfm2Error
 from optimum_lfm2.families import lfm2
 from optimum_lfm2.fields import FLAG, SIZE, Field
+from optimum_lfm2.graph.member import published
 from optimum_lfm2.graph.vision_ops import ACTIVATIONS
 from optimum_lfm2.weights.checkpoint import Checkpoint
 
 
 TOWER = "siglip2_vision_model"
+# What `auto_map` names in checkpoints from before transformers had the model. transformers has the same.
+PUBLISHED_CODE = (
+    "configuration_lfm2_vl.Lfm2VlConfig",
+    "modeling_lfm2_vl.Lfm2VlModel",
+    "modeling_lfm2_vl.Lfm2VlForConditionalGeneration",
+    "processing_lfm2_vl.Lfm2VlProcessor",
+)
 
 FIELDS = {
     "text_config": Field(dict),
@@ -92,5 +100,6 @@ MEMBER = replace(
     fields=FIELDS,
     check=check_vision,
     checkpoint=VlCheckpoint,
+    own_code=published(*PUBLISHED_CODE),
     genai_type="lfm2_vl",
 )

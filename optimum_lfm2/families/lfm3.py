@@ -11,20 +11,29 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
+import transformers
 from transformers import PretrainedConfig, PreTrainedModel
 
 from optimum_lfm2.caches import CONV, Kept, head_dim
 from optimum_lfm2.errors import Lfm2Error
 from optimum_lfm2.families import lfm2
-from optimum_lfm2.fields import FLAG, Field
+from optimum_lfm2.fields import FLAG, Field, ropes
 from optimum_lfm2.graph.blocks import AttentionParts, attention
 from optimum_lfm2.graph.call import AttentionCall, Call, Rotary
-from optimum_lfm2.graph.member import LayerKind, Member, Mixed, Weight
+from optimum_lfm2.graph.member import LayerKind, Member, Mixed, Weight, published
 from optimum_lfm2.graph.sliding import SlidingCall, masked_attention_call, sliding_call
 from optimum_lfm2.weights.checkpoint import Checkpoint
 
 
 SLIDING_ATTENTION = "sliding_attention"
+DEFAULT, PROPORTIONAL = "default", "proportional"
+PARTIAL = "partial_rotary_factor"
+# What `auto_map` of published checkpoints names. transformers has the same.
+PUBLISHED_CODE = (
+    "configuration_lfm3.Lfm3Config",
+    "modeling_lfm3.Lfm3Model",
+    "modeling_lfm3.Lfm3ForCausalLM",
+)
 
 
 def gated_attention(
@@ -104,6 +113,41 @@ def check_window(config: Mapping[str, Any]) -> None:
         )
 
 
+def check(config: Mapping[str, Any]) -> None:
+    """Raise `Lfm2Error` for a configuration whose windows or ropes cannot be."""
+    check_window(config)
+    for field, rope in ropes(config):
+        rope_type = rope.get("rope_type", rope.get("type", DEFAULT))
+        turned = rope.get(PARTIAL, config.get(PARTIAL, 1))
+        if turned < 1 and rope_type not in (DEFAULT, PROPORTIONAL):
+            raise Lfm2Error(
+                f"{field} in config.json has {PARTIAL} {turned} beside {rope_type}, which transformers' LFM3 does not "
+                f"compute. A part of a head is turned by {PROPORTIONAL}."
+            )
+
+
+def mend_ropes(config: PretrainedConfig) -> list[str]:
+    """Read the label "default" beside a `partial_rotary_factor` below 1 as "proportional", in place.
+
+    Published checkpoints were trained with the frequencies of "proportional", and call them "default". transformers
+    5.23 and 5.24 ignore the factor there, and turn the whole head.
+
+    Returns:
+        A sentence on each rope that was read so.
+    """
+    said = []
+    for kind, rope in (getattr(config, "rope_parameters", None) or {}).items():
+        turned = rope.get(PARTIAL, 1) if isinstance(rope, Mapping) else 1
+        if turned < 1 and rope.get("rope_type") == DEFAULT:
+            rope["rope_type"] = PROPORTIONAL
+            said.append(
+                f'rope_parameters.{kind} in config.json says "{DEFAULT}" with {PARTIAL} {turned}. That is read as '
+                f'"{PROPORTIONAL}", as LFM3 was trained. transformers {transformers.__version__} turns whole heads '
+                f"there: for a model that was trained so, write {PARTIAL} 1.0 into config.json."
+            )
+    return said
+
+
 def whole_text(config: PretrainedConfig) -> LayerKind | None:
     """Return full attention where the window is as long as a text can be, else None."""
     return FULL if config.sliding_window >= config.max_position_embeddings else None
@@ -142,7 +186,9 @@ MEMBER = Member(
     # In 4 bits these cause five sixths of the quantisation error (docs/lfm3.md).
     in_8_bits=("conv.in_proj", "conv.out_proj"),
     fields=FIELDS,
-    check=check_window,
+    check=check,
+    own_code=published(*PUBLISHED_CODE),
+    mend=mend_ropes,
     post_norms=sandwich_norms,
     transformers_js=False,
 )

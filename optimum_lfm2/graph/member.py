@@ -70,6 +70,14 @@ TRANSFORMERS_MODELS: Mapping[str, ModelMaker] = {
 }
 
 
+def published(*names: str) -> Callable[[str], bool]:
+    """Return a function that tells whether `auto_map` names one of these classes, which transformers has too.
+
+    Fine-tunes name the repository before it: `LiquidAI/LFM2-VL-1.6B--modeling_lfm2_vl.Lfm2VlModel`.
+    """
+    return lambda name: name.rpartition("--")[2] in names
+
+
 @dataclass(frozen=True)
 class LayerKind:
     """A kind of layer. `layer_types` in config.json names the kind of each layer.
@@ -139,8 +147,10 @@ class Member:
         models: for each task, what makes the model of transformers that is the reference.
         heads: the heads of an encoder by their tasks. A decoder has none: its head is a part of the decoder.
         export_type: what Optimum's `TasksManager` calls the member, where that is not its model type.
-        own_code: whether checkpoints bring modelling code of their own. An export does not run it, since `models` has
-            the same model.
+        own_code: takes what `auto_map` in config.json names, such as `modeling_lfm2_vl.Lfm2VlModel`. Returns
+            whether `models` has the same model, so that nobody has to run the checkpoint's own code.
+        mend: corrects, in place, what transformers reads of a configuration otherwise than its checkpoint was trained.
+            Returns a sentence on each correction.
         genai_type: the model type in `genai_config.json`. None if onnxruntime-genai cannot run the member.
         transformers_js: whether Transformers.js (4.3.1) has the model.
         growing: the record for a graph whose sliding layers keep the keys and values of all columns. Some runtimes have
@@ -168,7 +178,8 @@ class Member:
     models: Mapping[str, ModelMaker] = field(default_factory=lambda: TRANSFORMERS_MODELS)
     heads: Mapping[str, Head] = field(default_factory=dict)
     export_type: str | None = None
-    own_code: bool = False
+    own_code: Callable[[str], bool] = lambda name: False
+    mend: Callable[[PretrainedConfig], list[str]] = lambda config: []
     genai_type: str | None = None
     transformers_js: bool = True
     growing: Member | None = None

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from optimum.utils import logging
 from transformers import AutoConfig, PretrainedConfig
 
 from optimum_lfm2.errors import Lfm2Error
 from optimum_lfm2.families import MODEL_TYPES, member_of
-from optimum_lfm2.fields import FLAG, NUMBER_TYPES, POSITIVE, SIZE, TOKEN, Field, contradiction
+from optimum_lfm2.fields import FLAG, NUMBER_TYPES, POSITIVE, SIZE, TOKEN, Field, contradiction, ropes
 
+
+logger = logging.get_logger(__name__)
 
 # The fields of all members. A record adds its own. The upper limits are for wrong numbers, which would take all memory
 # or time before the shapes of the weights contradict them: a module is made for each layer, a rotary table has a row
@@ -110,18 +113,21 @@ def check_fields(config: Mapping[str, Any], name: str = "config.json") -> None:
         raise contradiction(name, f"pad_token_id is {pad}", f"vocab_size {words}")
 
 
-def loaded_config(model_name_or_path: str | Path, **where: Any) -> PretrainedConfig:
-    """Load a model's configuration with transformers. Its fields are checked already.
+def loaded_config(
+    model_name_or_path: str | Path, tell: Callable[[str], None] = logger.info, **where: Any
+) -> PretrainedConfig:
+    """Load a model's configuration with transformers, and `mend` it. Its fields are checked already.
 
     Args:
         model_name_or_path: the folder, or the id on the Hub.
+        tell: gets a sentence on whatever is read otherwise than transformers reads it.
         where: `subfolder`, `revision` and the like, as `AutoConfig.from_pretrained` takes them.
 
     Raises:
         Lfm2Error: transformers refuses it. 5.24 is stricter than 4.57: it refuses 0 for 0.0.
     """
     try:
-        return AutoConfig.from_pretrained(model_name_or_path, **where)
+        config = AutoConfig.from_pretrained(model_name_or_path, **where)
     except OSError:
         raise  # of the Hub
     except Exception as error:  # transformers 5 has classes of its own for them, and 4 has not
@@ -129,14 +135,24 @@ def loaded_config(model_name_or_path: str | Path, **where: Any) -> PretrainedCon
         raise Lfm2Error(
             f"transformers cannot use the config.json of {model_name_or_path}: {said} Correct it, or copy it again."
         ) from error
+    for sentence in mend(config):
+        tell(f"{model_name_or_path}: {sentence}")
+    return config
 
 
-def ropes(config: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Yield the field and the parameters of each rope. There is one for all layers, or one for each kind of layer."""
-    for field in ("rope_scaling", "rope_parameters"):
-        rope = config.get(field) or {}
-        by_kind = [value for value in rope.values() if isinstance(value, Mapping)]
-        yield from ((field, value) for value in by_kind or [rope])
+def mend(config: PretrainedConfig) -> list[str]:
+    """Correct what transformers reads of a configuration otherwise than its checkpoint was trained, in place.
+
+    It loses the names of the checkpoint's code (`auto_map`) too, so that nothing that is made of it runs or copies any.
+
+    Returns:
+        A sentence on whatever is read otherwise than transformers reads it.
+    """
+    vars(config).pop("auto_map", None)
+    if config.model_type not in MODEL_TYPES:
+        return []
+    member = member_of(config)
+    return member.mend(config) + (mend(getattr(config, member.text)) if member.text else [])
 
 
 def _check_table(config: Mapping[str, Any], fields: Mapping[str, Field], name: str) -> None:

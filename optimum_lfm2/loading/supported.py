@@ -8,7 +8,8 @@ from typing import Any
 from optimum_lfm2 import compat
 from optimum_lfm2.errors import Lfm2Error
 from optimum_lfm2.families import MEMBERS, member_of
-from optimum_lfm2.loading.config_check import check_fields, ropes
+from optimum_lfm2.fields import ropes
+from optimum_lfm2.loading.config_check import check_fields
 
 
 # Their frequencies depend on the configuration alone. Those of `dynamic` and `longrope` change with the prompt.
@@ -70,9 +71,9 @@ def _check_classes(config: Mapping[str, Any]) -> None:
             f"The checkpoint is a {', '.join(unknown)} (architectures in config.json), which computes something else "
             f"than {' and '.join(known)}: these are exported."
         )
-    if (auto_map := config.get("auto_map")) and not member.own_code:
-        # Whatever the classes are called, what they compute is in the checkpoint's own code.
-        classes = sorted({str(name) for name in auto_map.values()})
+    # Whatever the classes are called, what they compute is in the checkpoint's own code.
+    classes = sorted({str(name) for name in (config.get("auto_map") or {}).values() if not member.own_code(str(name))})
+    if classes:
         raise Lfm2Error(
             f"The checkpoint brings its own code: auto_map in config.json names {', '.join(classes)}. What it computes "
             f"is not known here. If it is what transformers' {known[0]} computes, remove auto_map."

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from optimum.exporters.tasks import TasksManager
+from optimum.utils import logging
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from optimum_lfm2 import compat
@@ -23,6 +25,11 @@ from optimum_lfm2.loading.processor import processor_files
 from optimum_lfm2.loading.supported import check_architecture
 from optimum_lfm2.weights.checkpoint import find_tensors, stored_tensors
 from optimum_lfm2.weights.experts import is_part
+
+
+logger = logging.get_logger(__name__)
+# A checkpoint is opened several times in an export.
+warn_once = cache(logger.warning)
 
 
 def is_ours(model_name_or_path: str | Path, **kwargs: Any) -> bool:
@@ -87,7 +94,8 @@ class Lfm2TasksManager(TasksManager):
         """
         if not _is_for_us(model_name_or_path, *args, **kwargs):
             return TasksManager.get_model_from_task(task, model_name_or_path, *args, **kwargs)
-        config, hub, dtype = _lfm2_config(model_name_or_path, **kwargs), _hub(kwargs), kwargs.get("torch_dtype")
+        config = _lfm2_config(model_name_or_path, tell=warn_once, **kwargs)
+        hub, dtype = _hub(kwargs), kwargs.get("torch_dtype")
         member = member_of(config)
         check_task(task, config)
         check_dtype(dtype)
@@ -180,14 +188,12 @@ class Source:
 
 
 def _export_as(model: PreTrainedModel, member: Member) -> None:
-    """Let Optimum find the exporter by `export_type`, and keep what names the checkpoint's code out of config.json.
+    """Let Optimum find the exporter by `export_type`.
 
     Optimum reads the type from the class of the configuration: what an instance holds would be saved.
     """
     config: Any = model.config
     config.__class__ = type(type(config).__name__, (type(config),), {"export_model_type": member.export_type})
-    config.auto_map = None
-    del config.auto_map
 
 
 def materialize_buffers(model: PreTrainedModel) -> None:
@@ -228,11 +234,13 @@ def _generation_config(model_name_or_path: str, config: PretrainedConfig, hub: d
     return GenerationConfig.from_model_config(config) if written is None else written
 
 
-def _checked_config(model_name_or_path: str | Path, **kwargs: Any) -> PretrainedConfig:
+def _checked_config(
+    model_name_or_path: str | Path, tell: Callable[[str], None] = logger.info, **kwargs: Any
+) -> PretrainedConfig:
     hub = _hub(kwargs)
     # This checks the file's own fields. transformers replaces some wrong ones by defaults, and fails on others.
     check_architecture(PretrainedConfig.get_config_dict(model_name_or_path, **hub)[0])
-    return loaded_config(model_name_or_path, **hub)
+    return loaded_config(model_name_or_path, tell, **hub)
 
 
 def _lfm2_config(model_name_or_path: str | Path, **kwargs: Any) -> PretrainedConfig:
