@@ -24,9 +24,9 @@ from optimum.onnxruntime import (
 from transformers import AutoConfig
 
 from optimum_lfm2.errors import Lfm2Error
-from optimum_lfm2.export import run_trusted, trusted
 from optimum_lfm2.families import member_of
 from optimum_lfm2.loading.tasks_manager import Source
+from optimum_lfm2.validation import run_trusted, trusted
 from optimum_lfm2.validation.decoder import errors_as_they_are
 
 

@@ -15,8 +15,10 @@ from optimum.exporters.onnx import main_export
 
 from optimum_lfm2 import configs
 from optimum_lfm2.errors import Lfm2Error
-from optimum_lfm2.export import finish, pieces, reference, validation
+from optimum_lfm2.export import finish
 from optimum_lfm2.graph import blocks, ops
+from optimum_lfm2.validation import decoder as validation
+from optimum_lfm2.validation import pieces, reference
 from optimum_lfm2.validation.decoder import errors_as_they_are
 
 
