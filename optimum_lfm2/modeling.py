@@ -29,7 +29,7 @@ from optimum_lfm2.runtime.arguments import (
 )
 from optimum_lfm2.runtime.assisted import AssistedGeneration
 from optimum_lfm2.runtime.cache import Lfm2Cache
-from optimum_lfm2.runtime.files import FileIdentity, generation_config_of, only_file, refused_graphs
+from optimum_lfm2.runtime.files import FileIdentity, generation_config_of, only_file, refused_graphs, save_session
 from optimum_lfm2.runtime.layout import GraphLayout
 from optimum_lfm2.runtime.padding_warning import right_padding_allowed
 from optimum_lfm2.runtime.rows import RowRunner
@@ -282,6 +282,9 @@ class ORTLfm2ForCausalLM(AssistedGeneration, compat.GenerationWithoutExperts, OR
     def _reorder_cache(past_key_values: Lfm2Cache, beam_idx: torch.Tensor) -> Lfm2Cache:
         past_key_values.reorder_cache(beam_idx)
         return past_key_values
+
+    def _save_pretrained(self, save_directory: str | Path) -> None:
+        save_session(self, Path(save_directory))
 
     @classmethod
     def _export(cls, *args: Any, **kwargs: Any) -> ORTLfm2ForCausalLM:

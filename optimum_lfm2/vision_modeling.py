@@ -23,7 +23,7 @@ from optimum_lfm2.file_names import DECODER, EMBEDDING, ONNX_FOLDER, VISION
 from optimum_lfm2.modeling import WARNINGS_OFF, ORTLfm2ForCausalLM
 from optimum_lfm2.runtime.arguments import check_ids, is_empty
 from optimum_lfm2.runtime.cache import Lfm2Cache
-from optimum_lfm2.runtime.files import generation_config_of, refused_graphs
+from optimum_lfm2.runtime.files import generation_config_of, refused_graphs, save_session
 from optimum_lfm2.runtime.parts import EmbeddedSession, Part, part_files, picture_features
 from optimum_lfm2.runtime.rows import RowRunner
 from optimum_lfm2.runtime.vision_checks import PICTURE, check_folder, check_pictures, check_type
@@ -241,7 +241,7 @@ class ORTLfm2VlForConditionalGeneration(ORTLfm2ForCausalLM):
 
     def _save_pretrained(self, save_directory: str | Path) -> None:
         for part in (self, self._vision, self._embedding):
-            part.save_session(Path(save_directory) / ONNX_FOLDER)
+            save_session(part, Path(save_directory) / ONNX_FOLDER)
         compat.spell_model_type(Path(save_directory), member_of(self.config).model_type)
 
     @classmethod

@@ -7,6 +7,7 @@ from argparse import Namespace
 from collections.abc import Callable, Mapping
 from functools import wraps
 from inspect import signature
+from pathlib import Path
 from typing import Any
 
 from optimum.exporters.tasks import TasksManager
@@ -14,6 +15,7 @@ from optimum.utils import DEFAULT_DUMMY_SHAPES
 
 from optimum_lfm2.errors import Lfm2Error
 from optimum_lfm2.export.model_kwargs import ExportOptions
+from optimum_lfm2.export.output import check_output
 from optimum_lfm2.families import MODEL_TYPES, member_of
 from optimum_lfm2.loading.supported import check_architecture
 from optimum_lfm2.loading.tasks_manager import check_task
@@ -35,6 +37,7 @@ def check(args: Namespace, config: Mapping[str, Any]) -> None:
         Lfm2Error: an option is refused. One line says why, and what to do instead.
     """
     check_model(args.model, config)
+    check_output(Path(args.output), member_of(config).text is not None)
     _check_library(args)
     _check_task(args, config)
     _check_precision(args)
@@ -76,7 +79,8 @@ def heeding_options(export: Callable[..., Any]) -> Callable[..., Any]:
         Lfm2Error: from the wrapper, for a model of ours: a keyword that nothing takes, or an option that would fail,
             give a wrong file or have no effect.
     """
-    parameters = signature(export).parameters
+    own = signature(export)
+    parameters = own.parameters
     known = {*parameters, *DEFAULT_DUMMY_SHAPES}
     defaults = {name: parameter.default for name, parameter in parameters.items()} | DEFAULT_DUMMY_SHAPES
 
@@ -88,7 +92,8 @@ def heeding_options(export: Callable[..., Any]) -> Callable[..., Any]:
                 kwargs["_variant"] = variant
             if unknown := sorted(kwargs.keys() - known):
                 raise Lfm2Error(f"main_export knows no {', '.join(unknown)}. Leave it out, or correct its name.")
-            options = Namespace(**{**defaults, **kwargs})
+            options = Namespace(**{**defaults, **own.bind_partial(model, *args).arguments, **kwargs})
+            check_output(Path(options.output), member_of(model.config).text is not None)
             _check_computation(options)
             _check_rewrites(options)
             _check_inputs(options, vars(model.config))

@@ -16,6 +16,7 @@ from optimum_lfm2.fields import FLAG, NUMBER_TYPES, POSITIVE, SIZE, TOKEN, Field
 
 
 logger = logging.get_logger(__name__)
+JS_CONFIG = "transformers.js_config"  # the field of Transformers.js, which describes the ONNX files beside it
 
 # The fields of all members. A record adds its own. The upper limits are for wrong numbers, which would take all memory
 # or time before the shapes of the weights contradict them: a module is made for each layer, a rotary table has a row
@@ -143,12 +144,14 @@ def loaded_config(
 def mend(config: PretrainedConfig) -> list[str]:
     """Correct what transformers reads of a configuration otherwise than its checkpoint was trained, in place.
 
-    It loses the names of the checkpoint's code (`auto_map`) too, so that nothing that is made of it runs or copies any.
+    It loses the names of the checkpoint's code (`auto_map`) too, so that nothing that is made of it runs or copies any,
+    and Transformers.js' settings, which are of other ONNX files than those that an export writes.
 
     Returns:
         A sentence on whatever is read otherwise than transformers reads it.
     """
-    vars(config).pop("auto_map", None)
+    for field in ("auto_map", JS_CONFIG):
+        vars(config).pop(field, None)
     if config.model_type not in MODEL_TYPES:
         return []
     member = member_of(config)

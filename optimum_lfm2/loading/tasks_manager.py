@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from optimum_lfm2.graph.member import Member
 from optimum_lfm2.loading.companions import check_tokenizer, generation_settings
 from optimum_lfm2.loading.config_check import loaded_config
 from optimum_lfm2.loading.modules import find_modules
-from optimum_lfm2.loading.notices import tell_of_adapter, tell_of_unread
+from optimum_lfm2.loading.notices import tell_of_adapter, tell_of_unread, warn_once
 from optimum_lfm2.loading.processor import processor_files
 from optimum_lfm2.loading.supported import check_architecture
 from optimum_lfm2.weights.checkpoint import find_tensors, stored_tensors
@@ -28,8 +27,6 @@ from optimum_lfm2.weights.experts import is_part
 
 
 logger = logging.get_logger(__name__)
-# A checkpoint is opened several times in an export.
-warn_once = cache(logger.warning)
 
 
 def is_ours(model_name_or_path: str | Path, **kwargs: Any) -> bool:

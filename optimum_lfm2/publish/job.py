@@ -11,6 +11,7 @@ from typing import Any
 from optimum_lfm2.caches import CACHE_NAMES
 from optimum_lfm2.errors import Lfm2Error
 from optimum_lfm2.export.options import check_atol, check_model
+from optimum_lfm2.export.output import check_no_checkpoint
 from optimum_lfm2.families import member_of
 from optimum_lfm2.publish.card import CardOptions
 from optimum_lfm2.publish.precisions import MEASURED_OF_ENCODERS, PRECISIONS
@@ -59,6 +60,7 @@ class Job:
             Lfm2Error: the request cannot work. It is refused before any work.
         """
         check_model(args.model, config)
+        check_no_checkpoint(Path(args.output))
         member = member_of(config)
         encodes = member.encodes
         if unknown := sorted(set(args.precisions or ()) - PRECISIONS.keys()):

@@ -88,6 +88,14 @@ def generation_config_of(model_id: str | Path, subfolder: str, kwargs: dict[str,
     return settings
 
 
+def save_session(part: Any, folder: Path) -> None:
+    """Copy the files of a session of Optimum into a folder. Those that are there already stay."""
+    own = Path(part.session._model_path)
+    target = folder / own.name
+    if not (target.exists() and target.samefile(own)):  # which Optimum would copy onto itself
+        part.save_session(folder)
+
+
 @contextmanager
 def refused_graphs(path: Path) -> Iterator[None]:
     """Within the `with` block, raise `Lfm2Error` where onnxruntime cannot load a file."""

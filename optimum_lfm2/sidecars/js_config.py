@@ -7,8 +7,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from optimum_lfm2.loading.config_check import JS_CONFIG
 
-JS_CONFIG = "transformers.js_config"
+
+__all__ = ["JS_CONFIG", "declare_external_data"]
+
 EXTERNAL_DATA = "use_external_data_format"
 
 
