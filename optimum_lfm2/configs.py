@@ -351,7 +351,7 @@ class Lfm2OnnxConfig(TextDecoderOnnxConfig):
     def post_process_exported_models(self, path: Path, models_and_onnx_configs: dict, onnx_files_subpaths: list[str]):
         """Make the tokenizer's files readable for every runtime, and write `genai_config.json`.
 
-        An encoder gets the files of sentence-transformers that its checkpoint has.
+        A model without a language model's head gets the files of sentence-transformers that its checkpoint has.
 
         Optimum would look for tied weights here. The file has one tensor for them already.
         """

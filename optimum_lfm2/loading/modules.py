@@ -1,4 +1,4 @@
-"""The files of sentence-transformers and PyLate. They say what follows an encoder: pooling, dense layers, prompts."""
+"""The files of sentence-transformers and PyLate: what follows hidden states (pooling, dense layers), and prompts."""
 
 from __future__ import annotations
 

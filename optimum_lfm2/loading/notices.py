@@ -10,6 +10,7 @@ from optimum.utils import logging
 
 from optimum.commands.lfm2.adapters import ADAPTER_CONFIG
 from optimum_lfm2.loading.companions import find_file
+from optimum_lfm2.loading.modules import MODULES
 from optimum_lfm2.weights.checkpoint import FOREIGN_NAMES, Checkpoint
 
 
@@ -23,6 +24,15 @@ def tell_of_adapter(model_name_or_path: str, **hub: Any) -> None:
         warn_once(
             f"{model_name_or_path} has a PEFT adapter ({ADAPTER_CONFIG}) beside the model, and it is ignored. To "
             "export the model with it, load both with peft, save what merge_and_unload() returns, and export that."
+        )
+
+
+def tell_of_modules(model_name_or_path: str, task: str, **hub: Any) -> None:
+    """Tell of files of sentence-transformers or PyLate beside a model that is exported to predict tokens."""
+    if find_file(model_name_or_path, MODULES, hub) is not None:
+        warn_once(
+            f"{model_name_or_path} has files of sentence-transformers ({MODULES}), which are not copied for --task "
+            f"{task}. Use --task feature-extraction for a folder that sentence-transformers opens."
         )
 
 

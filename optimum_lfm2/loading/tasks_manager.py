@@ -19,7 +19,7 @@ from optimum_lfm2.graph.member import Member
 from optimum_lfm2.loading.companions import check_tokenizer, generation_settings
 from optimum_lfm2.loading.config_check import loaded_config
 from optimum_lfm2.loading.modules import find_modules
-from optimum_lfm2.loading.notices import tell_of_adapter, tell_of_unread, warn_once
+from optimum_lfm2.loading.notices import tell_of_adapter, tell_of_modules, tell_of_unread, warn_once
 from optimum_lfm2.loading.processor import processor_files
 from optimum_lfm2.loading.supported import check_architecture
 from optimum_lfm2.weights.checkpoint import find_tensors, stored_tensors
@@ -105,12 +105,15 @@ class Lfm2TasksManager(TasksManager):
             model.generation_config = _generation_config(model_name_or_path, config, hub)
         if member.encodes:
             _export_as(model, member)
+        if not model.can_generate():
             model.source = Source(
                 str(model_name_or_path),
                 hub,
                 find_modules(model_name_or_path, **hub),
-                trusted=bool(kwargs.get("trust_remote_code")),
+                trusted=member.encodes and bool(kwargs.get("trust_remote_code")),
             )
+        elif member.text is None:
+            tell_of_modules(model_name_or_path, task, **hub)
         model.checkpoint = member.checkpoint(files, model)
         if member.text is not None:
             model.processor_files = processor_files(model_name_or_path, config, **hub)
@@ -175,7 +178,7 @@ class Source:
         name: its folder, or its id on the Hub.
         hub: arguments of `transformers.utils.cached_file`, such as `revision`.
         modules: the files of sentence-transformers beside it (`find_modules`).
-        trusted: whether the user trusts the code that it brings.
+        trusted: whether an encoder brings code that the user trusts.
     """
 
     name: str

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from checkpoints import make_encoder
-from embedding import TEXTS, TRANSFORMER, VOCABULARY, make_embedding, module, states_alone, write
+from checkpoints import make_encoder, make_headless
+from embedding import PROMPTS, TEXTS, TRANSFORMER, VOCABULARY, make_embedding, module, states_alone, write
 from optimum.exporters.onnx import main_export
 from optimum.onnxruntime import ORTModelForFeatureExtraction
 from safetensors.torch import load_file, save_file
@@ -17,6 +18,8 @@ from transformers import AutoTokenizer
 from benchmarks.checkpoint import add_tokenizer
 from optimum_lfm2.errors import Lfm2Error
 from optimum_lfm2.loading.modules import find_modules
+from optimum_lfm2.loading.notices import warn_once
+from optimum_lfm2.loading.tasks_manager import Lfm2TasksManager
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +74,52 @@ def test_a_dense_layer_of_every_token_is_carried_along(embedding, tmp_path):
     expected = scores([vectors(row) for row in states_alone(source, TEXTS)])
     torch.testing.assert_close(scores(own), expected, atol=1e-4, rtol=0)
     assert expected.std() > 0.1
+
+
+@pytest.fixture(scope="module")
+def decoder(tmp_path_factory) -> Path:
+    """A decoder without a head, with pooling and a dense layer, as fine-tunes of `Lfm2Model` have them."""
+    path = tmp_path_factory.mktemp("decoder") / "source"
+    add_tokenizer(make_headless(path, vocab_size=VOCABULARY))
+    modules = [module(1, "Pooling"), module(2, "Dense"), module(3, "Normalize")]
+    write(path / "modules.json", [TRANSFORMER, *modules])
+    write(path / "1_Pooling" / "config.json", {"word_embedding_dimension": 64, "pooling_mode_mean_tokens": True})
+    settings = {"in_features": 64, "out_features": 16, "activation_function": "torch.nn.modules.activation.Tanh"}
+    write(path / "2_Dense" / "config.json", settings)
+    generator = torch.Generator().manual_seed(0)
+    dense = {"linear.weight": torch.randn(16, 64, generator=generator), "linear.bias": torch.randn(16)}
+    save_file(dense, path / "2_Dense" / "model.safetensors")
+    write(path / "config_sentence_transformers.json", {"prompts": PROMPTS, "default_prompt_name": None})
+    return path
+
+
+def test_a_decoder_without_a_head(decoder, tmp_path):
+    """The gold is sentence-transformers with transformers' own model, each text alone."""
+    library = pytest.importorskip("sentence_transformers")
+    main_export(str(decoder), tmp_path)
+    gold, ours = library.SentenceTransformer(str(decoder)), library.SentenceTransformer(str(tmp_path), backend="onnx")
+    for prompt in PROMPTS:
+        expected = torch.cat([gold.encode([text], prompt_name=prompt, convert_to_tensor=True) for text in TEXTS])
+        assert torch.pdist(expected).min() > 0.01, "vectors that are all the same prove nothing"
+        for batch_size in (1, 3):
+            vectors = ours.encode(TEXTS, prompt_name=prompt, batch_size=batch_size, convert_to_tensor=True)
+            torch.testing.assert_close(vectors, expected, atol=1e-4, rtol=0)
+
+
+def test_a_decoder_of_pylate(decoder, tmp_path):
+    source = shutil.copytree(decoder, tmp_path / "source")
+    write(source / "modules.json", [TRANSFORMER, module(2, "Dense", "pylate")])
+    main_export(str(source), tmp_path / "out", do_validation=False)
+    for name in ("modules.json", "2_Dense/config.json", "2_Dense/model.safetensors"):
+        assert (tmp_path / "out" / name).read_bytes() == (source / name).read_bytes()
+
+
+def test_a_decoder_that_predicts_tokens_is_told_of(decoder, tmp_path, caplog):
+    warn_once.cache_clear()
+    Lfm2TasksManager.get_model_from_task("text-generation", str(decoder), library_name="transformers")
+    (line,) = [record.getMessage() for record in caplog.records if record.name.startswith("optimum_lfm2")]
+    assert "modules.json" in line
+    assert "--task feature-extraction" in line
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, Lfm2Config, Lfm2ForCausalLM, PreTrainedModel
+from transformers import AutoConfig, Lfm2Config, Lfm2ForCausalLM, Lfm2Model, PreTrainedModel
 
 from optimum_lfm2.families.bidirectional import MODELS
 
@@ -176,6 +176,15 @@ def make_checkpoint(
     _vary(model)
     path = folder / name
     model.to(dtype).save_pretrained(path)
+    return path
+
+
+def make_headless(path: Path, **changes: object) -> Path:
+    """Save a dense decoder without a head under `path`, as fine-tunes that make vectors of texts have it."""
+    torch.manual_seed(1)
+    model = Lfm2Model(Lfm2Config(**{**BASE, **changes})).eval()
+    _vary(model)
+    model.save_pretrained(path)
     return path
 
 
