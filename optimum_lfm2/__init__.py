@@ -39,4 +39,5 @@ optimum.exporters.onnx.convert._get_submodels_and_onnx_configs = in_parts(
 dispatch(MODEL_TYPES)
 read_tokenizers_of_5(is_ours)
 
+__version__ = "0.1.0"
 __all__ = ["Lfm2OnnxConfig", "Lfm2VlOnnxConfig", "ORTLfm2ForCausalLM", "ORTLfm2VlForConditionalGeneration"]

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+import optimum_lfm2
+
 
 ROOT = Path(__file__).parent.parent
 HEAVY = ["torch", "transformers", "onnx", "onnxruntime", "numpy", "optimum_lfm2"]
@@ -50,6 +52,8 @@ def test_wheel(tmp_path):
         str(path.relative_to(ROOT)) for folder in ("optimum", "optimum_lfm2") for path in (ROOT / folder).rglob("*.py")
     }
     assert sources <= names
+    assert "optimum_lfm2/py.typed" in names
+    assert wheel.name.split("-")[1] == optimum_lfm2.__version__
     assert not [name for name in names if name.startswith("optimum/") and name.endswith("__init__.py")]
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
     done = run("import sys; sys.argv = ['optimum-cli', 'export', '--help']; " + CLI, tmp_path / "site")
