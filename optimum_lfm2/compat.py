@@ -30,7 +30,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING, get_tokenizer_config
 from transformers.utils import CONFIG_NAME
 
-from optimum_lfm2.caches import CONV
+from optimum_lfm2.caches import ConvState, State
 from optimum_lfm2.errors import Lfm2Error
 
 
@@ -243,6 +243,11 @@ class GenerationWithoutExperts:
 # The cache of transformers' own forward. transformers 5 has one class for all models. transformers 4 has one for LFM2
 # alone; it goes with transformers 4. mypy checks against the release that pip resolves, hence the ignored errors.
 
+
+def _is_conv(kept: Sequence[State]) -> bool:
+    return any(isinstance(state, ConvState) for state in kept)
+
+
 if TRANSFORMERS_5:
     from transformers import DynamicCache
     from transformers.cache_utils import DynamicLayer
@@ -261,26 +266,27 @@ if TRANSFORMERS_5:
         def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:  # type: ignore[override]
             return self.length + query_length, 0
 
-    def hybrid_cache(model: PreTrainedModel, caches: Caches | None) -> Any:
+    def hybrid_cache(model: PreTrainedModel, states: Sequence[Sequence[State]], caches: Caches | None) -> Any:
         """Make a cache of one row for transformers' forward in float32.
 
         Args:
+            states: what each layer keeps.
             caches: a tuple a layer: the state (1, hidden_size, conv_L_cache), or keys and values (1, kv_heads,
                 length, head_dim). None makes an empty cache.
         """
         cache: Any = _HybridCache(config=model.config)
         # Sliding layers keep all keys here, and transformers' mask hides those outside the window.
         cache.layers = [DynamicLayer() if getattr(layer, "is_sliding", False) else layer for layer in cache.layers]
-        for layer, tensors in enumerate(caches or ()):
-            update = cache.update_conv_state if len(tensors) == 1 else cache.update
+        for layer, (kept, tensors) in enumerate(zip(states, caches, strict=True) if caches else ()):
+            update = cache.update_conv_state if _is_conv(kept) else cache.update
             update(*(x.clone() for x in tensors), layer)
         return cache
 
-    def hybrid_cache_layers(cache: Any) -> list[tuple[torch.Tensor, ...]]:
+    def hybrid_cache_layers(cache: Any, states: Sequence[Sequence[State]]) -> list[tuple[torch.Tensor, ...]]:
         """Undo `hybrid_cache`: return one tuple of tensors a layer."""
         return [
-            (layer.conv_states[0],) if hasattr(layer, "conv_states") else (layer.keys, layer.values)
-            for layer in cache.layers
+            (layer.conv_states[0],) if _is_conv(kept) else (layer.keys, layer.values)
+            for kept, layer in zip(states, cache.layers, strict=True)
         ]
 
     def call(
@@ -317,19 +323,20 @@ else:
         def get_seq_length(self, layer_idx: int | None = 0) -> int:
             return self.length
 
-    def hybrid_cache(model: PreTrainedModel, caches: Caches | None) -> Any:
+    def hybrid_cache(model: PreTrainedModel, states: Sequence[Sequence[State]], caches: Caches | None) -> Any:
         """Make a cache of one row for transformers' forward in float32.
 
         Args:
+            states: what each layer keeps.
             caches: a tuple a layer: the state (1, hidden_size, conv_L_cache), or keys and values (1, kv_heads,
                 length, head_dim). None makes an empty cache.
         """
         config = model.config
         cache = _ConvCache(model)
         nothing, empty_state = torch.zeros(0), torch.zeros(1, config.hidden_size, config.conv_L_cache)
-        for layer, layer_type in enumerate(config.layer_types):
+        for layer, kept in enumerate(states):
             key, value, conv = nothing, nothing, empty_state.clone()
-            if caches is not None and layer_type == CONV:
+            if caches is not None and _is_conv(kept):
                 conv = caches[layer][0].clone()
             elif caches is not None:
                 key, value = (x.clone() for x in caches[layer])
@@ -338,11 +345,11 @@ else:
             cache.conv_cache.append(conv)
         return cache
 
-    def hybrid_cache_layers(cache: Any) -> list[tuple[torch.Tensor, ...]]:
+    def hybrid_cache_layers(cache: Any, states: Sequence[Sequence[State]]) -> list[tuple[torch.Tensor, ...]]:
         """Undo `hybrid_cache`: return one tuple of tensors a layer."""
         return [
-            (cache.conv_cache[i],) if layer_type == CONV else (cache.key_cache[i], cache.value_cache[i])
-            for i, layer_type in enumerate(cache.layer_types)
+            (cache.conv_cache[i],) if _is_conv(kept) else (cache.key_cache[i], cache.value_cache[i])
+            for i, kept in enumerate(states)
         ]
 
     def call(

@@ -235,7 +235,11 @@ class Lfm2OnnxConfig(TextDecoderOnnxConfig):
         if self.use_past:
             shapes |= {tensor.present: tensor.shape(TOTAL) for tensor in self.cache_tensors}
         if self.gives_columns:
-            shapes |= {state.columns: state.columns_shape(SEQUENCE) for state in self.cache_tensors if not state.grows}
+            shapes |= {
+                tensor.columns: tensor.state.columns_shape(SEQUENCE)
+                for tensor in self.cache_tensors
+                if tensor.state.gives_columns
+            }
         return shapes
 
     def metadata(self) -> dict[str, str]:

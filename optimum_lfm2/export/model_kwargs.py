@@ -15,7 +15,7 @@ from optimum_lfm2.weights.blocks import EMBEDDINGS
 # The values that each option can have.
 VALUES: dict[str, tuple[str, ...]] = {
     "embedding": EMBEDDINGS,
-    "cache_names": tuple(CACHE_NAMES),
+    "cache_names": CACHE_NAMES,
     "num_logits_to_keep": ("optional", "required"),
     "sliding_cache": ("window", "growing"),
     "rollback": ("replay", "columns"),
@@ -29,7 +29,7 @@ class ExportOptions:
 
     Attributes:
         embedding: how a quantised graph reads the embedding, one of `EMBEDDINGS`.
-        cache_names: the naming convention of the caches, a key of `CACHE_NAMES`.
+        cache_names: the naming convention of the caches, one of `CACHE_NAMES`.
         num_logits_to_keep: `optional` gives this graph input the default 0, `required` gives it none.
         sliding_cache: what layers of sliding attention keep. `window` is the tokens that they see, `growing` is all.
         rollback: how our runtime takes tokens back. With `replay` it runs those tokens of the last call again that

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 from transformers import PretrainedConfig
 
-from optimum_lfm2.caches import CONV, Kept
+from optimum_lfm2.caches import Kept
 from optimum_lfm2.errors import Lfm2Error
 from optimum_lfm2.families import lfm2
 from optimum_lfm2.families.bidirectional import MODELS
@@ -58,7 +58,7 @@ FIELDS = {"id2label": Field(dict, optional=True), "num_labels": Field(int, 1, 2*
 
 FULL = lfm2.LAYER_KINDS[lfm2.FULL_ATTENTION]
 LAYER_KINDS = {
-    CONV: replace(lfm2.LAYER_KINDS[CONV], mixer=centred_conv, caches=nothing_kept, prepare=centred_call),
+    lfm2.CONV: replace(lfm2.LAYER_KINDS[lfm2.CONV], mixer=centred_conv, caches=nothing_kept, prepare=centred_call),
     lfm2.FULL_ATTENTION: replace(FULL, mixer=attention, caches=nothing_kept, prepare=both_ways_call),
 }
 

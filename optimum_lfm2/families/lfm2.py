@@ -7,47 +7,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
-from optimum_lfm2.caches import CONV, GROWS, Kept, head_dim
+from optimum_lfm2 import caches
+from optimum_lfm2.caches import GROWS, ConvState, GrowingColumns, Kept, head_dim
 from optimum_lfm2.graph.blocks import attention, feed_forward, short_conv
 from optimum_lfm2.graph.call import AttentionCall, Call, ConvCall, Rotary, attention_call, conv_call
 from optimum_lfm2.graph.member import FeedForward, LayerKind, Member
 
 
-FULL_ATTENTION = "full_attention"
+CONV, FULL_ATTENTION = "conv", "full_attention"
 
 
 def conv_state(config: PretrainedConfig) -> tuple[Kept, ...]:
     """Return what a convolution keeps: the last `conv_L_cache` columns of `B * x`, (hidden_size, conv_L_cache)."""
-    return (Kept(CONV, (config.hidden_size, config.conv_L_cache)),)
+    return (Kept(caches.CONV, ConvState((config.hidden_size, config.conv_L_cache))),)
 
 
 def keys_and_values(config: PretrainedConfig) -> tuple[Kept, ...]:
     """Return what attention keeps: keys and values of all columns, each (kv_heads, length, head_dim)."""
-    axes = (config.num_key_value_heads, GROWS, head_dim(config))
-    return Kept("key", axes), Kept("value", axes)
-
-
-def take_state(x: torch.Tensor, row: int, seen: torch.Tensor) -> torch.Tensor:
-    """Take a row's conv state out of the graph's cache."""
-    return x[row : row + 1]
-
-
-def fill_state(own: torch.Tensor, target: torch.Tensor, row: int, columns: torch.Tensor) -> None:
-    """Write a row's conv state over that of the graph."""
-    target[row] = own[0]
-
-
-def take_columns(x: torch.Tensor, row: int, seen: torch.Tensor) -> torch.Tensor:
-    """Take the keys or values that a row sees out of the graph's cache."""
-    return x[row : row + 1, :, seen]
-
-
-def fill_columns(own: torch.Tensor, target: torch.Tensor, row: int, columns: torch.Tensor) -> None:
-    """Write the keys and values of a row's new tokens, which are the last columns that transformers' cache has."""
-    target[row][:, columns] = own[0][:, -len(columns) :].to(target.dtype)
+    state = GrowingColumns((config.num_key_value_heads, GROWS, head_dim(config)))
+    return Kept(caches.KEY, state), Kept(caches.VALUE, state)
 
 
 def prepare_conv(call: Call, config: PretrainedConfig, rotary: Rotary | None) -> ConvCall:
@@ -61,8 +41,8 @@ def prepare_attention(call: Call, config: PretrainedConfig, rotary: Rotary | Non
 
 
 LAYER_KINDS = {
-    CONV: LayerKind(short_conv, "conv", conv_state, prepare_conv, take_state, fill_state),
-    FULL_ATTENTION: LayerKind(attention, "self_attn", keys_and_values, prepare_attention, take_columns, fill_columns),
+    CONV: LayerKind(short_conv, "conv", conv_state, prepare_conv),
+    FULL_ATTENTION: LayerKind(attention, "self_attn", keys_and_values, prepare_attention),
 }
 
 

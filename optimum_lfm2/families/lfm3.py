@@ -10,11 +10,10 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 import transformers
 from transformers import PretrainedConfig, PreTrainedModel
 
-from optimum_lfm2.caches import CONV, Kept, head_dim
+from optimum_lfm2.caches import KEY, VALUE, Kept, Window, head_dim
 from optimum_lfm2.errors import Lfm2Error
 from optimum_lfm2.families import lfm2
 from optimum_lfm2.fields import FLAG, Field, ropes
@@ -58,29 +57,13 @@ def window_state(config: PretrainedConfig) -> tuple[Kept, ...]:
 
     Each is (kv_heads, sliding_window, head_dim), the newest token last.
     """
-    axes = (config.num_key_value_heads, config.sliding_window, head_dim(config))
-    return Kept("key", axes), Kept("value", axes)
+    state = Window((config.num_key_value_heads, config.sliding_window, head_dim(config)))
+    return Kept(KEY, state), Kept(VALUE, state)
 
 
 def prepare_sliding(call: Call, config: PretrainedConfig, rotary: Rotary | None) -> SlidingCall:
     """Compute what all layers of sliding attention share in a call, with windows for caches."""
     return sliding_call(call, rotary, config)
-
-
-def take_window(x: torch.Tensor, row: int, seen: torch.Tensor) -> torch.Tensor:
-    """Take a row's window out of the graph's cache.
-
-    The result has a column for each token that the row has seen. Those before the window are zeros, which transformers'
-    mask hides.
-    """
-    missing = len(seen) - x.shape[2]
-    return F.pad(x[row : row + 1, :, max(0, -missing) :], (0, 0, max(0, missing), 0))
-
-
-def fill_window(own: torch.Tensor, target: torch.Tensor, row: int, columns: torch.Tensor) -> None:
-    """Write a row's last tokens over the graph's window. transformers' cache has all tokens (`compat.hybrid_cache`)."""
-    kept = own[0][:, -target.shape[2] :]
-    target[row][:, target.shape[2] - kept.shape[1] :] = kept.to(target.dtype)
 
 
 def rotary_by_kind(model: PreTrainedModel) -> Mapping[str, Rotary]:
@@ -159,11 +142,9 @@ def prepare_masked(call: Call, config: PretrainedConfig, rotary: Rotary | None) 
 
 
 FULL = replace(lfm2.LAYER_KINDS[lfm2.FULL_ATTENTION], mixer=gated_attention)
-SLIDING = LayerKind(
-    gated_attention, FULL.module, window_state, prepare_sliding, take_window, fill_window, instead=whole_text
-)
+SLIDING = LayerKind(gated_attention, FULL.module, window_state, prepare_sliding, instead=whole_text)
 SLIDING_OVER_ALL_KEYS = replace(FULL, prepare=prepare_masked)
-LAYER_KINDS = {CONV: lfm2.LAYER_KINDS[CONV], lfm2.FULL_ATTENTION: FULL, SLIDING_ATTENTION: SLIDING}
+LAYER_KINDS = {lfm2.CONV: lfm2.LAYER_KINDS[lfm2.CONV], lfm2.FULL_ATTENTION: FULL, SLIDING_ATTENTION: SLIDING}
 
 FIELDS = {
     "sliding_window": Field(int, 1, 2**22, optional=True),

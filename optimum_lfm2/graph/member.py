@@ -13,7 +13,7 @@ import onnx_ir as ir
 import torch
 from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from optimum_lfm2.caches import CONV, CacheTensor, Kept, cache_tensors
+from optimum_lfm2.caches import CacheTensor, Kept, Window, cache_tensors
 from optimum_lfm2.fields import Field
 from optimum_lfm2.graph.call import Call, Rotary
 from optimum_lfm2.weights.blocks import Scheme
@@ -85,13 +85,9 @@ class LayerKind:
     Attributes:
         mixer: the block that mixes tokens, as graph code.
         module: the name of this block in transformers' layer.
-        caches: takes a configuration and returns the tensors that a layer of this kind keeps.
+        caches: takes a configuration and returns the states that a layer of this kind keeps.
         prepare: computes what all layers of the kind share in a call. It gets the call, the configuration and the
             kind's rotary table (None for a kind that rotates nothing).
-        take: takes one row's cache, in the form of transformers' cache (1, ...), out of a cache tensor of the graph. It
-            gets the tensor, the row's index and the past columns that the row sees.
-        fill: writes one row's cache over a cache tensor of the graph. It gets transformers' tensor, the graph's, the
-            row's index and the columns of the row's new tokens. Columns without an unmasked token stay as they are.
         instead: takes a configuration and returns the kind that replaces this one under it; None for none.
     """
 
@@ -99,8 +95,6 @@ class LayerKind:
     module: str
     caches: Callable[[PretrainedConfig], Sequence[Kept]]
     prepare: Callable[[Call, PretrainedConfig, Rotary | None], Any]
-    take: Callable[[torch.Tensor, int, torch.Tensor], torch.Tensor]
-    fill: Callable[[torch.Tensor, torch.Tensor, int, torch.Tensor], None]
     instead: Callable[[PretrainedConfig], LayerKind | None] = lambda config: None
 
 
@@ -192,9 +186,9 @@ class Member:
         return (self.model_type, *self.other_spellings)
 
     def with_caches(self, caches: Iterable[CacheTensor]) -> Member:
-        """Return the record for a graph with these cache tensors: `growing` if all its keys and values grow."""
-        grows = all(tensor.kind == CONV or tensor.grows for tensor in caches)
-        return self.growing if self.growing and grows else self
+        """Return the record for a graph with these cache tensors: `growing` if it has no windows."""
+        windows = any(isinstance(tensor.state, Window) for tensor in caches)
+        return self if self.growing is None or windows else self.growing
 
     @property
     def encodes(self) -> bool:
@@ -229,6 +223,6 @@ class Member:
 
         Args:
             config: the model's configuration.
-            names: the naming convention, a key of `optimum_lfm2.caches.CACHE_NAMES`.
+            names: the naming convention, one of `optimum_lfm2.caches.CACHE_NAMES`.
         """
         return cache_tensors([kind.caches(config) for kind in self.kinds(config)], names)

@@ -30,7 +30,7 @@ class Job:
         model: the checkpoint's folder, or its id on the Hub.
         output: the folder to write.
         precisions: keys of `PRECISIONS`.
-        cache_names: the naming convention of the caches, a key of `CACHE_NAMES`.
+        cache_names: the naming convention of the caches, one of `CACHE_NAMES`.
         atol: the tolerance of the check, as `validate` takes it.
         text: the text file on which the quality is measured; None measures nothing.
         chunks, length: the largest number of chunks of that text, and the tokens of a chunk.

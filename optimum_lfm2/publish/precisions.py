@@ -9,7 +9,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from optimum_lfm2.caches import CACHE_NAMES, CONV, CacheTensor
+from optimum_lfm2.caches import CACHE_NAMES, CacheTensor
 from optimum_lfm2.errors import Lfm2Error, first_line
 from optimum_lfm2.file_names import DECODER, EMBEDDING, MODEL, ONNX_FOLDER, VISION
 from optimum_lfm2.graph.editing import graph_cache_tensors
@@ -146,12 +146,9 @@ class Published:
 
     @property
     def cache_names(self) -> str:
-        """The naming convention of its caches. Without conv states both conventions agree, and it is the Hub's."""
-        states = [tensor for tensor in self.caches if tensor.kind == CONV]
-        conventions = (
-            name for name, (past, _) in CACHE_NAMES.items() if past.format(states[0].layer) == states[0].past
-        )
-        return next(conventions) if states else "hub"
+        """The naming convention of its caches: the first one in which all of them have their names."""
+        conventions = [tensor.role.conventions(tensor.layer, tensor.past) for tensor in self.caches]
+        return next((name for name in CACHE_NAMES if all(name in known for known in conventions)), CACHE_NAMES[0])
 
 
 def _quality(written: str) -> Quality | Similarity:

@@ -19,7 +19,7 @@ import torch
 from packaging import version
 from tqdm import tqdm
 
-from optimum_lfm2.caches import CacheTensor
+from optimum_lfm2.caches import KEY, CacheTensor
 from optimum_lfm2.errors import Lfm2Error, first_line
 from optimum_lfm2.export.staging import terminable
 from optimum_lfm2.file_names import QUANTIZED_CACHE
@@ -147,7 +147,7 @@ def _attention_nodes(graph: ir.Graph, path: Path) -> dict[ir.Node, tuple[CacheTe
             write directly.
     """
     caches = graph_cache_tensors(graph)
-    growing = sorted((tensor for tensor in caches if tensor.grows), key=lambda tensor: (tensor.layer, tensor.kind))
+    growing = sorted((tensor for tensor in caches if tensor.grows), key=lambda tensor: (tensor.layer, tensor.role))
     if not growing:
         raise Lfm2Error(f"{path} has no KV cache among its inputs. Give an export of a task with past.")
     types = {value.name: value.dtype for value in graph.inputs}
@@ -186,7 +186,7 @@ def _calibrate(
     for ids in tqdm(pieces, desc="Calibrating", unit="chunk", disable=None, leave=False):
         for tensor, (values,) in zip(tensors, model.run(names, ids), strict=True):
             values = np.abs(values.astype(np.float32))
-            if tensor.kind == "key":
+            if tensor.role == KEY:
                 # RoPE rotates channels i and i + head_dim / 2 into one another. Their radius bounds both of them at
                 # every position.
                 values = np.tile(np.hypot(*np.split(values, 2, axis=-1)), 2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,14 +10,7 @@ from onnxruntime import InferenceSession
 from optimum.onnxruntime.utils import TypeHelper
 from transformers import PretrainedConfig
 
-from optimum_lfm2.caches import (
-    CONV,
-    GROWS,
-    LOGITS_TO_KEEP,
-    CacheTensor,
-    head_dim,
-    read_cache_tensors,
-)
+from optimum_lfm2.caches import LOGITS_TO_KEEP, CacheTensor, read_cache_tensors
 from optimum_lfm2.errors import Lfm2Error
 from optimum_lfm2.families import member_of
 from optimum_lfm2.metadata import ANY_PADDING, IN_PLACE
@@ -57,7 +51,7 @@ class GraphLayout:
     @property
     def gives_columns(self) -> bool:
         """Whether the graph gives the columns that a call adds to each state."""
-        return all(state.columns in self.outputs for state in self.states)
+        return all(cache.columns in self.outputs for cache in self.states)
 
     @classmethod
     def read(cls, session: InferenceSession, config: PretrainedConfig) -> GraphLayout:
@@ -80,7 +74,7 @@ class GraphLayout:
         width = outputs["logits"].shape[-1]
         return cls(
             caches=tuple(caches),
-            shapes={c.past: _fixed(c, config) for c in caches},
+            shapes=_fixed(caches, config),
             dtypes={c.past: TypeHelper.ort_type_to_torch_type(inputs[c.past].type) for c in caches},
             inputs=tuple(inputs),
             outputs=tuple(outputs),
@@ -102,9 +96,9 @@ class GraphLayout:
             raise disagree("a vocabulary of", self.vocab_size, config.vocab_size)
         if not self.caches:
             return
-        declared = {(c.layer, c.kind): c for c in self.caches}
+        declared = {(c.layer, c.role): c for c in self.caches}
         member = member_of(config).with_caches(self.caches)
-        expected = {(c.layer, c.kind): c for c in member.cache_tensors(config)}
+        expected = {(c.layer, c.role): c for c in member.cache_tensors(config)}
         if missing := expected.keys() - declared.keys():
             raise Lfm2Error(
                 f"{path} has no input {expected[min(missing)].past}, which its config.json asks for. "
@@ -113,17 +107,19 @@ class GraphLayout:
         if extra := declared.keys() - expected.keys():
             raise disagree("the cache input", declared[min(extra)].past, "nothing of it")
         for cache in self.caches:
-            shape, wanted = self.shapes[cache.past], expected[cache.layer, cache.kind].axes
-            narrow = cache.kind == CONV and shape == (wanted[0], wanted[1] - 1)  # as onnxruntime-genai's builder has it
-            if shape != wanted and not narrow:
-                raise disagree(f"{cache.past} of shape", shape, wanted)
+            shape, wanted = self.shapes[cache.past], expected[cache.layer, cache.role].state
+            if not wanted.fits(shape):
+                raise disagree(f"{cache.past} of shape", shape, wanted.axes)
 
 
-def _fixed(cache: CacheTensor, config: PretrainedConfig) -> tuple[int | None, ...]:
-    """Return the sizes after the batch. The config gives those that the graph leaves open, as genai's builder does."""
-    known: tuple[int | None, ...]
-    if cache.kind == CONV:
-        known = config.hidden_size, config.conv_L_cache
-    else:  # a window has all of its sizes in the graph
-        known = config.num_key_value_heads, GROWS, head_dim(config)
-    return tuple(size or default for size, default in zip(cache.axes, known, strict=True))
+def _fixed(caches: Sequence[CacheTensor], config: PretrainedConfig) -> dict[str, tuple[int | None, ...]]:
+    """Return the sizes after the batch, by the name of the input.
+
+    The configuration gives those that the graph leaves open, as genai's builder does.
+    """
+    expected = {(c.layer, c.role): c.axes for c in member_of(config).with_caches(caches).cache_tensors(config)}
+    known = ((cache, expected.get((cache.layer, cache.role), cache.axes)) for cache in caches)
+    return {
+        cache.past: tuple(size or default for size, default in zip(cache.axes, axes, strict=True))
+        for cache, axes in known
+    }

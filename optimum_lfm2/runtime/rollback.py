@@ -8,7 +8,7 @@ are run again, in one call with the next ones.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from optimum_lfm2 import compat
+from optimum_lfm2.caches import CacheTensor
 from optimum_lfm2.errors import Lfm2Error
 
 
@@ -49,13 +50,12 @@ class Point:
         if self.borrowed:
             self.states, self.borrowed = {name: state.clone() for name, state in self.states.items()}, False
 
-    def states_after(self, count: int) -> States | None:
+    def states_after(self, count: int, caches: Iterable[CacheTensor]) -> States | None:
         """Return the states after the first `count` tokens of the call, or None if its columns are not known."""
         if self.columns is None:
             return None
         return {
-            name: torch.cat([state, self.columns[name][:, :, :count]], dim=2)[:, :, -state.shape[2] :]
-            for name, state in self.states.items()
+            cache.past: cache.state.after(self.states[cache.past], self.columns[cache.past], count) for cache in caches
         }
 
     def followed_by(self, later: Point) -> Point:
@@ -81,6 +81,7 @@ class Rollback:
     recording: list[Point] | None
     columns: States | None
     # Those of `Lfm2Cache`.
+    layout: Any
     tensors: dict[str, torch.Tensor]
     spare: dict[str, torch.Tensor]
     length: int
@@ -131,7 +132,7 @@ class Rollback:
                 "Call activate_past_recording() on the cache before the call whose tokens you take back."
             )
         point = points[-1]
-        states = point.states_after(length - point.length)
+        states = point.states_after(length - point.length, self.layout.states)
         if states is None:
             self._restore_states(point.length, point.states, point.rows)
         else:

@@ -15,7 +15,7 @@ import onnx_ir as ir
 from google.protobuf.message import DecodeError
 from transformers import Lfm2Config, PretrainedConfig
 
-from optimum_lfm2.caches import CONV, CacheTensor, head_dim
+from optimum_lfm2.caches import CacheTensor, ConvState, head_dim
 from optimum_lfm2.errors import Lfm2Error, read_object
 from optimum_lfm2.families import member_of
 from optimum_lfm2.file_names import GENAI_DECODER
@@ -28,7 +28,7 @@ from optimum_lfm2.sidecars.genai_vision import write_pictures
 GENAI_CONFIG = "genai_config.json"
 TOKENIZER = "tokenizer.json"
 LAYER = "%d"
-FULL_ATTENTION = "full_attention"
+FULL_ATTENTION, CONV = "full_attention", "conv"
 MODEL_TYPE = "lfm2"
 # The operator that onnxruntime-genai's builder writes (0.18; onnxruntime has it since 1.25.1). Its conv state has
 # `conv_L_cache - 1` columns, one less than transformers keeps (tests/interop/test_others.py).
@@ -92,8 +92,8 @@ def genai_config(
     decoder = config.get_text_config()
     tokens = "input_ids" if decoder is config else "inputs_embeds"
     for tensor in caches:
-        past[f"past_{tensor.kind}_names"] = _template(tensor.past, tensor.layer)
-        present[f"present_{tensor.kind}_names"] = _template(tensor.present, tensor.layer)
+        past[f"past_{tensor.role.name}_names"] = _template(tensor.past, tensor.layer)
+        present[f"present_{tensor.role.name}_names"] = _template(tensor.present, tensor.layer)
 
     model: dict[str, Any] = {
         "type": member_of(config).with_caches(caches).genai_type,
@@ -169,7 +169,7 @@ def _conv_width(path: Path) -> int:
         raise Lfm2Error(f"{path} is no ONNX graph ({error}). Download or copy it again.") from error
     caches = graph_cache_tensors(graph)
     narrow = any(node.op_type == NARROW_CONV for node in graph)
-    widths = {cache.axes[1] for cache in caches if cache.kind == CONV}
+    widths = {cache.axes[1] for cache in caches if isinstance(cache.state, ConvState)}
     width = widths.pop() if widths else Lfm2Config().conv_L_cache
     return int(width) + narrow  # type: ignore[arg-type]  # a symbol is not a number, and raises
 

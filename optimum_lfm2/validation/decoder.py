@@ -207,10 +207,11 @@ def _check_whole(
 def _token_axis(config: Any, name: str) -> int:
     """Return the axis of a value that counts tokens.
 
-    It is 2 for caches, 0 for an output with one vector a row, and 1 for all else.
+    It is 0 for an output with one vector a row, and 1 for all else but caches, which say it themselves.
     """
-    if any(name in (tensor.present, tensor.columns) for tensor in config.cache_tensors):
-        return 2
+    for tensor in config.cache_tensors:
+        if name in (tensor.present, tensor.columns):
+            return tensor.state.token_axis or 0
     return 0 if len(config.output_shapes().get(name, (0, 0, 0))) == 2 else 1
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from optimum_lfm2 import compat
-from optimum_lfm2.caches import CacheTensor, unflatten
+from optimum_lfm2.caches import flatten, unflatten
 from optimum_lfm2.errors import Lfm2Error
 from optimum_lfm2.loading.tasks_manager import materialize_buffers
 from optimum_lfm2.validation.pieces import Cut, Values
@@ -64,12 +64,12 @@ class Reference:
         shapes[output] = (batch, *(axis if isinstance(axis, int) else sequence for axis in axes[1:]))
         if self._config.use_past:
             shapes |= {tensor.present: (batch, *tensor.shape(total)[1:]) for tensor in self._config.cache_tensors}
-            shapes |= {state.columns: (batch, *map(int, state.columns_shape(sequence)[1:])) for state in self._states()}
+            shapes |= {
+                tensor.columns: (batch, *map(int, tensor.state.columns_shape(sequence)[1:]))
+                for tensor in self._config.cache_tensors
+                if tensor.columns in self._config.outputs
+            }
         return {name: torch.full(tuple(shape), torch.nan) for name, shape in shapes.items()}
-
-    def _states(self) -> list[CacheTensor]:
-        """Return the states for which the graph has an output with their new columns."""
-        return [tensor for tensor in self._config.cache_tensors if tensor.columns in self._config.outputs]
 
     def compute(self) -> list[Values]:
         """Compute and return `values`.
@@ -115,24 +115,22 @@ class Reference:
             result = self._model(tokens)[0][0].float()
             values[output][(row, new) if result.dim() > 1 else row] = result  # of each token, or of the row
             return
-        kinds = self._config.member.kinds(self._model.config)
-        cache = compat.hybrid_cache(self._model, None)
+        caches = self._config.cache_tensors
+        states = unflatten([tensor.state for tensor in caches], caches)
+        cache = compat.hybrid_cache(self._model, states, None)
         if len(seen):
-            past = zip(kinds, inputs["past_key_values"], strict=True)
-            own = [tuple(kind.take(x.float(), row, seen) for x in layer) for kind, layer in past]
-            cache = compat.hybrid_cache(self._model, own)
+            past = (zip(*layer, strict=True) for layer in zip(states, inputs["past_key_values"], strict=True))
+            own = [tuple(state.take(x.float(), row, seen) for state, x in layer) for layer in past]
+            cache = compat.hybrid_cache(self._model, states, own)
         values[output][row, new] = compat.call(self._model, tokens, cache, len(seen), name)[0].float()
         if self._config.use_past:
-            caches = self._config.cache_tensors
-            present = unflatten([values[tensor.present] for tensor in caches], caches)
             columns = inputs["attention_mask"].shape[1] - inputs[name].shape[1] + new
-            for kind, *layer in zip(kinds, compat.hybrid_cache_layers(cache), present, strict=True):
-                for own, target in zip(*layer, strict=True):
-                    kind.fill(own, target, row, columns)
-            layers = compat.hybrid_cache_layers(cache)
-            for state in self._states():  # transformers keeps the last columns of a conv state alone
-                known = layers[state.layer][-1 if state.kind == "value" else 0][0][:, -len(new) :]
-                values[state.columns][row][:, new[-known.shape[1] :]] = known.float()
+            kept = flatten(compat.hybrid_cache_layers(cache, states))
+            for tensor, own in zip(caches, kept, strict=True):
+                tensor.state.fill(own, values[tensor.present], row, columns)
+                if tensor.columns in self._config.outputs:  # transformers keeps the last columns of a conv state alone
+                    known = own[0][:, -len(new) :]
+                    values[tensor.columns][row][:, new[-known.shape[1] :]] = known.float()
 
 
 def visible_rows(mask: torch.Tensor, sequence: int) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:

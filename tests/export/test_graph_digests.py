@@ -3,8 +3,7 @@
 A digest covers all that a file says but for the values of its weights: nodes, attributes, names, shapes, types, small
 constants and metadata. After a change of a graph that is meant, run this file as a script with
 `PYTHONPATH=.:tests/support`, on both releases of transformers. It writes `graph_digests.json` anew. Say in CHANGELOG.md
-that files change.
-`test_weight_bytes.py` has the weights.
+that files change. `test_weight_bytes.py` has the weights.
 """
 
 from __future__ import annotations

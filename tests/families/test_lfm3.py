@@ -95,7 +95,7 @@ def test_transformers_own_cache_gives_the_gold(changes, tmp_path):
     """The reference of validation: a row on transformers' cache, in pieces, equals the row without one."""
     reference = AutoModelForCausalLM.from_pretrained(make_checkpoint("lfm3", tmp_path, **changes)).eval()
     (row,) = prompts([30])
-    cache, parts = compat.hybrid_cache(reference, None), []
+    cache, parts = compat.hybrid_cache(reference, [], None), []
     with torch.no_grad():
         for start, end in ((0, 13), (13, 14), (14, 30)):
             parts.append(compat.call(reference, row[None, start:end], cache, start))
@@ -171,7 +171,7 @@ def test_caches_that_grow_and_then_in_8_bits(with_tokenizer, text, checkpoint, t
     out = grown(**right)
     first = out.logits[torch.arange(3), right["attention_mask"].sum(1) - 1].argmax(-1)
     assert decode(grown, out, right["attention_mask"], first, NEW) == golds
-    assert all(tensor.grows for tensor in out[compat.CACHE].layout.caches if tensor.kind != "conv")
+    assert all(tensor.grows for tensor in out[compat.CACHE].layout.caches if tensor.role.name != "conv")
     _, target, quality = quantize_cache(tmp_path, text, chunks=4, length=32)
     assert quality.kl_divergence < 0.05
     assert set(past_dtypes(target).values()) == {ir.DataType.INT8, ir.DataType.FLOAT}

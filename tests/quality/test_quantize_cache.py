@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.systems import loop, ours
 from optimum_lfm2 import compat
+from optimum_lfm2.caches import VALUE, CacheTensor, GrowingColumns
 from optimum_lfm2.errors import Lfm2Error
 from optimum_lfm2.export.staging import staged
 from optimum_lfm2.quality import quantize_cache
@@ -274,7 +275,7 @@ def test_values_that_are_not_finite_are_refused():
         def run(self, names, ids):
             return [np.full((1, 1, 4, 8), np.inf, np.float32)]
 
-    tensor = quantize_cache.CacheTensor(0, "value", "past", "present", (1, None, 8))
+    tensor = CacheTensor(0, VALUE, "past", "present", GrowingColumns((1, None, 8)))
     with pytest.raises(Lfm2Error, match="present has values that are not finite"):
         quantize_cache._calibrate(Model(), [tensor], [torch.zeros(1, 4)])
 

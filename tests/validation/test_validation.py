@@ -17,8 +17,7 @@ from optimum_lfm2 import configs
 from optimum_lfm2.errors import Lfm2Error
 from optimum_lfm2.export import finish
 from optimum_lfm2.graph import blocks, ops
-from optimum_lfm2.validation import decoder as validation
-from optimum_lfm2.validation import pieces, reference
+from optimum_lfm2.validation import decoder, pieces, reference
 from optimum_lfm2.validation.decoder import errors_as_they_are
 
 
@@ -183,13 +182,13 @@ def test_it_refuses_a_value_that_no_piece_gives(lost, says, checkpoint, tmp_path
         del found[lost]
         return found
 
-    monkeypatch.setattr(validation, "split", some)
+    monkeypatch.setattr(decoder, "split", some)
     finds(f"{says} could not be compared", checkpoint("hybrid"), tmp_path)
 
 
 def test_the_file_as_a_whole_is_run_too(checkpoint, tmp_path, monkeypatch):
     """Pieces that are right do not make a whole that is: here its outputs come of other inputs."""
-    monkeypatch.setattr(validation, "judge", lambda *_: None)
+    monkeypatch.setattr(decoder, "judge", lambda *_: None)
     _wrong_theta(monkeypatch)
     _no_gate(monkeypatch)
     finds("as a whole its logits", checkpoint("hybrid"), tmp_path)
@@ -197,8 +196,8 @@ def test_the_file_as_a_whole_is_run_too(checkpoint, tmp_path, monkeypatch):
 
 def test_the_whole_of_a_quantised_file_keeps_activations_in_float(checkpoint, tmp_path, monkeypatch):
     """The file that is kept rounds them to 8 bits."""
-    opened, real = [], validation.open_session
-    monkeypatch.setattr(validation, "open_session", lambda model, folder: opened.append(model) or real(model, folder))
+    opened, real = [], decoder.open_session
+    monkeypatch.setattr(decoder, "open_session", lambda model, folder: opened.append(model) or real(model, folder))
     export(checkpoint("hybrid"), tmp_path, _variant="q4")
 
     def levels(model: onnx.ModelProto) -> set[int]:
@@ -211,8 +210,8 @@ def test_the_whole_of_a_quantised_file_keeps_activations_in_float(checkpoint, tm
 
 
 def test_without_memory_the_whole_is_left_out(checkpoint, tmp_path, monkeypatch):
-    monkeypatch.setattr(validation, "available_memory", lambda: 0.0)
-    monkeypatch.setattr(validation, "open_session", lambda *_: pytest.fail("it was loaded"))
+    monkeypatch.setattr(decoder, "available_memory", lambda: 0.0)
+    monkeypatch.setattr(decoder, "open_session", lambda *_: pytest.fail("it was loaded"))
     export(checkpoint("hybrid"), tmp_path)
 
 
@@ -239,7 +238,7 @@ def test_a_configuration_of_others_goes_to_optimum():
     class Other:
         validate = None  # a method that another plugin's configuration may have
 
-    replaced = validation.validated(lambda *args, **options: seen.append((args, options)), configs.Lfm2OnnxConfig)
+    replaced = decoder.validated(lambda *args, **options: seen.append((args, options)), configs.Lfm2OnnxConfig)
     replaced(other := Other(), "model", "file", ["logits"], 1e-3, device="cpu")
     assert seen == [((other, "model", "file", ["logits"], 1e-3), {"device": "cpu"})]
 
@@ -249,6 +248,6 @@ def test_relative_error_is_of_the_worst_token():
     gold[0, 1] = torch.nan  # a masked token
     own = gold.clone()
     own[0, 2, 0] += 1
-    assert validation.relative_error(own - gold, gold, gold * 0, 1) == pytest.approx(0.5)
-    assert validation.relative_error(own - gold, gold, gold * 0.5, 1) == 0
-    assert np.isnan(validation.relative_error(gold, gold * torch.nan, gold, 1))
+    assert decoder.relative_error(own - gold, gold, gold * 0, 1) == pytest.approx(0.5)
+    assert decoder.relative_error(own - gold, gold, gold * 0.5, 1) == 0
+    assert np.isnan(decoder.relative_error(gold, gold * torch.nan, gold, 1))
