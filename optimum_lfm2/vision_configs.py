@@ -23,11 +23,10 @@ from optimum_lfm2.export.finish import bind
 from optimum_lfm2.export.model_kwargs import ExportOptions
 from optimum_lfm2.export.patcher import DecoderPatcher, EmbeddingPatcher, GraphPatcher, VisionPatcher
 from optimum_lfm2.file_names import DECODER, EMBEDDING, ONNX_FOLDER, VISION
-from optimum_lfm2.loading.processor import write_processor
 from optimum_lfm2.loading.tasks_manager import weightless
 from optimum_lfm2.sidecars.genai_config import write_genai_config
 from optimum_lfm2.sidecars.js_config import declare_external_data
-from optimum_lfm2.validation.vision import sample_pictures, validate_embedding, validate_vision
+from optimum_lfm2.validation.vision import validate_embedding, validate_vision
 from optimum_lfm2.weights.blocks import SCHEMES, VISION_SCHEME, Scheme
 from optimum_lfm2.weights.checkpoint import stored_tensors
 
@@ -85,8 +84,8 @@ class EmbeddingOnnxConfig(_PartOnnxConfig):
 class VisionOnnxConfig(_PartOnnxConfig):
     """The vision tower and the projector: pictures in, `image_features` out.
 
-    Inputs: `pixel_values`, float32 (tiles, patches, patch_size² * channels); `pixel_attention_mask`, int64 (tiles,
-    patches); `spatial_shapes`, int64 (tiles, 2). Output: `image_features`, float32 (picture tokens, hidden_size).
+    Inputs: those of the member's tower (`Tower.inputs`). Output: `image_features`, float32 (picture tokens,
+    hidden_size).
     """
 
     _MODEL_PATCHER = VisionPatcher
@@ -101,18 +100,13 @@ class VisionOnnxConfig(_PartOnnxConfig):
         return None if super().scheme is None else VISION_SCHEME
 
     def input_shapes(self) -> Shapes:
-        vision = self._config.vision_config
-        return {
-            "pixel_values": ("num_tiles", "num_patches", vision.num_channels * vision.patch_size**2),
-            "pixel_attention_mask": ("num_tiles", "num_patches"),
-            "spatial_shapes": ("num_tiles", 2),
-        }
+        return dict(self.member.tower.inputs(self._config))
 
     def output_shapes(self) -> Shapes:
         return {"image_features": ("num_image_tokens", self._config.text_config.hidden_size)}
 
     def generate_dummy_inputs(self, framework: str = "pt", **shapes: Any) -> dict[str, Any]:
-        return sample_pictures(self._config, [(2, 1), (1, 3)])
+        return self.member.tower.sample(self._config, [(2, 1), (1, 3)])
 
     def validate(
         self, model: Any, path: Path, atol: float | None = None, shapes: Mapping[str, int] | None = None
@@ -139,7 +133,8 @@ class Lfm2VlOnnxConfig(Lfm2OnnxConfig):
         """Write the processor's files, and make all files beside the graphs readable for every runtime."""
         folder = Path(path)
         model, _ = models_and_onnx_configs[f"{ONNX_FOLDER}/{VISION}"]
-        write_processor(getattr(model, "processor_files", ()), folder)
+        if processor := getattr(model, "processor", None):  # a model in memory has none
+            processor.write(folder)
         compat.spell_tokenizer_for_both(folder)
         compat.repeat_chat_template(folder)
         compat.spell_model_type(folder, self.member.model_type)

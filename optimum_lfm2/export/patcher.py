@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from inspect import Parameter, Signature
 from typing import Any
 
 import torch
@@ -12,7 +13,6 @@ from optimum_lfm2.caches import flatten
 from optimum_lfm2.graph import ops
 from optimum_lfm2.graph.call import read_call
 from optimum_lfm2.graph.decoder import Decoder, language_model
-from optimum_lfm2.graph.vision import image_features
 from optimum_lfm2.weights.checkpoint import stored_tensors, tied_names
 
 
@@ -133,13 +133,15 @@ class EmbeddingPatcher(Lfm2ModelPatcher):
 class VisionPatcher(GraphPatcher):
     """The patcher for a vision tower with its projector."""
 
-    def forward(
-        self, pixel_values: torch.Tensor, pixel_attention_mask: torch.Tensor, spatial_shapes: torch.Tensor
-    ) -> torch.Tensor:
-        """Take and return what `graph.vision.image_features` does."""
-        pictures = pixel_values, pixel_attention_mask, spatial_shapes
-        tower = next(name for name in self._shapes if name.endswith("embeddings.patch_embedding.weight"))
-        tower = tower.removesuffix("embeddings.patch_embedding.weight")
-        projector = f"{tower.partition('vision_tower.')[0]}multi_modal_projector."
-        config, dtype = self._model.config, self._model.dtype
-        return image_features(*pictures, self._placeholder, tower, projector, config, dtype)
+    def __init__(self, config: Any, model: PreTrainedModel, model_kwargs: dict[str, Any] | None = None) -> None:
+        super().__init__(config, model, model_kwargs)
+        tower = config.member.tower
+
+        def forward(*pictures: torch.Tensor) -> torch.Tensor:
+            """Take the inputs of the tower in order, and return what `Tower.features` does."""
+            return tower.features(pictures, self._placeholder, self._shapes, model.config, model.dtype)
+
+        # torch reads the inputs' names from the signature.
+        names = [Parameter(name, Parameter.POSITIONAL_OR_KEYWORD) for name in tower.inputs(model.config)]
+        forward.__signature__ = Signature(names)  # type: ignore[attr-defined]
+        self.forward = forward

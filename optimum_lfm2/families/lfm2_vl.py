@@ -1,11 +1,10 @@
 """LFM2-VL: a vision tower whose features take the places of picture tokens in an LFM2 decoder.
 
-The reference is transformers' `modeling_lfm2_vl.py`. The graph of the tower is in `graph/vision.py`.
+The reference is transformers' `modeling_lfm2_vl.py`. The tower is in `graph/siglip2.py`.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -16,11 +15,11 @@ from optimum_lfm2.errors import Lfm2Error
 from optimum_lfm2.families import lfm2
 from optimum_lfm2.fields import FLAG, SIZE, Field
 from optimum_lfm2.graph.member import published
+from optimum_lfm2.graph.siglip2 import TOWER
 from optimum_lfm2.graph.vision_ops import ACTIVATIONS
 from optimum_lfm2.weights.checkpoint import Checkpoint
 
 
-TOWER = "siglip2_vision_model"
 # What `auto_map` names in checkpoints from before transformers had the model. transformers has the same.
 PUBLISHED_CODE = (
     "configuration_lfm2_vl.Lfm2VlConfig",
@@ -38,19 +37,6 @@ FIELDS = {
     "projector_bias": FLAG,
     "projector_use_layernorm": FLAG,
     "downsample_factor": Field(int, 1, 16),
-}
-TOWER_FIELDS = {
-    "model_type": Field(str, values=(TOWER,)),
-    "hidden_size": SIZE,
-    "intermediate_size": SIZE,
-    "num_hidden_layers": Field(int, 1, 1024),
-    "num_attention_heads": SIZE,
-    "num_channels": Field(int, 1, 64),
-    "patch_size": Field(int, 1, 1024),
-    "num_patches": Field(int, 1, 2**16),
-    "hidden_act": Field(str, values=tuple(ACTIVATIONS)),
-    "layer_norm_eps": Field(float, 0, 1),
-    "vision_use_head": FLAG,
 }
 
 
@@ -72,21 +58,13 @@ class VlCheckpoint(Checkpoint):
 def check_vision(config: Mapping[str, Any]) -> None:
     """Raise `Lfm2Error` for a vision tower whose graph would be wrong."""
     tower = config.get("vision_config") or {}
-    for field, rule in TOWER_FIELDS.items():
+    for field, rule in TOWER.fields.items():
         if field in tower and not rule.takes(tower[field]):
             raise Lfm2Error(
                 f"{field} in the vision_config of config.json is {tower[field]!r}; it has to be {rule}. "
                 "Correct it, or copy the file again."
             )
-    patches = tower.get("num_patches", 256)
-    if math.isqrt(patches) ** 2 != patches:
-        raise Lfm2Error(f"num_patches in the vision_config of config.json is {patches}, which is no square.")
-    width, heads = tower.get("hidden_size", 768), tower.get("num_attention_heads", 12)
-    if width % heads:
-        raise Lfm2Error(
-            f"The vision_config of config.json contradicts itself: num_attention_heads {heads} does not divide "
-            f"hidden_size {width}."
-        )
+    TOWER.check(tower)
 
 
 MEMBER = replace(
@@ -97,6 +75,7 @@ MEMBER = replace(
     models={"image-text-to-text": AutoModelForImageTextToText.from_config},
     min_transformers="4.57.0",
     text="text_config",
+    tower=TOWER,
     fields=FIELDS,
     check=check_vision,
     checkpoint=VlCheckpoint,

@@ -151,6 +151,7 @@ class Member:
             no other cache. None for a member whose attention keeps all columns anyway.
         text: the field of config.json that has the configuration of the decoder, which is another member. None if the
             decoder is all there is.
+        tower: the vision tower, a `graph.tower.Tower`. None for a model of text alone.
         other_spellings: other spellings of the model type, which some releases of transformers write.
     """
 
@@ -178,6 +179,7 @@ class Member:
     transformers_js: bool = True
     growing: Member | None = None
     text: str | None = None
+    tower: Any = None
     other_spellings: tuple[str, ...] = ()
 
     @property

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from transformers import PretrainedConfig
 
 from optimum_lfm2.errors import Lfm2Error, read_object
-from optimum_lfm2.fields import SIZE, Field
+from optimum_lfm2.graph.tower import ProcessorSettings
 from optimum_lfm2.loading.companions import find_file
 
 
@@ -20,35 +21,47 @@ PROCESSOR_CLASS = "processor_class"
 IMAGE_PROCESSOR = "image_processor"  # the key of its settings in PROCESSOR_CONFIG
 FILES = (PREPROCESSOR, PROCESSOR_CONFIG, "chat_template.jinja", "chat_template.json")
 
-# transformers' defaults (4.57, 5.24), which other runtimes do not know.
-DEFAULTS = {
-    "encoder_patch_size": 16,
-    "downsample_factor": 2,
-    "min_image_tokens": 64,
-    "max_image_tokens": 256,
-    "tile_size": 512,
-    "resample": 2,
-    "do_normalize": True,
-    "rescale_factor": 1 / 255,
-    "image_mean": [0.5, 0.5, 0.5],
-    "image_std": [0.5, 0.5, 0.5],
-}
-FIELDS = {
-    **dict.fromkeys(("encoder_patch_size", "downsample_factor", "tile_size"), SIZE),
-    **dict.fromkeys(("min_image_tokens", "max_image_tokens"), SIZE),
-    "resample": Field(int, 0, 5),
-    "rescale_factor": Field(float, 0, 1),
-    "image_mean": Field(float, -1e3, 1e3, listed=True),
-    "image_std": Field(float, 1e-6, 1e3, listed=True),
-}
+
+@dataclass(frozen=True)
+class Processor:
+    """The processor of a checkpoint that takes pictures.
+
+    Attributes:
+        files: its files.
+        rules: what its settings have to say.
+    """
+
+    files: Sequence[Path]
+    rules: ProcessorSettings
+
+    def write(self, folder: Path) -> None:
+        """Copy the files, and write the image processor's settings as Transformers.js 4.3 reads them.
+
+        transformers 5 saves the settings within `processor_config.json`. Transformers.js reads
+        `preprocessor_config.json` alone. It needs the class of the processor there, and knows fewer defaults than
+        transformers.
+        """
+        written = {}
+        for path in self.files:
+            (folder / path.name).write_bytes(path.read_bytes())
+            if path.suffix == ".json":
+                written[path.name] = read_object(path)
+        whole = written.get(PROCESSOR_CONFIG, {})
+        named = {name: whole[name] for name in (PROCESSOR_CLASS,) if name in whole}
+        settings = {**self.rules.defaults, **named, **image_settings(written), **self.rules.written}
+        text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
+        (folder / PREPROCESSOR).write_text(text, encoding="utf-8")
 
 
-def processor_files(model_name_or_path: str, config: PretrainedConfig, **hub: Any) -> list[Path]:
-    """Return the files of a checkpoint's processor.
+def find_processor(
+    model_name_or_path: str, config: PretrainedConfig, rules: ProcessorSettings, **hub: Any
+) -> Processor:
+    """Find the files of a checkpoint's processor, and check its settings.
 
     Args:
         model_name_or_path: the checkpoint's folder, or its id on the Hub.
         config: the configuration of the whole model.
+        rules: what the settings have to say.
         hub: `revision` and the like, as `transformers.utils.cached_file` takes them.
 
     Raises:
@@ -62,22 +75,19 @@ def processor_files(model_name_or_path: str, config: PretrainedConfig, **hub: An
             "Copy it there from the model that this one was made of."
         )
     name = PREPROCESSOR if PREPROCESSOR in written else f"{IMAGE_PROCESSOR} in {PROCESSOR_CONFIG}"
-    settings = DEFAULTS | image_settings(written)
-    for field, rule in FIELDS.items():
+    settings = {**rules.defaults, **image_settings(written)}
+    for field, rule in rules.fields.items():
         if not rule.takes(settings[field]):
             raise Lfm2Error(
                 f"{field} in {name} is {str(settings[field])[:60]}; it has to be {rule}. Correct it, or copy it again."
             )
-    for field, own in (
-        ("encoder_patch_size", config.vision_config.patch_size),
-        ("downsample_factor", config.downsample_factor),
-    ):
-        if settings[field] != own:
+    for field, read in rules.shared.items():
+        if settings[field] != read(config):
             raise Lfm2Error(
-                f"{field} in {name} is {settings[field]}, and the model's config.json says {own}. "
+                f"{field} in {name} is {settings[field]}, and the model's config.json says {read(config)}. "
                 "Copy the file of this model there."
             )
-    return found
+    return Processor(found, rules)
 
 
 def image_settings(written: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -94,24 +104,3 @@ def image_settings(written: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     if not isinstance(settings, Mapping):
         raise Lfm2Error(f"{IMAGE_PROCESSOR} in {PROCESSOR_CONFIG} is no object of settings. Copy the file again.")
     return {name: value for name, value in settings.items() if value is not None}
-
-
-def write_processor(files: Iterable[Path], folder: Path) -> None:
-    """Copy a processor's files, and write the image processor's settings as Transformers.js 4.3 reads them.
-
-    transformers 5 saves the settings within `processor_config.json`. Transformers.js reads `preprocessor_config.json`
-    alone. It needs the class of the processor there, and knows fewer defaults than transformers. It also heeds
-    `do_resize`, which transformers saves and ignores for LFM2-VL: every picture would become a square of `size` first.
-    """
-    written = {}
-    for path in files:
-        (folder / path.name).write_bytes(path.read_bytes())
-        if path.suffix == ".json":
-            written[path.name] = read_object(path)
-    if not written:
-        return
-    whole = written.get(PROCESSOR_CONFIG, {})
-    named = {name: whole[name] for name in (PROCESSOR_CLASS,) if name in whole}
-    settings = {**DEFAULTS, **named, **image_settings(written), "do_resize": False}
-    text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
-    (folder / PREPROCESSOR).write_text(text, encoding="utf-8")

@@ -20,7 +20,7 @@ from optimum_lfm2.loading.companions import check_tokenizer, generation_settings
 from optimum_lfm2.loading.config_check import loaded_config
 from optimum_lfm2.loading.modules import find_modules
 from optimum_lfm2.loading.notices import tell_of_adapter, tell_of_modules, tell_of_unread, warn_once
-from optimum_lfm2.loading.processor import processor_files
+from optimum_lfm2.loading.processor import find_processor
 from optimum_lfm2.loading.supported import check_architecture
 from optimum_lfm2.weights.checkpoint import find_tensors, stored_tensors
 from optimum_lfm2.weights.experts import is_part
@@ -116,7 +116,7 @@ class Lfm2TasksManager(TasksManager):
             tell_of_modules(model_name_or_path, task, **hub)
         model.checkpoint = member.checkpoint(files, model)
         if member.text is not None:
-            model.processor_files = processor_files(model_name_or_path, config, **hub)
+            model.processor = find_processor(model_name_or_path, config, member.tower.processor, **hub)
         tell_of_adapter(model_name_or_path, **hub)
         own = weightless(config, task_of(config), model.dtype)
         tell_of_unread(model_name_or_path, model.checkpoint, stored_tensors(own).keys() - stored_tensors(model).keys())

@@ -23,7 +23,6 @@ from optimum_lfm2.families import member_of
 from optimum_lfm2.file_names import DECODER, EMBEDDING, ONNX_FOLDER
 from optimum_lfm2.loading.config_check import loaded_config
 from optimum_lfm2.loading.modules import copy_modules
-from optimum_lfm2.loading.processor import write_processor
 from optimum_lfm2.loading.tasks_manager import Lfm2TasksManager, task_of
 from optimum_lfm2.metadata import CHECKPOINT, COMPARED, DIFFERENCE, QUALITY, TEXT
 from optimum_lfm2.publish.card import write_card
@@ -99,7 +98,8 @@ def _save_configuration(job: Job, folder: Path) -> PretrainedConfig:
         model.generation_config.save_pretrained(folder)
     config.save_pretrained(folder)
     maybe_save_preprocessors(job.model, folder)
-    write_processor(getattr(model, "processor_files", ()), folder)
+    if processor := getattr(model, "processor", None):
+        processor.write(folder)
     if not (folder / TOKENIZER).is_file():
         raise Lfm2Error(f"{job.model} has no tokenizer, and every runtime needs one. Copy {TOKENIZER} there.")
     compat.spell_tokenizer_for_both(folder)

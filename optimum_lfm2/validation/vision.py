@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PretrainedConfig
 
 from optimum_lfm2 import compat
 from optimum_lfm2.validation.decoder import judge, relative_error
@@ -18,33 +17,6 @@ from optimum_lfm2.weights.blocks import rounded
 
 
 IDS = 64  # how many tokens' embeddings are compared
-
-
-def sample_pictures(config: PretrainedConfig, blocks: Sequence[tuple[int, int]]) -> dict[str, torch.Tensor]:
-    """Return pictures of random pixels as a processor gives them, padded to the longest.
-
-    Args:
-        config: the configuration of a whole model.
-        blocks: the height and width of each picture in picture tokens.
-    """
-    vision, factor = config.vision_config, config.downsample_factor
-    shapes = torch.tensor(blocks) * factor
-    counts = shapes.prod(1)
-    generator = torch.Generator().manual_seed(0)
-    width = vision.num_channels * vision.patch_size**2
-    mask = (torch.arange(int(counts.max()) + 3)[None] < counts[:, None]).to(torch.int64)
-    pixels = torch.rand(*mask.shape, width, generator=generator) * 2 - 1
-    return {
-        "pixel_values": pixels * mask[..., None],
-        "pixel_attention_mask": mask,
-        "spatial_shapes": shapes,
-    }
-
-
-def sizes(config: PretrainedConfig) -> list[tuple[int, int]]:
-    """Return sizes in picture tokens: one, tall, wide, as large as the table of positions, and larger than that."""
-    side = max(1, int(config.vision_config.num_patches**0.5) // config.downsample_factor)
-    return [(1, 1), (side, 1), (1, side + 1), (side, side), (side + 1, side // 2 + 1)]
 
 
 def validate_vision(config: Any, model: Any, path: Path, atol: float) -> dict[str, float]:
@@ -62,7 +34,8 @@ def validate_vision(config: Any, model: Any, path: Path, atol: float) -> dict[st
     Raises:
         Lfm2Error: the file differs, or cannot be compared.
     """
-    pictures = sample_pictures(model.config, sizes(model.config))
+    tower = config.member.tower
+    pictures = tower.sample(model.config, tower.sizes(model.config))
     gold = {"image_features": vision_reference(config, model, pictures)}
     return _compared(path, pictures, gold, atol)
 
@@ -73,15 +46,11 @@ def vision_reference(config: Any, model: Any, pictures: Mapping[str, torch.Tenso
     weights = StandIns(model, config.weights, config.scheme)
     inner = model.model
     with ExitStack() as stack:
-        for name in ("vision_tower", "multi_modal_projector"):
+        for name in config.member.tower.modules:
             loan = Loan(getattr(inner, name), f"model.{name}", weights)
             stack.callback(loan.give_back)
             loan.take()
-        features = []
-        for i, count in enumerate(pictures["spatial_shapes"].prod(1).tolist()):
-            alone = {name: values[i : i + 1] for name, values in pictures.items()}
-            alone |= {name: alone[name][:, :count] for name in ("pixel_values", "pixel_attention_mask")}
-            features.append(compat.picture_features(inner, alone).float())
+        features = [compat.picture_features(inner, one).float() for one in config.member.tower.alone(pictures)]
     return torch.cat(features)
 
 

@@ -59,7 +59,8 @@ def text_of(path: Path) -> str:
             attributes[name] = value.numpy().tolist() if attribute.type == ir.AttributeType.TENSOR else value
         names = [[value.name if value is not None else None for value in side] for side in (node.inputs, node.outputs)]
         lines.append(f"{node.domain} {node.op_type} {node.name} {names} {attributes}")
-    return "\n".join(lines)
+    # The module `vision_model` is one that transformers 5 no longer has.
+    return "\n".join(lines).replace("vision_tower.vision_model.", "vision_tower.")
 
 
 def digest(path: Path) -> str:

@@ -17,14 +17,13 @@ from safetensors.torch import load_file, save_file
 
 from optimum_lfm2 import ORTLfm2VlForConditionalGeneration, compat
 from optimum_lfm2.errors import Lfm2Error
-from optimum_lfm2.graph import vision
-from optimum_lfm2.loading.processor import DEFAULTS
+from optimum_lfm2.graph import siglip2
 from optimum_lfm2.loading.tasks_manager import Lfm2TasksManager
 from optimum_lfm2.vision_configs import VisionOnnxConfig
 
 
 # tests/interop/test_node_vision.py shows why.
-FOR_JAVASCRIPT = DEFAULTS | PROCESSOR | {"do_resize": False}
+FOR_JAVASCRIPT = siglip2.PROCESSOR.defaults | PROCESSOR | {"do_resize": False}
 PARTS = ["decoder_model_merged", "embed_tokens", "vision_encoder"]
 # Each knob has a value that a mistake would not survive.
 KNOBS = {
@@ -85,8 +84,8 @@ def test_vision_is_quantised_to_8_bits_and_keeps_activations_in_float(variant, d
 
 @pytest.mark.parametrize("broken", ["positions", "encoder_layer"])
 def test_a_wrong_vision_encoder_is_refused(broken, vl_checkpoint, tmp_path, monkeypatch):
-    original = getattr(vision, broken)
-    monkeypatch.setattr(vision, broken, lambda *arguments: original(*arguments) * 1.01)
+    original = getattr(siglip2, broken)
+    monkeypatch.setattr(siglip2, broken, lambda *arguments: original(*arguments) * 1.01)
     config, model = vision_part(vl_checkpoint, tmp_path / "vision.onnx")
     with pytest.raises(Lfm2Error, match="image_features differs from transformers"):
         config.validate(model, tmp_path / "vision.onnx")

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from optimum_lfm2 import ORTLfm2VlForConditionalGeneration
 from optimum_lfm2.file_names import DECODER, EMBEDDING
-from optimum_lfm2.loading.processor import DEFAULTS
+from optimum_lfm2.graph.siglip2 import PROCESSOR
 from optimum_lfm2.publish.precisions import PRECISIONS, published
 from optimum_lfm2.sidecars.genai_config import write_genai_config
 from optimum_lfm2.sidecars.genai_vision import processor_settings
@@ -90,7 +90,7 @@ def test_every_precision_gives_our_tokens(precision, vl_hub_folder, tmp_path):
 
 
 def test_settings_of_pictures():
-    settings = processor_settings(DEFAULTS | {"resample": 3, "max_image_tokens": 128})
+    settings = processor_settings(PROCESSOR.defaults | {"resample": 3, "max_image_tokens": 128})
     steps = {step["operation"]["type"]: step["operation"].get("attrs") for step in settings["processor"]["transforms"]}
     assert steps["Resize"]["interpolation"] == "CUBIC"
     assert (steps["Resize"]["min_pixels"], steps["Resize"]["max_pixels"]) == (64 * 32 * 32, 128 * 32 * 32)

@@ -1,4 +1,4 @@
-"""The vision tower as an ONNX graph: patches of pictures in, one row for each picture token out.
+"""Siglip2 with LFM2-VL's projector: patches of pictures in, one row for each picture token out. Its record is `TOWER`.
 
 What it must equal is transformers' `modeling_siglip2.py` and the projector of `modeling_lfm2_vl.py`. A large picture
 comes as several tiles. Each tile is a grid of patches, row by row, with padding after the last.
@@ -6,16 +6,23 @@ comes as several tiles. Each tile is a grid of patches, row by row, with padding
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import PretrainedConfig
 
+from optimum_lfm2.errors import Lfm2Error
+from optimum_lfm2.fields import FLAG, SIZE, Field
 from optimum_lfm2.graph import ops, shapes
 from optimum_lfm2.graph import vision_ops as vision
 from optimum_lfm2.graph.member import Weight
+from optimum_lfm2.graph.tower import Pictures, ProcessorSettings, Tower
 
 
+FIRST_PARAMETER = "embeddings.patch_embedding.weight"
 PROJECTOR_EPSILON = 1e-5  # torch's default, which transformers' projector takes
 
 
@@ -36,30 +43,28 @@ class Tiles:
     bias: torch.Tensor
 
 
+def inputs(config: PretrainedConfig) -> dict[str, tuple[int | str, ...]]:
+    """The inputs: float32 pixels, and int64 masks (0 on padding) and rows and columns of patches, a tile each."""
+    vision = config.vision_config
+    return {
+        "pixel_values": ("num_tiles", "num_patches", vision.num_channels * vision.patch_size**2),
+        "pixel_attention_mask": ("num_tiles", "num_patches"),
+        "spatial_shapes": ("num_tiles", 2),
+    }
+
+
 def image_features(
-    pixel_values: torch.Tensor,
-    pixel_attention_mask: torch.Tensor,
-    spatial_shapes: torch.Tensor,
+    pictures: Sequence[torch.Tensor],
     weight: Weight,
-    tower: str,
-    projector: str,
+    names: Iterable[str],
     config: PretrainedConfig,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """Encode tiles and project them to the decoder's width.
-
-    Args:
-        pixel_values: float32 (tiles, patches, patch_size² * channels).
-        pixel_attention_mask: int64 (tiles, patches), 0 on padding.
-        spatial_shapes: int64 (tiles, 2), rows and columns of patches.
-        weight: gives a parameter by its name in the checkpoint.
-        tower, projector: what the names of their parameters begin with.
-        config: the configuration of the whole model.
-        dtype: of the hidden states.
-
-    Returns:
-        float32 (picture tokens, hidden_size of the decoder), the tiles one after the other.
-    """
+    """Encode tiles and project them to the decoder's width. Arguments and result are those of `Tower.features`."""
+    pixel_values, pixel_attention_mask, spatial_shapes = pictures
+    # transformers 4.57 has a level `vision_model` in the tower's names, and 5 has not.
+    tower = next(name for name in names if name.endswith(FIRST_PARAMETER)).removesuffix(FIRST_PARAMETER)
+    projector = f"{tower.partition('vision_tower.')[0]}multi_modal_projector."
     settings = config.vision_config
     longest = (spatial_shapes[:, 0] * spatial_shapes[:, 1]).amax()
     pixel_values, mask = pixel_values[:, :longest], pixel_attention_mask[:, :longest]  # the rest is padding
@@ -160,3 +165,107 @@ def project(hidden: torch.Tensor, tiles: Tiles, weight: Weight, name: str, confi
 
 def _norm(x: torch.Tensor, weight: Weight, name: str, epsilon: float) -> torch.Tensor:
     return vision.layer_norm(x, weight(f"{name}.weight"), weight(f"{name}.bias"), epsilon)
+
+
+def sizes(config: PretrainedConfig) -> list[tuple[int, int]]:
+    """Return sizes in picture tokens: one, tall, wide, as large as the table of positions, and larger than that."""
+    side = max(1, int(config.vision_config.num_patches**0.5) // config.downsample_factor)
+    return [(1, 1), (side, 1), (1, side + 1), (side, side), (side + 1, side // 2 + 1)]
+
+
+def sample(config: PretrainedConfig, blocks: Sequence[tuple[int, int]]) -> dict[str, torch.Tensor]:
+    """Return pictures of random pixels as a processor gives them, padded to the longest.
+
+    Args:
+        config: the configuration of a whole model.
+        blocks: the height and width of each picture in picture tokens.
+    """
+    vision, factor = config.vision_config, config.downsample_factor
+    shapes = torch.tensor(blocks) * factor
+    counts = shapes.prod(1)
+    generator = torch.Generator().manual_seed(0)
+    width = vision.num_channels * vision.patch_size**2
+    mask = (torch.arange(int(counts.max()) + 3)[None] < counts[:, None]).to(torch.int64)
+    pixels = torch.rand(*mask.shape, width, generator=generator) * 2 - 1
+    return {
+        "pixel_values": pixels * mask[..., None],
+        "pixel_attention_mask": mask,
+        "spatial_shapes": shapes,
+    }
+
+
+def alone(pictures: Pictures) -> Iterator[dict[str, torch.Tensor]]:
+    """Yield each picture by itself and without padding."""
+    for i, count in enumerate(pictures["spatial_shapes"].prod(1).tolist()):
+        one = {name: values[i : i + 1] for name, values in pictures.items()}
+        yield one | {name: one[name][:, :count] for name in ("pixel_values", "pixel_attention_mask")}
+
+
+FIELDS = {
+    "model_type": Field(str, values=("siglip2_vision_model",)),
+    "hidden_size": SIZE,
+    "intermediate_size": SIZE,
+    "num_hidden_layers": Field(int, 1, 1024),
+    "num_attention_heads": SIZE,
+    "num_channels": Field(int, 1, 64),
+    "patch_size": Field(int, 1, 1024),
+    "num_patches": Field(int, 1, 2**16),
+    "hidden_act": Field(str, values=tuple(vision.ACTIVATIONS)),
+    "layer_norm_eps": Field(float, 0, 1),
+    "vision_use_head": FLAG,
+}
+
+
+def check(tower: Mapping[str, Any]) -> None:
+    """Raise `Lfm2Error` for a `vision_config` whose graph would be wrong. `FIELDS` are checked already."""
+    patches = tower.get("num_patches", 256)
+    if math.isqrt(patches) ** 2 != patches:
+        raise Lfm2Error(f"num_patches in the vision_config of config.json is {patches}, which is no square.")
+    width, heads = tower.get("hidden_size", 768), tower.get("num_attention_heads", 12)
+    if width % heads:
+        raise Lfm2Error(
+            f"The vision_config of config.json contradicts itself: num_attention_heads {heads} does not divide "
+            f"hidden_size {width}."
+        )
+
+
+PROCESSOR = ProcessorSettings(
+    defaults={
+        "encoder_patch_size": 16,
+        "downsample_factor": 2,
+        "min_image_tokens": 64,
+        "max_image_tokens": 256,
+        "tile_size": 512,
+        "resample": 2,
+        "do_normalize": True,
+        "rescale_factor": 1 / 255,
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.5, 0.5, 0.5],
+    },
+    fields={
+        **dict.fromkeys(("encoder_patch_size", "downsample_factor", "tile_size"), SIZE),
+        **dict.fromkeys(("min_image_tokens", "max_image_tokens"), SIZE),
+        "resample": Field(int, 0, 5),
+        "rescale_factor": Field(float, 0, 1),
+        "image_mean": Field(float, -1e3, 1e3, listed=True),
+        "image_std": Field(float, 1e-6, 1e3, listed=True),
+    },
+    shared={
+        "encoder_patch_size": lambda config: config.vision_config.patch_size,
+        "downsample_factor": lambda config: config.downsample_factor,
+    },
+    # transformers saves the setting and ignores it. Transformers.js would squeeze every picture to a square first.
+    written={"do_resize": False},
+)
+
+TOWER = Tower(
+    inputs=inputs,
+    features=image_features,
+    modules=("vision_tower", "multi_modal_projector"),
+    sizes=sizes,
+    sample=sample,
+    alone=alone,
+    fields=FIELDS,
+    check=check,
+    processor=PROCESSOR,
+)
