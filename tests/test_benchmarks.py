@@ -125,7 +125,7 @@ def test_readme_has_a_row_of_each_of_its_systems(results, pages):
     report.publish(pages / "results.json", pages)
     text = (pages / "README.md").read_text()
     assert "\nold\n" not in text
-    rows = [line.strip("| ").split(" | ") for line in text.splitlines()[4:-3]]
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines()[5:-3]]
     assert [row[1] for row in rows] == ["q4, blocks of 128"] * 3 + ["fp32, sdpa"]
     prefill, decode = zip(*systems["ours-q4"]["speeds"]["16:4"], strict=True)
     peak = systems["ours-q4"]["loads"][0]["peak"] / 1e6
