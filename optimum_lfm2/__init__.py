@@ -12,7 +12,8 @@ from optimum.exporters.tasks import TasksManager
 import optimum.exporters.onnx.__main__  # registers Optimum's own configs, which ours then replace
 from optimum_lfm2.configs import Lfm2OnnxConfig
 from optimum_lfm2.vision_configs import Lfm2VlOnnxConfig, in_parts
-from optimum_lfm2.loading.tasks_manager import Lfm2TasksManager, is_ours
+from optimum_lfm2.loading.source import is_ours
+from optimum_lfm2.loading.tasks_manager import Lfm2TasksManager
 from optimum_lfm2.export.options import heeding_options
 from optimum_lfm2.validation.decoder import validated
 from optimum_lfm2.families import MEMBERS, MODEL_TYPES
@@ -24,7 +25,7 @@ from optimum_lfm2.vision_modeling import ORTLfm2VlForConditionalGeneration
 for _member in MEMBERS:
     for _name in (_member.export_type,) if _member.export_type else _member.model_types:
         TasksManager.create_register("onnx", overwrite_existing=True)(_name, *_member.tasks)(
-            Lfm2OnnxConfig if _member.text is None else Lfm2VlOnnxConfig
+            Lfm2VlOnnxConfig if _member.in_parts else Lfm2OnnxConfig
         )
 optimum.exporters.onnx.__main__.TasksManager = Lfm2TasksManager
 optimum.exporters.onnx.__main__.onnx_export_from_model = heeding_options(

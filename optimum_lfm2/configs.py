@@ -159,7 +159,7 @@ class Lfm2OnnxConfig(TextDecoderOnnxConfig):
             Lfm2Error: the options are wrong, or the weights cannot be quantised as the variant says.
         """
         given = {name: value for name, value in (model_kwargs or {}).items() if name != "logits_to_keep"}
-        options = ExportOptions.read(given, quantized=self.variant in SCHEMES, encodes=self.member.encodes)
+        options = ExportOptions.read(given, self.variant in SCHEMES, self.member.options)
         if "num_logits_to_keep" in given and self.task != "text-generation":
             raise Lfm2Error(
                 f"--model-kwargs: num_logits_to_keep is no input of a graph for {self.task}. Leave the option out."
@@ -249,7 +249,7 @@ class Lfm2OnnxConfig(TextDecoderOnnxConfig):
         buffer, so such a graph cannot write keys and values in place.
         """
         in_place = head_dim(self._config) % ops.HEAD_DIM_MULTIPLE == 0
-        return {ANY_PADDING: "true"} | ({} if self.member.encodes else {IN_PLACE: str(in_place).lower()})
+        return {ANY_PADDING: "true"} | ({IN_PLACE: str(in_place).lower()} if self.cache_tensors else {})
 
     def ordered_inputs(self, model: Any) -> dict[str, dict[int, str]]:
         """Return the inputs as declared. The patched model's forward takes them in this order."""
@@ -362,7 +362,7 @@ class Lfm2OnnxConfig(TextDecoderOnnxConfig):
         compat.spell_tokenizer_for_both(Path(path))
         compat.repeat_chat_template(Path(path))
         ((model, config),) = models_and_onnx_configs.values()  # it has read --model-kwargs
-        if source := getattr(model, "source", None):
+        if (source := getattr(model, "source", None)) and config.task != "text-generation":
             copy_modules(source.modules, Path(path))
         if config.task == "text-generation" and config.use_past:
             write_genai_config(Path(path), "", Path(path, onnx_files_subpaths[0]), config._config, config.cache_tensors)

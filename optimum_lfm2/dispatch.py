@@ -13,9 +13,8 @@ from typing import Any
 from optimum.onnxruntime import ORTModelForCausalLM
 from transformers.utils import CONFIG_NAME
 
-from optimum.commands.lfm2.adapters import check_adapter
-from optimum_lfm2.errors import Lfm2Error
 from optimum_lfm2.families import member_of
+from optimum_lfm2.loading.adapters import check_adapter
 from optimum_lfm2.loading.config_check import check_fields, loaded_config, mend
 from optimum_lfm2.modeling import ORTLfm2ForCausalLM
 from optimum_lfm2.sidecars.genai_config import GENAI_CONFIG, is_of_our_type, read_genai_config
@@ -35,13 +34,6 @@ def _genai_folder(cls: type, model_id: Any, subfolder: str = "", **_: Any) -> Pa
     return found[0]
 
 
-def _refuse_adapter(model_id: Any) -> None:
-    try:
-        check_adapter(Path(model_id))
-    except ValueError as error:
-        raise Lfm2Error(str(error)) from None
-
-
 def _check_config(path: Path, model_types: tuple[str, ...]) -> None:
     """Refuse a local model of ours with an impossible config.json, before transformers reads it."""
     try:
@@ -49,10 +41,8 @@ def _check_config(path: Path, model_types: tuple[str, ...]) -> None:
     except (OSError, ValueError, RecursionError):
         return  # it may be anybody's, so Optimum says what is wrong
     if isinstance(written, dict) and written.get("model_type") in list(model_types):
-        if member_of(written).text is not None:
-            raise Lfm2Error(
-                f"{path.parent} takes pictures too. Load it with optimum_lfm2.ORTLfm2VlForConditionalGeneration."
-            )
+        if member_of(written).in_parts:  # whether a graph is an encoder's, its layout says
+            member_of(written).check_loader(ORTLfm2ForCausalLM.__name__, path.parent)
         check_fields(written, str(path))
         loaded_config(path.parent)
 
@@ -83,7 +73,7 @@ def _checking_folders(original: Callable[..., Any], model_types: tuple[str, ...]
         if cls in (ORTModelForCausalLM, ORTLfm2ForCausalLM):
             with suppress(TypeError):  # the call lacks an argument or has one too many: Optimum says so
                 given = parameters.bind(cls, *args, **kwargs).arguments
-                _refuse_adapter(given["model_id"])
+                check_adapter(Path(given["model_id"]))
                 _check_config(Path(given["model_id"], given.get("subfolder") or "", CONFIG_NAME), model_types)
                 if not given.get("config") and not given.get("export"):
                     folder = _genai_folder(**given)

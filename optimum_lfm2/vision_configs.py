@@ -23,7 +23,7 @@ from optimum_lfm2.export.finish import bind
 from optimum_lfm2.export.model_kwargs import ExportOptions
 from optimum_lfm2.export.patcher import DecoderPatcher, EmbeddingPatcher, GraphPatcher, VisionPatcher
 from optimum_lfm2.file_names import DECODER, EMBEDDING, ONNX_FOLDER, VISION
-from optimum_lfm2.loading.tasks_manager import weightless
+from optimum_lfm2.loading.models import weightless
 from optimum_lfm2.sidecars.genai_config import write_genai_config
 from optimum_lfm2.sidecars.js_config import declare_external_data
 from optimum_lfm2.validation.vision import validate_embedding, validate_vision
@@ -49,7 +49,7 @@ class _PartOnnxConfig(Lfm2OnnxConfig):
 
     def patch_model_for_export(self, model: Any, model_kwargs: dict[str, Any] | None = None) -> GraphPatcher:
         given = {name: value for name, value in (model_kwargs or {}).items() if name != "logits_to_keep"}
-        self._options = ExportOptions.read(given, quantized=self.variant in SCHEMES, encodes=False)
+        self._options = ExportOptions.read(given, self.variant in SCHEMES)
         patcher = self._MODEL_PATCHER(self, model, model_kwargs)
         self._weights = patcher.weights
         return patcher
@@ -133,8 +133,8 @@ class Lfm2VlOnnxConfig(Lfm2OnnxConfig):
         """Write the processor's files, and make all files beside the graphs readable for every runtime."""
         folder = Path(path)
         model, _ = models_and_onnx_configs[f"{ONNX_FOLDER}/{VISION}"]
-        if processor := getattr(model, "processor", None):  # a model in memory has none
-            processor.write(folder)
+        if source := getattr(model, "source", None):  # a model in memory has none
+            source.processor.write(folder)
         compat.spell_tokenizer_for_both(folder)
         compat.repeat_chat_template(folder)
         compat.spell_model_type(folder, self.member.model_type)

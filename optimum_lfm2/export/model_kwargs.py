@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,6 @@ VALUES: dict[str, tuple[str, ...]] = {
     "sliding_cache": ("window", "growing"),
     "rollback": ("replay", "columns"),
 }
-OF_ENCODERS = ("embedding",)
 
 
 @dataclass(frozen=True)
@@ -44,22 +43,22 @@ class ExportOptions:
     rollback: str = "replay"
 
     @classmethod
-    def read(cls, model_kwargs: Any, quantized: bool, encodes: bool = False) -> ExportOptions:
+    def read(cls, model_kwargs: Any, quantized: bool, names: Sequence[str] | None = None) -> ExportOptions:
         """Read the options. Those that are left out have their defaults.
 
         Args:
             model_kwargs: the parsed JSON of `--model-kwargs`, or None.
             quantized: whether the weights are quantised.
-            encodes: whether the model is an encoder. It has no caches and gives all logits, so it has fewer options.
+            names: the options that have an effect on the model (`Member.options`). None means all.
 
         Raises:
             Lfm2Error: `model_kwargs` is no object, names an unknown option, gives an option an unknown value, or gives
                 an option that has no effect.
         """
         given = {} if model_kwargs is None else model_kwargs
-        options = {name: values for name, values in VALUES.items() if name in OF_ENCODERS or not encodes}
+        options = {name: values for name, values in VALUES.items() if names is None or name in names}
         listed = ", ".join(f"{name} ({', '.join(values)})" for name, values in options.items())
-        known = f"{'An encoder' if encodes else 'LFM2'} knows {listed}."
+        known = f"This model knows {listed}."
         if not isinstance(given, Mapping):
             raise Lfm2Error(f"--model-kwargs {given}: give a JSON object. {known}")
         if unknown := sorted(map(str, given.keys() - options.keys())):

@@ -18,7 +18,6 @@ from optimum_lfm2.export.model_kwargs import ExportOptions
 from optimum_lfm2.export.output import check_output
 from optimum_lfm2.families import MODEL_TYPES, member_of
 from optimum_lfm2.loading.supported import check_architecture
-from optimum_lfm2.loading.tasks_manager import check_task
 from optimum_lfm2.weights.blocks import SCHEMES
 
 
@@ -116,8 +115,8 @@ def _check_library(args: Namespace) -> None:
 def _check_task(args: Namespace, config: Mapping[str, Any]) -> None:
     task = TasksManager.map_from_synonym(args.task)
     if task != "auto":
-        check_task(task, config)
-    if args.monolith and member_of(config).text is not None:
+        member_of(config).check_task(task, config.get("architectures"))
+    if args.monolith and member_of(config).in_parts:
         raise Lfm2Error("--monolith means one file, and this model has three. Leave it out.")
     if args.monolith and task.endswith("-with-past"):
         raise Lfm2Error(
@@ -144,12 +143,12 @@ def _check_computation(args: Namespace) -> None:
 
 def _check_variant(args: Namespace, config: Mapping[str, Any]) -> None:
     member = member_of(config)
-    task = "text-generation" if member.text is None else member.tasks[0]
+    task = member.tasks[0] if member.in_parts else "text-generation"
     constructor = TasksManager.get_exporter_config_constructor(
         "onnx", model_type=config["model_type"], task=task, library_name="transformers"
     )
     constructor.func.check_variant(args.variant)
-    ExportOptions.read(args.model_kwargs, quantized=args.variant in SCHEMES, encodes=member.encodes)
+    ExportOptions.read(args.model_kwargs, args.variant in SCHEMES, member.options)
 
 
 def _check_rewrites(args: Namespace) -> None:

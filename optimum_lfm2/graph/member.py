@@ -14,6 +14,7 @@ import torch
 from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from optimum_lfm2.caches import CacheTensor, Kept, Window, cache_tensors
+from optimum_lfm2.errors import Lfm2Error
 from optimum_lfm2.fields import Field
 from optimum_lfm2.graph.call import Call, Rotary
 from optimum_lfm2.weights.blocks import Scheme
@@ -64,6 +65,7 @@ class Mixer(Protocol):
         """
 
 
+ENCODER_CLASSES = "ORTModelForFeatureExtraction, ORTModelForMaskedLM or the class of its head"
 TRANSFORMERS_MODELS: Mapping[str, ModelMaker] = {
     "text-generation": AutoModelForCausalLM.from_config,
     "feature-extraction": AutoModel.from_config,
@@ -198,11 +200,59 @@ class Member:
         return bool(self.heads)
 
     @property
+    def in_parts(self) -> bool:
+        """Whether an export has a file for each of several parts: the decoder is one, and is entered by embeddings."""
+        return self.text is not None
+
+    @property
+    def options(self) -> tuple[str, ...] | None:
+        """The options of `--model-kwargs` that have an effect; None means all. An encoder has no caches and no logits."""
+        return ("embedding",) if self.encodes else None
+
+    @property
+    def runs_own_code(self) -> bool:
+        """Whether validation also runs a checkpoint's own code where the user trusts it."""
+        return self.encodes
+
+    def check_loader(self, name: str, where: object) -> None:
+        """Raise `Lfm2Error` where a class cannot load exports of this member.
+
+        Args:
+            name: the class: `ORTLfm2ForCausalLM` or `ORTLfm2VlForConditionalGeneration`.
+            where: the folder or id, for the message.
+        """
+        if self.encodes:
+            is_, loaders = "is an encoder, which generates nothing", ENCODER_CLASSES
+        elif self.in_parts:
+            is_, loaders = "takes pictures too", "optimum_lfm2.ORTLfm2VlForConditionalGeneration"
+        else:
+            is_, loaders = "is a model of text alone", "optimum_lfm2.ORTLfm2ForCausalLM"
+        if name not in loaders:
+            raise Lfm2Error(f"{where} {is_}. Load it with {loaders}.")
+
+    def check_task(self, task: str, architectures: Sequence[str] | None) -> None:
+        """Refuse a task that a checkpoint has no head for.
+
+        Args:
+            task: a task of Optimum, such as `text-generation-with-past`.
+            architectures: as in the checkpoint's config.json.
+
+        Raises:
+            Lfm2Error: the message lists the tasks that there are.
+        """
+        if self.encodes:
+            known, what = [self.task(architectures), "feature-extraction"], (architectures or [self.model_type])[0]
+        else:  # a decoder's head is tied to its embedding, or its tensors are missed
+            known, what = self.tasks, "LFM2"
+        if task not in known:
+            raise Lfm2Error(f"--task {task}: {what} is exported for {', '.join(dict.fromkeys(known))}.")
+
+    @property
     def tasks(self) -> list[str]:
         """The tasks under which Optimum exports the member. Each task of a decoder also has a form with past."""
         if self.encodes:
             return list(self.heads)
-        if self.text is not None:
+        if self.in_parts:
             return list(self.models)
         return [form for task in self.models for form in (task, f"{task}-with-past")]
 

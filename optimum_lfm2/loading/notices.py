@@ -8,7 +8,7 @@ from typing import Any
 
 from optimum.utils import logging
 
-from optimum.commands.lfm2.adapters import ADAPTER_CONFIG
+from optimum_lfm2.loading.adapters import ADAPTER_CONFIG
 from optimum_lfm2.loading.companions import find_file
 from optimum_lfm2.loading.modules import MODULES
 from optimum_lfm2.weights.checkpoint import FOREIGN_NAMES, Checkpoint

@@ -32,7 +32,7 @@ def check_architecture(config: Mapping[str, Any], file: str = "config.json") -> 
     _check_classes(config)
     _check_quantized(config)
     member = member_of(config)
-    if member.text is not None:
+    if member.text is not None:  # the field of the decoder's configuration
         _check_text(config.get(member.text), f"{member.text} of {file}")
     known = member.layer_kinds
     unknown = sorted(set(config.get("layer_types") or ()) - known.keys())
@@ -54,7 +54,7 @@ def check_architecture(config: Mapping[str, Any], file: str = "config.json") -> 
 def _check_text(text: Mapping[str, Any] | None, file: str) -> None:
     """Refuse the decoder of a model that has other parts too."""
     text = {"model_type": "lfm2", **(text or {})}
-    known = [member.model_type for member in MEMBERS if member.text is None and not member.encodes]
+    known = [member.model_type for member in MEMBERS if not member.in_parts and not member.encodes]
     if text["model_type"] not in known or member_of(text).encodes:
         raise Lfm2Error(
             f"model_type in the {file} is {text['model_type']}; it has to be {' or '.join(known)}, of a decoder."

@@ -21,9 +21,9 @@ from optimum_lfm2.errors import Lfm2Error, read_object
 from optimum_lfm2.export.staging import staged
 from optimum_lfm2.families import member_of
 from optimum_lfm2.file_names import DECODER, EMBEDDING, ONNX_FOLDER
-from optimum_lfm2.loading.config_check import loaded_config
 from optimum_lfm2.loading.modules import copy_modules
-from optimum_lfm2.loading.tasks_manager import Lfm2TasksManager, task_of
+from optimum_lfm2.loading.source import Source
+from optimum_lfm2.loading.tasks_manager import Lfm2TasksManager
 from optimum_lfm2.metadata import CHECKPOINT, COMPARED, DIFFERENCE, QUALITY, TEXT
 from optimum_lfm2.publish.card import write_card
 from optimum_lfm2.publish.job import LEAST_COSINE, WITH_PAST, Job
@@ -83,23 +83,22 @@ def publish(job: Job) -> list[str]:
 
 def _save_configuration(job: Job, folder: Path) -> PretrainedConfig:
     """Write config.json, generation_config.json, and the files of tokenizer and processor, for every runtime."""
-    config = loaded_config(job.model, cache_dir=job.cache_dir)
-    compat.spell_rope_for_both(config.get_text_config())
-    member = member_of(config)
-    if job.task.removesuffix(WITH_PAST) != task_of(config):
+    source = Source.open(job.model, cache_dir=job.cache_dir)
+    config, member = source.config, source.member
+    if job.task.removesuffix(WITH_PAST) != source.task:
         raise Lfm2Error(
             f"{job.model} has no language modelling head. Use optimum-cli export onnx --task feature-extraction."
         )
     model = _load(job, "fp32")
     if member.encodes:
         config = model.config  # it does not name the checkpoint's code
-        copy_modules(model.source.modules, folder)
+        copy_modules(source.modules, folder)
     else:
         model.generation_config.save_pretrained(folder)
     config.save_pretrained(folder)
     maybe_save_preprocessors(job.model, folder)
-    if processor := getattr(model, "processor", None):
-        processor.write(folder)
+    if source.processor is not None:
+        source.processor.write(folder)
     if not (folder / TOKENIZER).is_file():
         raise Lfm2Error(f"{job.model} has no tokenizer, and every runtime needs one. Copy {TOKENIZER} there.")
     compat.spell_tokenizer_for_both(folder)

@@ -20,7 +20,9 @@ from optimum_lfm2.errors import Lfm2Error, first_line
 from optimum_lfm2.families import member_of
 from optimum_lfm2.file_names import DECODER, EMBEDDING, main_files
 from optimum_lfm2.loading.config_check import loaded_config
-from optimum_lfm2.loading.tasks_manager import Lfm2TasksManager, is_ours, materialize_buffers
+from optimum_lfm2.loading.models import materialize_buffers
+from optimum_lfm2.loading.source import is_ours
+from optimum_lfm2.loading.tasks_manager import Lfm2TasksManager
 from optimum_lfm2.sidecars.genai_config import GENAI_CONFIG, read_genai_config
 from optimum_lfm2.validation.streamed import StandIns, streamed
 from optimum_lfm2.vision_configs import text_model
@@ -184,7 +186,7 @@ def _embedding_of(decoder: Path) -> Path:
 def _transformers_model(folder: Path) -> Model:
     try:
         if is_ours(folder):
-            in_parts = member_of(loaded_config(folder)).text is not None
+            in_parts = member_of(loaded_config(folder)).in_parts
             task = Lfm2TasksManager.infer_task_from_model(str(folder)) if in_parts else "text-generation"
             return reference_model(Lfm2TasksManager.get_model_from_task(task, str(folder), torch_dtype=torch.float32))
         return _WholeModel(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval())
@@ -201,7 +203,7 @@ def reference_model(model: Any) -> Model:
 
     Of a model that takes pictures too, the decoder is the reference.
     """
-    if member_of(model.config).text is not None:
+    if member_of(model.config).in_parts:
         model = text_model(model)
     return _StreamedModel(model, model.checkpoint)
 

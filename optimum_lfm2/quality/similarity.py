@@ -15,7 +15,9 @@ from transformers.utils import CONFIG_NAME
 
 from optimum_lfm2.errors import Lfm2Error, first_line
 from optimum_lfm2.families import MODEL_TYPES, member_of
-from optimum_lfm2.loading.tasks_manager import Lfm2TasksManager, is_ours, materialize_buffers, task_of
+from optimum_lfm2.loading.models import materialize_buffers
+from optimum_lfm2.loading.source import is_ours
+from optimum_lfm2.loading.tasks_manager import Lfm2TasksManager
 from optimum_lfm2.quality.scoring import onnx_file, open_session
 from optimum_lfm2.validation.streamed import StandIns, streamed
 
@@ -154,7 +156,7 @@ class _StreamedEncoder:
         materialize_buffers(model)
         self._model = model
         self._weights = StandIns(model, model.checkpoint, scheme=None)
-        head = member_of(model.config).heads[task_of(model.config)]
+        head = model.source.member.heads[model.source.task]
         self.has_head = head.output != HIDDEN
         self._width = int(head.axes(model.config)[-1])
         self._chunks: Sequence[torch.Tensor] | None = None

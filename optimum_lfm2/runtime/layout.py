@@ -56,11 +56,8 @@ class GraphLayout:
     @classmethod
     def read(cls, session: InferenceSession, config: PretrainedConfig) -> GraphLayout:
         """Read a session. Raise `Lfm2Error` for an encoder, and for a graph whose caches are not LFM2's."""
-        if member_of(config).encodes:
-            raise Lfm2Error(
-                f"The model is an encoder ({', '.join(config.architectures)} in config.json), which generates nothing. "
-                "Load it with ORTModelForFeatureExtraction, ORTModelForMaskedLM or the class of its head."
-            )
+        if (member := member_of(config)).encodes:
+            member.check_loader("ORTLfm2ForCausalLM", f"A model of the class {', '.join(config.architectures)}")
         inputs = {value.name: value for value in session.get_inputs()}
         inputs |= {value.name: value for value in session.get_overridable_initializers()}
         outputs = {value.name: value for value in session.get_outputs()}

@@ -23,8 +23,7 @@ def check_type(model_type: str | None, where: object) -> None:
         raise Lfm2Error(
             f"{where} is of the type {model_type}, and this class loads LFM2-VL. Use the class of its type."
         )
-    if member_of({"model_type": model_type}).text is None:
-        raise Lfm2Error(f"{where} is a model of text alone. Load it with ORTModelForCausalLM.")
+    member_of({"model_type": model_type}).check_loader("ORTLfm2VlForConditionalGeneration", where)
 
 
 def check_folder(folder: Path, subfolder: str = "") -> None:

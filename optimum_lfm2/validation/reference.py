@@ -13,7 +13,7 @@ import torch
 from optimum_lfm2 import compat
 from optimum_lfm2.caches import flatten, unflatten
 from optimum_lfm2.errors import Lfm2Error
-from optimum_lfm2.loading.tasks_manager import materialize_buffers
+from optimum_lfm2.loading.models import materialize_buffers
 from optimum_lfm2.validation.pieces import Cut, Values
 from optimum_lfm2.validation.streamed import StandIns
 from optimum_lfm2.validation.together import run_together
@@ -111,7 +111,7 @@ class Reference:
         output = next(iter(self._config.outputs))
         name = self._config.TOKENS
         tokens = inputs[name][row, new][None]
-        if self._config.member.encodes:
+        if not self._config.cache_tensors:  # an encoder keeps nothing
             result = self._model(tokens)[0][0].float()
             values[output][(row, new) if result.dim() > 1 else row] = result  # of each token, or of the row
             return

@@ -18,7 +18,7 @@ import torch
 from safetensors.numpy import load_file
 
 from optimum_lfm2.errors import Lfm2Error
-from optimum_lfm2.loading.tasks_manager import Source
+from optimum_lfm2.loading.source import Source
 from optimum_lfm2.validation.streamed import StandIns, streamed
 
 

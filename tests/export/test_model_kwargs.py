@@ -19,7 +19,7 @@ def test_the_first_value_is_the_default():
 
 @pytest.mark.parametrize("given", [[], "fused", {"embeding": "float"}, {"embedding": ["fused"]}, {"cache_names": None}])
 def test_anything_else_is_refused_in_one_line(given):
-    with pytest.raises(Lfm2Error, match=r"LFM2 knows embedding \(fused, portable, float\), cache_names") as error:
+    with pytest.raises(Lfm2Error, match=r"This model knows embedding \(fused, portable, float\), cache_names") as error:
         ExportOptions.read(given, quantized=True)
     assert "\n" not in str(error.value)
 

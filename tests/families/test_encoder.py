@@ -25,7 +25,7 @@ from transformers import AutoConfig
 
 from optimum_lfm2.errors import Lfm2Error
 from optimum_lfm2.families import member_of
-from optimum_lfm2.loading.tasks_manager import Source
+from optimum_lfm2.loading.source import Source
 from optimum_lfm2.validation import run_trusted, trusted
 from optimum_lfm2.validation.decoder import errors_as_they_are
 
@@ -166,7 +166,7 @@ def test_trusted_code_that_fails(said, says, tmp_path, monkeypatch):
     failed = subprocess.CompletedProcess([], 1, "", said)
     monkeypatch.setattr(trusted.subprocess, "run", lambda *_, **__: failed)
     with pytest.raises(Lfm2Error, match=f"code of {tmp_path} fails: {says}") as error:
-        trusted.trusted_outputs(Source(str(tmp_path), {}, {}, True), "fill-mask", ROWS)
+        trusted.trusted_outputs(Source(str(tmp_path), {}, None, None, trusted=True), "fill-mask", ROWS)
     assert "\n" not in str(error.value)
 
 

@@ -18,8 +18,9 @@ from optimum_lfm2 import compat
 from optimum_lfm2.errors import Lfm2Error
 from optimum_lfm2.families import member_of
 from optimum_lfm2.loading.config_check import loaded_config
+from optimum_lfm2.loading.models import weightless
 from optimum_lfm2.loading.supported import check_architecture
-from optimum_lfm2.loading.tasks_manager import Lfm2TasksManager, weightless
+from optimum_lfm2.loading.tasks_manager import Lfm2TasksManager
 
 
 needs_lfm3 = pytest.mark.skipif("lfm3" in compat.STAND_INS, reason="this transformers has no lfm3")

@@ -10,9 +10,9 @@ import pytest
 from optimum.commands.optimum_cli import main
 from optimum.onnxruntime import ORTModelForCausalLM
 
-from optimum.commands.lfm2.adapters import check_adapter
 from optimum_lfm2 import ORTLfm2ForCausalLM
 from optimum_lfm2.errors import Lfm2Error
+from optimum_lfm2.loading.adapters import check_adapter
 
 
 @pytest.fixture

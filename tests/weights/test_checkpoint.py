@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, Lfm2ForCausalLM
 
 from optimum_lfm2.errors import Lfm2Error
-from optimum_lfm2.loading.tasks_manager import weightless
+from optimum_lfm2.loading.models import weightless
 from optimum_lfm2.weights.checkpoint import Checkpoint, find_tensors, fingerprint, is_finite
 
 

@@ -15,7 +15,6 @@ from typing import Any
 
 from optimum.commands.export.onnx import ONNXExportCommand
 
-from optimum.commands.lfm2.adapters import check_adapter
 from optimum.commands.lfm2.model_types import MODEL_TYPES
 
 
@@ -34,7 +33,7 @@ def _wrap(original: Callable[[Any], None]) -> Callable[[Any], None]:
     @functools.wraps(original)
     def run(self: ONNXExportCommand) -> None:
         try:
-            check_adapter(Path(self.args.model))
+            _check_adapter(Path(self.args.model))
         except ValueError as error:
             fail(error)
         config = _our_config(self.args)
@@ -47,6 +46,14 @@ def _wrap(original: Callable[[Any], None]) -> Callable[[Any], None]:
 
     setattr(run, WRAPPED, True)
     return run
+
+
+def _check_adapter(folder: Path) -> None:
+    """Raise `ValueError` for a folder that holds a PEFT adapter of our model and no model."""
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        from optimum_lfm2.loading.adapters import check_adapter
+
+        check_adapter(folder)
 
 
 def _our_config(args: Namespace) -> dict[str, Any] | None:
@@ -66,7 +73,7 @@ def read_config(args: Namespace) -> dict[str, Any]:
     """
     folder = Path(args.model)
     if folder.is_dir():
-        check_adapter(folder)
+        _check_adapter(folder)
         path = folder / "config.json"
         if not path.is_file():
             raise ValueError(f"{folder} holds no LFM2 checkpoint: it has no config.json. Give the folder that has.")
