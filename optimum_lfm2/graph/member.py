@@ -206,7 +206,7 @@ class Member:
 
     @property
     def options(self) -> tuple[str, ...] | None:
-        """The options of `--model-kwargs` that have an effect; None means all. An encoder has no caches and no logits."""
+        """The options of `--model-kwargs` that have an effect; None means all. An encoder has no caches."""
         return ("embedding",) if self.encodes else None
 
     @property
