@@ -2,7 +2,7 @@
 
 # ruff: noqa: E402, I001  the order matters
 
-from optimum_lfm2.compat import complete_transformers, read_tokenizers_of_5
+from optimum_lfm2.compat import complete_transformers, mend_pictures_in_text, read_tokenizers_of_5
 
 
 complete_transformers()  # optimum-onnx imports names that this adds
@@ -39,6 +39,7 @@ optimum.exporters.onnx.convert._get_submodels_and_onnx_configs = in_parts(
 )
 dispatch(MODEL_TYPES)
 read_tokenizers_of_5(is_ours)
+mend_pictures_in_text()
 
 __version__ = "0.1.0"
 __all__ = ["Lfm2OnnxConfig", "Lfm2VlOnnxConfig", "ORTLfm2ForCausalLM", "ORTLfm2VlForConditionalGeneration"]

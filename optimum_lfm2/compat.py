@@ -106,6 +106,47 @@ def picture_features(model: Any, pictures: dict[str, torch.Tensor]) -> torch.Ten
     return torch.cat(features.pooler_output if TRANSFORMERS_5 else features)
 
 
+def mend_pictures_in_text() -> None:
+    """Mend the text that the LFM2-VL processor of transformers 4.57 makes of a chat. Goes with transformers 4.
+
+    It repeats what stands between two pictures, empties a chat without one beside others, and makes no picture tokens
+    of a picture in one tile where `use_thumbnail` is false. No other model has this processor.
+    """
+    if TRANSFORMERS_5:
+        return
+    from transformers.models.lfm2_vl.processing_lfm2_vl import Lfm2VlProcessor
+
+    original = Lfm2VlProcessor.expand_text_with_placeholders
+
+    @wraps(original)
+    def expand_text_with_placeholders(
+        self: Any,
+        text: list[str],
+        images: list[list[Any]],
+        image_rows: list[int],
+        image_cols: list[int],
+        image_sizes: list[Any],
+        use_image_special_tokens: bool,
+        **settings: Any,
+    ) -> list[str]:
+        found = iter(zip(image_rows, image_cols, image_sizes, strict=True))
+
+        def expanded(picture: Any) -> str:
+            rows, cols, size = next(found)
+            # The tokens of a thumbnail are also those of a picture in one tile.
+            own = settings if rows > 1 or cols > 1 else settings | {"use_thumbnail": True}
+            alone = ([self.image_token], [[picture]], [rows], [cols], [size])
+            return original(self, *alone, use_image_special_tokens, **own)[0]
+
+        whole = []
+        for sample, pictures in zip(text, images, strict=True):
+            first, *others = sample.split(self.image_token)
+            whole.append(first + "".join(expanded(one) + after for one, after in zip(pictures, others, strict=True)))
+        return whole
+
+    Lfm2VlProcessor.expand_text_with_placeholders = expand_text_with_placeholders  # type: ignore[method-assign]
+
+
 def check_model_type(model_type: str) -> None:
     """Raise `Lfm2Error` where this transformers has no model of a type that we export."""
     if model_type in STAND_INS:

@@ -118,6 +118,9 @@ def test_files_tokens_and_errors_are_the_same(found):
     ours, expected = found["with"], found["without"]
     assert (ours.pop("ours is loaded"), expected.pop("ours is loaded")) == (True, False)
     assert ours.keys() == expected.keys()
+    # This is nobody's model: one line instead of a traceback.
+    nobodys = "nowhere, by the command"
+    assert (ours.pop(nobodys), "error" in expected.pop(nobodys)) == ({"error": ["SystemExit: 1"]}, True)
     assert {name: ours[name] for name in expected if ours[name] != expected[name]} == {}
 
 

@@ -245,8 +245,20 @@ def test_what_is_not_ours_goes_to_optimum(spoil, cli, checkpoint, out, tmp_path,
     assert_unharmed(out)
 
 
-@pytest.mark.parametrize("model", ["nowhere/to/be/found", "no/such", "/no/such/folder", __file__])
-def test_no_such_model(model, cli, out, optimums):
+@pytest.mark.parametrize("model", ["nowhere/to/be/found", "NO_SUCH_FOLDER", "/no/such/folder", "./no", "docs/no"])
+@pytest.mark.parametrize("command", ["lfm2", "onnx"])
+def test_no_such_folder(command, model, cli, out, optimums, monkeypatch):
+    monkeypatch.chdir(Path(__file__).parents[2])
+    code, err = cli("export", command, "--model", model, out)
+    assert (code, err.count("\n")) == (1, 1), err
+    assert f"{model} is n" in err
+    assert optimums == []
+    assert_unharmed(out)
+
+
+@pytest.mark.parametrize("model", ["no/such", __file__])
+def test_what_may_be_anybodys_model_goes_to_optimum(model, cli, out, optimums):
+    """The id of a model that is not in the cache, where the Hub is not reached; and a file."""
     code, err = cli("export", "lfm2", "--model", model, out)
     assert (code, err.count("\n")) == (1, 1), err
     assert model in err

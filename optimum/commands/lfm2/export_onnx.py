@@ -22,6 +22,10 @@ from optimum.commands.lfm2.model_types import MODEL_TYPES
 WRAPPED = "_wrapped_for_lfm2"
 
 
+class NoSuchModelError(ValueError):
+    """`--model` is no folder, and no model of the Hub: nobody's."""
+
+
 def register() -> list[tuple[type, type | None]]:
     """Wrap the command's `run` once, and add no command. A second command named `onnx` would break the parser."""
     if not hasattr(ONNXExportCommand.run, WRAPPED):
@@ -60,6 +64,8 @@ def _our_config(args: Namespace) -> dict[str, Any] | None:
     """Return the `config.json` of `--model` if it names a type of ours. Return None otherwise."""
     try:
         config = read_config(args)
+    except NoSuchModelError as error:  # Optimum would answer with a traceback, on transformers 5 about an import
+        fail(error)
     except Exception:  # the model may be anybody's, so Optimum says what is wrong
         return None
     return config if config.get("model_type") in MODEL_TYPES else None
@@ -69,6 +75,7 @@ def read_config(args: Namespace) -> dict[str, Any]:
     """Read the `config.json` of `--model`, which is a folder or an id of the Hub.
 
     Raises:
+        NoSuchModelError: `--model` is nothing that anybody could load.
         ValueError: there is no such file, or it cannot be read.
     """
     folder = Path(args.model)
@@ -95,6 +102,7 @@ def _parsed(path: Path) -> dict[str, Any]:
 
 def _download(args: Namespace) -> Path:
     from huggingface_hub import hf_hub_download
+    from huggingface_hub.constants import HF_HUB_CACHE
     from huggingface_hub.errors import (
         EntryNotFoundError,
         GatedRepoError,
@@ -102,15 +110,23 @@ def _download(args: Namespace) -> Path:
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
     )
+    from huggingface_hub.file_download import repo_folder_name
 
     try:
         return Path(hf_hub_download(args.model, "config.json", cache_dir=args.cache_dir))
     except GatedRepoError:
         raise ValueError(f"{args.model} is gated. Ask for access on its page, then run `hf auth login`.") from None
-    except (HFValidationError, RepositoryNotFoundError):
-        raise ValueError(f"{args.model} is neither a folder nor a model of the Hub. Is it spelled right?") from None
+    except HFValidationError:
+        raise NoSuchModelError(f"{args.model} is neither a folder nor an id of the Hub. Is it spelled right?") from None
+    except RepositoryNotFoundError:
+        raise NoSuchModelError(
+            f"{args.model} is neither a folder nor a model of the Hub. Is it spelled right? "
+            "A private model needs `hf auth login`."
+        ) from None
     except LocalEntryNotFoundError:
-        raise ValueError(
+        cached = Path(args.cache_dir or HF_HUB_CACHE, repo_folder_name(repo_id=args.model, repo_type="model"))
+        is_path = Path(args.model).parent.is_dir() and not cached.exists()  # else it may be anybody's model
+        raise (NoSuchModelError if is_path else ValueError)(
             f"{args.model} is no folder, and no config.json of it is in the cache of the Hub, which was not reached. "
             "Check the path and the network."
         ) from None
