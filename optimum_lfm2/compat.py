@@ -116,7 +116,8 @@ def mend_pictures_in_text() -> None:
         return
     from transformers.models.lfm2_vl.processing_lfm2_vl import Lfm2VlProcessor
 
-    original = Lfm2VlProcessor.expand_text_with_placeholders
+    processor: Any = Lfm2VlProcessor
+    original = processor.expand_text_with_placeholders
 
     @wraps(original)
     def expand_text_with_placeholders(
@@ -144,7 +145,7 @@ def mend_pictures_in_text() -> None:
             whole.append(first + "".join(expanded(one) + after for one, after in zip(pictures, others, strict=True)))
         return whole
 
-    Lfm2VlProcessor.expand_text_with_placeholders = expand_text_with_placeholders  # type: ignore[method-assign]
+    processor.expand_text_with_placeholders = expand_text_with_placeholders
 
 
 def check_model_type(model_type: str) -> None:

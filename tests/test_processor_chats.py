@@ -1,7 +1,7 @@
 """The text that transformers' processor makes of chats with several pictures and with none.
 
-transformers 4.57 does it wrongly, and `compat.mend_pictures_in_text` mends it. The expected text is the chat template's,
-with a token for each square of `downsample_factor` patches in the place of each picture.
+transformers 4.57 does it wrongly, and `compat.mend_pictures_in_text` mends it. The expected text is the template's. In
+the place of each picture it has a token for each square of `downsample_factor` patches.
 """
 
 from __future__ import annotations
