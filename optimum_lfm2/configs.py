@@ -34,8 +34,8 @@ from optimum_lfm2.families import member_of
 from optimum_lfm2.file_names import MODEL
 from optimum_lfm2.graph import ops
 from optimum_lfm2.graph.member import Member
-from optimum_lfm2.loading.modules import copy_modules
 from optimum_lfm2.metadata import ANY_PADDING, IN_PLACE
+from optimum_lfm2.sidecars.folder import write_sidecars
 from optimum_lfm2.sidecars.genai_config import write_genai_config
 from optimum_lfm2.validation.decoder import validate
 from optimum_lfm2.weights.blocks import SCHEMES, Scheme
@@ -353,17 +353,12 @@ class Lfm2OnnxConfig(TextDecoderOnnxConfig):
         return validate(self, model, path, atol, shapes)
 
     def post_process_exported_models(self, path: Path, models_and_onnx_configs: dict, onnx_files_subpaths: list[str]):
-        """Make the tokenizer's files readable for every runtime, and write `genai_config.json`.
-
-        A model without a language model's head gets the files of sentence-transformers that its checkpoint has.
+        """Write the files beside the graph for every runtime.
 
         Optimum would look for tied weights here. The file has one tensor for them already.
         """
-        compat.spell_tokenizer_for_both(Path(path))
-        compat.repeat_chat_template(Path(path))
         ((model, config),) = models_and_onnx_configs.values()  # it has read --model-kwargs
-        if (source := getattr(model, "source", None)) and config.task != "text-generation":
-            copy_modules(source.modules, Path(path))
+        write_sidecars(Path(path), getattr(model, "source", None), self.member.model_type, config.task)
         if config.task == "text-generation" and config.use_past:
             write_genai_config(Path(path), "", Path(path, onnx_files_subpaths[0]), config._config, config.cache_tensors)
         return models_and_onnx_configs, onnx_files_subpaths

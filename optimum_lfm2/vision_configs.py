@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from optimum_lfm2 import compat
 from optimum_lfm2.caches import BATCH, SEQUENCE
 from optimum_lfm2.configs import Lfm2OnnxConfig, Shapes
 from optimum_lfm2.export.finish import bind
@@ -24,6 +23,7 @@ from optimum_lfm2.export.model_kwargs import ExportOptions
 from optimum_lfm2.export.patcher import DecoderPatcher, EmbeddingPatcher, GraphPatcher, VisionPatcher
 from optimum_lfm2.file_names import DECODER, EMBEDDING, ONNX_FOLDER, VISION
 from optimum_lfm2.loading.models import weightless
+from optimum_lfm2.sidecars.folder import write_sidecars
 from optimum_lfm2.sidecars.genai_config import write_genai_config
 from optimum_lfm2.sidecars.js_config import declare_external_data
 from optimum_lfm2.validation.vision import validate_embedding, validate_vision
@@ -130,14 +130,10 @@ class Lfm2VlOnnxConfig(Lfm2OnnxConfig):
         return parts
 
     def post_process_exported_models(self, path: Path, models_and_onnx_configs: dict, onnx_files_subpaths: list[str]):
-        """Write the processor's files, and make all files beside the graphs readable for every runtime."""
+        """Write the files beside the graphs for every runtime."""
         folder = Path(path)
         model, _ = models_and_onnx_configs[f"{ONNX_FOLDER}/{VISION}"]
-        if source := getattr(model, "source", None):  # a model in memory has none
-            source.processor.write(folder)
-        compat.spell_tokenizer_for_both(folder)
-        compat.repeat_chat_template(folder)
-        compat.spell_model_type(folder, self.member.model_type)
+        write_sidecars(folder, getattr(model, "source", None), self.member.model_type, self.task)
         declare_external_data(folder, [folder / name for name in onnx_files_subpaths], {})
         _, decoder = models_and_onnx_configs[f"{ONNX_FOLDER}/{DECODER}"]
         text, embedding = (folder / ONNX_FOLDER / f"{part}.onnx" for part in (DECODER, EMBEDDING))

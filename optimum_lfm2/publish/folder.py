@@ -15,13 +15,11 @@ from optimum.exporters.tasks import TasksManager
 from optimum.utils.save_utils import maybe_save_preprocessors
 from transformers import AutoTokenizer, PretrainedConfig
 
-from optimum_lfm2 import compat
 from optimum_lfm2.configs import DTYPES
 from optimum_lfm2.errors import Lfm2Error, read_object
 from optimum_lfm2.export.staging import staged
 from optimum_lfm2.families import member_of
 from optimum_lfm2.file_names import DECODER, EMBEDDING, ONNX_FOLDER
-from optimum_lfm2.loading.modules import copy_modules
 from optimum_lfm2.loading.source import Source
 from optimum_lfm2.loading.tasks_manager import Lfm2TasksManager
 from optimum_lfm2.metadata import CHECKPOINT, COMPARED, DIFFERENCE, QUALITY, TEXT
@@ -40,6 +38,7 @@ from optimum_lfm2.publish.precisions import (
 from optimum_lfm2.quality.evaluate import Quality, measure, read_chunks
 from optimum_lfm2.quality.scoring import load, reference_model
 from optimum_lfm2.quality.similarity import Similarity, compare_encoders, load_encoder, reference_encoder
+from optimum_lfm2.sidecars.folder import write_sidecars
 from optimum_lfm2.sidecars.genai_config import write_genai_config
 from optimum_lfm2.sidecars.js_config import JS_CONFIG, declare_external_data
 from optimum_lfm2.weights.checkpoint import find_tensors, fingerprint
@@ -84,27 +83,19 @@ def publish(job: Job) -> list[str]:
 def _save_configuration(job: Job, folder: Path) -> PretrainedConfig:
     """Write config.json, generation_config.json, and the files of tokenizer and processor, for every runtime."""
     source = Source.open(job.model, cache_dir=job.cache_dir)
-    config, member = source.config, source.member
     if job.task.removesuffix(WITH_PAST) != source.task:
         raise Lfm2Error(
             f"{job.model} has no language modelling head. Use optimum-cli export onnx --task feature-extraction."
         )
     model = _load(job, "fp32")
-    if member.encodes:
-        config = model.config  # it does not name the checkpoint's code
-        copy_modules(source.modules, folder)
-    else:
+    if model.can_generate():
         model.generation_config.save_pretrained(folder)
-    config.save_pretrained(folder)
+    source.config.save_pretrained(folder)
     maybe_save_preprocessors(job.model, folder)
-    if source.processor is not None:
-        source.processor.write(folder)
     if not (folder / TOKENIZER).is_file():
         raise Lfm2Error(f"{job.model} has no tokenizer, and every runtime needs one. Copy {TOKENIZER} there.")
-    compat.spell_tokenizer_for_both(folder)
-    compat.repeat_chat_template(folder)
-    compat.spell_model_type(folder, member.model_type)
-    return config
+    write_sidecars(folder, source, source.member.model_type, source.task)
+    return source.config
 
 
 def _check_output(job: Job, folder: Path, checkpoint: str) -> None:

@@ -22,6 +22,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from optimum_lfm2.errors import Lfm2Error
+from optimum_lfm2.validation.export_config import ExportConfig
 from optimum_lfm2.validation.pieces import (
     Cut,
     Piece,
@@ -72,7 +73,11 @@ def errors_as_they_are() -> Iterator[None]:
 
 
 def validate(
-    config: Any, model: PreTrainedModel, path: Path, atol: float | None = None, shapes: Mapping[str, int] | None = None
+    config: ExportConfig,
+    model: PreTrainedModel,
+    path: Path,
+    atol: float | None = None,
+    shapes: Mapping[str, int] | None = None,
 ) -> dict[str, float]:
     """Compare an exported file with transformers on every unmasked token of the validation inputs.
 
@@ -120,7 +125,7 @@ def validate(
 
 
 def _compare(
-    config: Any, model: Any, cuts: Sequence[Cut], piece: Piece, inputs: Mapping[str, Any], gold: Values
+    config: ExportConfig, model: Any, cuts: Sequence[Cut], piece: Piece, inputs: Mapping[str, Any], gold: Values
 ) -> dict[str, float]:
     """Return the `relative_error` of each output of a piece, by the name of its module or output."""
     scales = gold | {
@@ -170,7 +175,7 @@ def judge(differences: Mapping[str, float], atol: float) -> None:
 
 
 def _check_whole(
-    config: Any, file: ir.Model, path: Path, calls: Sequence[Mapping[str, Any]], gold: Sequence[Values]
+    config: ExportConfig, file: ir.Model, path: Path, calls: Sequence[Mapping[str, Any]], gold: Sequence[Values]
 ) -> None:
     """Run the whole file, and compare the median token of each output. Quantised operators keep activations in float.
 
@@ -204,7 +209,7 @@ def _check_whole(
                 )
 
 
-def _token_axis(config: Any, name: str) -> int:
+def _token_axis(config: ExportConfig, name: str) -> int:
     """Return the axis of a value that counts tokens.
 
     It is 0 for an output with one vector a row, and 1 for all else but caches, which say it themselves.
@@ -230,7 +235,7 @@ def available_memory() -> float:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), math.inf)
 
 
-def _feeds(config: Any, inputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+def _feeds(config: ExportConfig, inputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     """Return the inputs of the whole graph for a call, by name."""
     feeds = {name: inputs[name] for name in config.inputs if name in inputs}
     if config.use_past_in_inputs:

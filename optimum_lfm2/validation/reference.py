@@ -14,6 +14,7 @@ from optimum_lfm2 import compat
 from optimum_lfm2.caches import flatten, unflatten
 from optimum_lfm2.errors import Lfm2Error
 from optimum_lfm2.loading.models import materialize_buffers
+from optimum_lfm2.validation.export_config import ExportConfig
 from optimum_lfm2.validation.pieces import Cut, Values
 from optimum_lfm2.validation.streamed import StandIns
 from optimum_lfm2.validation.together import run_together
@@ -47,7 +48,9 @@ class Reference:
         values: for each call the values by name, float32. A value of a masked token is NaN.
     """
 
-    def __init__(self, config: Any, model: Any, cuts: Sequence[Cut], calls: Sequence[Mapping[str, Any]]) -> None:
+    def __init__(
+        self, config: ExportConfig, model: Any, cuts: Sequence[Cut], calls: Sequence[Mapping[str, Any]]
+    ) -> None:
         self._config, self._model, self._cuts = config, model, cuts
         self._calls = calls
         self.values: list[Values] = [self._empty(inputs) for inputs in calls]

@@ -19,6 +19,7 @@ from safetensors.numpy import load_file
 
 from optimum_lfm2.errors import Lfm2Error
 from optimum_lfm2.loading.source import Source
+from optimum_lfm2.validation.export_config import ExportConfig
 from optimum_lfm2.validation.streamed import StandIns, streamed
 
 
@@ -65,7 +66,7 @@ def trusted_outputs(source: Source, task: str, rows: list[torch.Tensor]) -> list
     return [found[str(index)] for index in range(len(rows))]
 
 
-def compare_trusted(config: Any, model: Any, source: Source, calls: Sequence[Mapping[str, Any]]) -> float:
+def compare_trusted(config: ExportConfig, model: Any, source: Source, calls: Sequence[Mapping[str, Any]]) -> float:
     """Compare the reference of validation with the checkpoint's own code, on each row alone.
 
     The file of any precision is compared with the reference. So only the reference is compared with the code.

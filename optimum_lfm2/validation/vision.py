@@ -11,6 +11,7 @@ import torch
 
 from optimum_lfm2 import compat
 from optimum_lfm2.validation.decoder import judge, relative_error
+from optimum_lfm2.validation.export_config import ExportConfig
 from optimum_lfm2.validation.pieces import open_session, outputs_of
 from optimum_lfm2.validation.streamed import Loan, StandIns
 from optimum_lfm2.weights.blocks import rounded
@@ -19,7 +20,7 @@ from optimum_lfm2.weights.blocks import rounded
 IDS = 64  # how many tokens' embeddings are compared
 
 
-def validate_vision(config: Any, model: Any, path: Path, atol: float) -> dict[str, float]:
+def validate_vision(config: ExportConfig, model: Any, path: Path, atol: float) -> dict[str, float]:
     """Compare a vision encoder with transformers, which gets each picture alone and without padding.
 
     Args:
@@ -41,7 +42,7 @@ def validate_vision(config: Any, model: Any, path: Path, atol: float) -> dict[st
 
 
 @torch.no_grad()
-def vision_reference(config: Any, model: Any, pictures: Mapping[str, torch.Tensor]) -> torch.Tensor:
+def vision_reference(config: ExportConfig, model: Any, pictures: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """Return transformers' features in float32, (picture tokens, hidden_size), with the weights of the file."""
     weights = StandIns(model, config.weights, config.scheme)
     inner = model.model
@@ -54,7 +55,7 @@ def vision_reference(config: Any, model: Any, pictures: Mapping[str, torch.Tenso
     return torch.cat(features)
 
 
-def validate_embedding(config: Any, model: Any, path: Path, atol: float) -> dict[str, float]:
+def validate_embedding(config: ExportConfig, model: Any, path: Path, atol: float) -> dict[str, float]:
     """Compare an embedding with the checkpoint's rows. Arguments and errors are those of `validate_vision`."""
     name = "model.embed_tokens.weight"
     generator = torch.Generator().manual_seed(0)

@@ -1,0 +1,31 @@
+"""What belongs beside the graphs of every exported folder, whoever writes it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from optimum_lfm2 import compat
+from optimum_lfm2.loading.modules import copy_modules
+from optimum_lfm2.loading.source import Source
+
+
+def write_sidecars(folder: Path, source: Source | None, model_type: str, task: str) -> None:
+    """Write the processor and the modules of a checkpoint, and spell all files as every runtime reads them.
+
+    The folder has `config.json` and the tokenizer's files already. `write_genai_config` and `declare_external_data`
+    write what depends on the graphs.
+
+    Args:
+        folder: the folder of `config.json`.
+        source: the checkpoint. None for a model in memory, which has no files.
+        model_type: as every runtime reads it.
+        task: the task of the export, without past. sentence-transformers opens a folder only without a head that
+            predicts tokens, so its files are copied only then.
+    """
+    if source is not None and source.processor is not None:
+        source.processor.write(folder)
+    if source is not None and task != "text-generation":
+        copy_modules(source.modules, folder)
+    compat.spell_tokenizer_for_both(folder)
+    compat.repeat_chat_template(folder)
+    compat.spell_model_type(folder, model_type)
