@@ -66,7 +66,8 @@ class Reference:
         axes = self._config.output_shapes()[output]
         shapes[output] = (batch, *(axis if isinstance(axis, int) else sequence for axis in axes[1:]))
         if self._config.use_past:
-            shapes |= {tensor.present: (batch, *tensor.shape(total)[1:]) for tensor in self._config.cache_tensors}
+            caches = self._config.cache_tensors
+            shapes |= {tensor.present: (batch, *map(int, tensor.shape(total)[1:])) for tensor in caches}
             shapes |= {
                 tensor.columns: (batch, *map(int, tensor.state.columns_shape(sequence)[1:]))
                 for tensor in self._config.cache_tensors

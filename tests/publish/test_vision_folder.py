@@ -204,7 +204,7 @@ def test_other_commands_run_or_refuse_in_one_line(vl_hub_folder, vl_folder, vl_c
         (["lfm2", "evaluate", lonely, "--reference", vl_checkpoint, *text], "has no embed_tokens beside it"),
         (["lfm2", "quantize-cache", vl_folder, *text], "takes pictures too"),
         (["export", "lfm2", "--model", vl_checkpoint, vl_folder], "no file of optimum-cli export lfm2"),
-        (["export", "lfm2", "--model", copied, copied], "is the checkpoint itself"),
+        (["export", "lfm2", "--model", copied, copied], "holds a checkpoint"),
     ]:
         code, err = cli(*command)
         assert (code, err.count("\n")) == (1, 1)
