@@ -274,6 +274,16 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
 
 
+def name_for_pipelines(model_class: Any) -> None:
+    """Let transformers' pipelines know a class of ours by name, or they log an error. Goes with optimum-onnx 0.1.
+
+    Optimum registers each class of its own as the model of `AutoConfig`, which no model has. transformers 5 ignores
+    that, since the config is its own.
+    """
+    if TRANSFORMERS_5:
+        model_class.auto_model_class.register(AutoConfig, model_class, exist_ok=True)
+
+
 class GenerationWithoutExperts:
     """Methods that `generate` of transformers 5 expects of a model. Goes with an optimum-onnx for transformers 5."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from inspect import signature
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 from onnxruntime import InferenceSession, SessionOptions
 from optimum.onnxruntime import ORTModelForCausalLM
+from optimum.onnxruntime.base import ORTSessionMixin
 from optimum.onnxruntime.constants import ONNX_WEIGHTS_NAME
 from optimum.onnxruntime.modeling import ORTModel
 from transformers import GenerationConfig, PretrainedConfig
@@ -19,11 +19,16 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from optimum_lfm2 import compat
 from optimum_lfm2.errors import Lfm2Error
 from optimum_lfm2.runtime.arguments import (
+    PAGED,
+    by_name,
     check_cache_type,
     check_columns,
     check_ids,
     check_kept,
+    check_mask,
     check_positions,
+    check_settings,
+    check_target,
     is_empty,
     one_cache,
 )
@@ -32,6 +37,8 @@ from optimum_lfm2.runtime.cache import Lfm2Cache
 from optimum_lfm2.runtime.files import FileIdentity, generation_config_of, only_file, refused_graphs, save_session
 from optimum_lfm2.runtime.layout import GraphLayout
 from optimum_lfm2.runtime.padding_warning import right_padding_allowed
+from optimum_lfm2.runtime.readers import criteria, processors
+from optimum_lfm2.runtime.request import REQUEST, Request, check_length, request_of
 from optimum_lfm2.runtime.rows import RowRunner
 from optimum_lfm2.runtime.session import GraphSession
 from optimum_lfm2.runtime.threads import single_torch_thread
@@ -45,8 +52,8 @@ class ORTLfm2ForCausalLM(AssistedGeneration, compat.GenerationWithoutExperts, OR
     """LFM2 with a language modeling head on ONNX Runtime.
 
     `ORTModelForCausalLM.from_pretrained` returns this class for an LFM2 folder once `optimum_lfm2` is imported. It
-    learns the caches from the graph, so that it also runs exports made by others. A row never depends on its
-    neighbours: whatever `attention_mask` hides, on either side or between, it gets the tokens that it gets alone.
+    learns the caches from the graph, so that it also runs exports made by others. Batching does not change answers:
+    whatever `attention_mask` hides, on either side or between, a row gets the tokens that it gets alone.
     """
 
     _supports_cache_class = True
@@ -68,6 +75,7 @@ class ORTLfm2ForCausalLM(AssistedGeneration, compat.GenerationWithoutExperts, OR
             use_io_binding=True if use_io_binding is None else use_io_binding,
             model_save_dir=model_save_dir,
         )
+        compat.name_for_pipelines(type(self))
         self._text_config = config.get_text_config()  # of the decoder, where the model has other parts too
         self.layout = GraphLayout.read(session, self._text_config)
         self.layout.check(self._text_config, self.path)
@@ -82,7 +90,20 @@ class ORTLfm2ForCausalLM(AssistedGeneration, compat.GenerationWithoutExperts, OR
         self._graph = GraphSession(self.session, self.layout, self.device, self._file)
         self._rows = RowRunner(self._graph, self.layout.any_padding)
 
+    @property
+    def _others(self) -> tuple[ORTSessionMixin, ...]:
+        """The sessions beside that of the decoder."""
+        return ()
+
     def to(self, *args: Any, **kwargs: Any) -> ORTLfm2ForCausalLM:
+        """Move the model to a device, as Optimum's models are moved.
+
+        Raises:
+            Lfm2Error: no provider runs there, or another dtype than the model's own is asked for.
+        """
+        check_target(args, kwargs, self.dtype)
+        for part in self._others:
+            part.to(*args, **kwargs)
         super().to(*args, **kwargs)
         self._connect()
         return self
@@ -96,7 +117,6 @@ class ORTLfm2ForCausalLM(AssistedGeneration, compat.GenerationWithoutExperts, OR
         logits_to_keep: int | torch.Tensor = 0,
         return_dict: bool | None = None,
         cache: Lfm2Cache | None = None,
-        last_token_only: bool = False,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast | tuple:
         """Compute the logits of new tokens, and update the cache.
@@ -109,8 +129,7 @@ class ORTLfm2ForCausalLM(AssistedGeneration, compat.GenerationWithoutExperts, OR
             use_cache: whether to return a cache; by default what the config says.
             logits_to_keep: the logits of the last so many tokens only (0: all), or of the tokens at these indices.
             cache: another name for `past_key_values`, which transformers has from 5.24 on.
-            last_token_only: return only the logits of each row's last unmasked token, (batch_size, 1, vocab_size), and
-                ignore `logits_to_keep`. `generate` needs them for rows that are padded on the right.
+            kwargs: none that a user gives, but for those that are refused or, as in transformers, ignored.
 
         Returns:
             `logits`, (batch_size, kept, vocab_size) in the graph's dtype, and the cache by transformers' name for it.
@@ -127,34 +146,45 @@ class ORTLfm2ForCausalLM(AssistedGeneration, compat.GenerationWithoutExperts, OR
             raise Lfm2Error(
                 f"{self.path} has no cache inputs. Export it for text-generation-with-past, or pass use_cache=False."
             )
-        attention_mask = self._checked(input_ids, attention_mask, cache)
-        check_positions(kwargs.get("position_ids"), attention_mask, input_ids.shape[1])
-        if compat.HEEDS_CACHE_POSITION:
-            check_columns(kwargs.get("cache_position"), attention_mask.shape[1], input_ids.shape[1])
-        check_kept(logits_to_keep)
-        input_ids, rows = self._enter(input_ids.to(torch.int64), kwargs)
-
+        request = request_of(kwargs)
+        attention_mask = self._checked(input_ids, attention_mask, cache, request)
+        new, total = input_ids.shape[1], attention_mask.shape[1]
+        if request is None:
+            check_positions(kwargs.get("position_ids"), attention_mask, new)
+            if compat.HEEDS_CACHE_POSITION:
+                check_columns(kwargs.get("cache_position"), total, new)
+        keep = check_kept(logits_to_keep, new)
         if cache is None and self.can_use_cache:
             cache = self._graph.new_cache(input_ids.shape[0])
-        if last_token_only:
-            logits = rows.run_to_last(input_ids, attention_mask, cache, self.use_io_binding)
+        ids = self._entered(input_ids.to(torch.int64), cache, kwargs)
+
+        prompt = request is not None and request.is_prompt(total)
+        rows = self._rows.in_chunks(request.chunk) if prompt and request.chunk else self._rows
+        if prompt and request.ends_apart:
+            logits = rows.run_to_last(ids, attention_mask, cache, self.use_io_binding)
+        elif isinstance(keep, int):
+            logits = rows.run(ids, attention_mask, cache, keep, self.use_io_binding)
         else:
-            keep = logits_to_keep if isinstance(logits_to_keep, int) else 0
-            logits = rows.run(input_ids, attention_mask, cache, keep, self.use_io_binding)
-            if isinstance(logits_to_keep, torch.Tensor):
-                logits = logits[:, logits_to_keep]
+            logits = rows.run(ids, attention_mask, cache, 0, self.use_io_binding)[:, keep]
         cache = cache if use_cache else None
         if return_dict is False:
             return (logits,) if cache is None else (logits, cache)
         return CausalLMOutputWithPast(logits=logits, **{compat.CACHE: cache})  # type: ignore[arg-type]
 
-    def _enter(self, ids: torch.Tensor, kwargs: dict[str, Any]) -> tuple[torch.Tensor, RowRunner]:
-        """Return the ids as the graph's session takes them, int64, and what runs them."""
-        return ids, self._rows
+    def _entered(self, ids: torch.Tensor, cache: Lfm2Cache | None, kwargs: dict[str, Any]) -> torch.Tensor:
+        """Return the ids as the graph's session takes them, int64."""
+        return ids
 
-    def _checked(self, ids: torch.Tensor, mask: torch.Tensor | None, cache: Lfm2Cache | None) -> torch.Tensor:
-        """Check the arguments as `forward` promises, and return the attention mask as int64."""
-        check_ids(ids)
+    def _checked(
+        self, ids: torch.Tensor, mask: torch.Tensor | None, cache: Lfm2Cache | None, request: Request | None
+    ) -> torch.Tensor:
+        """Check the arguments as `forward` promises, and return the attention mask as int64.
+
+        What `generate` has checked, it says by its request. Candidates come after that, so each call looks at its ids.
+        """
+        if request is None:
+            check_ids(ids)
+            check_mask(mask)
         past = 0 if cache is None else cache.get_seq_length()
         batch, length = ids.shape[0], past + ids.shape[1]
         # A token of decode is one element, and `item` costs a quarter of a reduction.
@@ -166,20 +196,17 @@ class ORTLfm2ForCausalLM(AssistedGeneration, compat.GenerationWithoutExperts, OR
             )
         if cache is not None and cache.batch_size != batch:
             raise Lfm2Error(f"input_ids has {batch} rows, but the cache has {cache.batch_size}.")
-        prompt = past == 0 or cache.recording is None  # candidates go beyond the limit as single tokens do
-        if prompt and ids.shape[1] > 1 and length > self._text_config.max_position_embeddings:
-            raise Lfm2Error(
-                f"The prompt has {length} tokens; the model takes {self._text_config.max_position_embeddings} "
-                "(max_position_embeddings in config.json). Shorten it."
-            )
-        if mask is None:
-            return torch.ones((batch, length), dtype=torch.int64, device=ids.device)
-        if tuple(mask.shape) != (batch, length):
+        if mask is not None and tuple(mask.shape) != (batch, length):
             raise Lfm2Error(
                 f"attention_mask has the shape {tuple(mask.shape)}; it needs {(batch, length)}: a column for each of "
                 f"the {past} cached and {ids.shape[1]} new tokens."
             )
-        return (mask != 0).to(torch.int64)
+        longest = self._text_config.max_position_embeddings
+        if request is None and ids.shape[1] > 1 and length > longest:  # single tokens go on, as in transformers
+            check_length(length if mask is None else int((mask != 0).sum(1).max()), longest)
+        if mask is None:
+            return torch.ones((batch, length), dtype=torch.int64, device=ids.device)
+        return mask if request is not None else (mask != 0).to(torch.int64)
 
     def _refuse(self, kwargs: dict[str, Any]) -> None:
         for name in ("inputs_embeds", "labels"):
@@ -192,28 +219,46 @@ class ORTLfm2ForCausalLM(AssistedGeneration, compat.GenerationWithoutExperts, OR
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Run transformers' `generate`, and hold torch to one thread until it returns.
 
-        The cache of an earlier turn may be given as `past_key_values` or as `cache`, on every release of transformers.
-        An empty cache of transformers counts as none. Rows may be padded on either side. Logits processors that read
-        the prompt, such as a repetition penalty, see the padding tokens too.
+        A chat goes on from the cache of an earlier turn, given as `past_key_values` or as `cache`, on every release of
+        transformers. Then the ids are those of the whole chat, or new ones alone with an `attention_mask` of the whole.
+        An empty cache of transformers counts as none. Rows may be padded on either side: logits processors and stopping
+        criteria read the hidden tokens of each row before the others.
 
         Raises:
             Lfm2Error: for what `forward` refuses, and for settings that an exported graph cannot honour.
         """
-        kwargs |= dict(zip(signature(super().generate).parameters, args, strict=False))
-        past, cache = (kwargs.pop(name, None) for name in ("past_key_values", "cache"))
+        kwargs = self._understood(by_name(super().generate, args, kwargs))
+        with single_torch_thread(), right_padding_allowed():
+            return super().generate(**kwargs)
+
+    def generate_batch(self, *_: Any, **__: Any) -> Any:
+        """Raises `Lfm2Error`: an exported graph brings its own attention."""
+        raise Lfm2Error(PAGED)
+
+    init_continuous_batching = continuous_batching_context_manager = generate_batch
+
+    def _understood(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Check the arguments of `generate`, and return them as transformers' loop takes them, with a `Request`."""
+        self._refuse(kwargs)
+        check_settings(kwargs)
+        past, cache, inputs, ids = (
+            kwargs.pop(name, None) for name in ("past_key_values", "cache", "inputs", "input_ids")
+        )
+        if None not in (inputs, ids):
+            raise Lfm2Error("inputs and input_ids are two names for one argument. Give one of them.")
+        ids, mask = inputs if ids is None else ids, kwargs.get("attention_mask")
         cache = one_cache(past, cache)
         if cache is not None and not is_empty(cache):
             check_cache_type(cache)
             kwargs[compat.CACHE] = cache
-        for name in ("inputs", "input_ids"):
-            if isinstance(ids := kwargs.get(name), torch.Tensor):
-                check_ids(ids)
-                kwargs[name] = ids.to(torch.int64)
-                mask = kwargs.get("attention_mask")
-                positions = kwargs.pop("position_ids", None)
-                check_positions(positions, torch.ones_like(ids) if mask is None else mask, ids.shape[1])
-        with single_torch_thread(), right_padding_allowed():
-            return super().generate(**kwargs)
+        kwargs[REQUEST] = Request.of(ids, mask, kwargs.get(compat.CACHE))
+        if mask is not None:
+            kwargs["attention_mask"] = (mask != 0).to(torch.int64)
+        if ids is not None:
+            kwargs["inputs"] = ids.to(torch.int64)
+            positions = kwargs.pop("position_ids", None)
+            check_positions(positions, torch.ones_like(ids) if mask is None else mask, ids.shape[1])
+        return kwargs
 
     def _prepare_cache_for_generation(
         self,
@@ -234,21 +279,33 @@ class ORTLfm2ForCausalLM(AssistedGeneration, compat.GenerationWithoutExperts, OR
             )
         if generation_config.compile_config is not None:
             raise Lfm2Error("compile_config cannot be honoured: ONNX Runtime runs the exported graph. Leave it out.")
-        mask = model_kwargs.get("attention_mask")
-        if mask is not None and not bool(mask[:, -1].all()):
-            model_kwargs["last_token_only"] = True
-            # A chunk may hold nothing of a row. `forward` reads long prompts in chunks of its own.
-            generation_config.prefill_chunk_size = None
+        request, cache = model_kwargs[REQUEST], model_kwargs.get(compat.CACHE)
+        longest, cached = self._text_config.max_position_embeddings, cache is not None or generation_config.use_cache
+        request.settle(generation_config, model_kwargs.get("attention_mask"), longest, cached)
+        setattr(generation_config, REQUEST, request)  # transformers makes stopping criteria of it alone
+        rows = batch_size * max(generation_config.num_beams, generation_config.num_return_sequences)
+        if cache is not None and cache.batch_size != rows:
+            raise Lfm2Error(
+                f"The cache has {cache.batch_size} rows, and the call {rows}: beams and sequences of one row count. "
+                "Repeat the cache's with batch_repeat_interleave."
+            )
         if not generation_config.use_cache:
             return
-        rows = batch_size * max(generation_config.num_beams, generation_config.num_return_sequences)
-        capacity, cache = min(max_cache_length, PREALLOCATED), model_kwargs.get(compat.CACHE)
+        capacity = min(max_cache_length + request.before, PREALLOCATED)
         if cache is None:
             cache = model_kwargs[compat.CACHE] = self._graph.new_cache(rows, capacity)
             if generation_config.is_assistant:  # the model that it drafts for takes back what it does not accept
                 cache.activate_past_recording()
         else:
             self._graph.make_room(cache, capacity)
+
+    def _get_logits_processor(self, generation_config: GenerationConfig, *args: Any, **kwargs: Any) -> Any:
+        inner = super()._get_logits_processor(generation_config, *args, **kwargs)
+        return processors(inner, getattr(generation_config, REQUEST).order)
+
+    def _get_stopping_criteria(self, generation_config: GenerationConfig, *args: Any, **kwargs: Any) -> Any:
+        inner = super()._get_stopping_criteria(generation_config, *args, **kwargs)
+        return criteria(inner, getattr(generation_config, REQUEST).order)
 
     def prepare_inputs_for_generation(
         self,
@@ -258,23 +315,19 @@ class ORTLfm2ForCausalLM(AssistedGeneration, compat.GenerationWithoutExperts, OR
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         cache: Lfm2Cache | None = None,
-        last_token_only: bool = False,
+        _request: Request | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
         """Cut the ids to the tokens that the cache has not seen. The mask stays whole."""
         cache = past_key_values if cache is None else cache
-        if cache is not None:
-            # The mask counts all tokens; the ids may be all of them or the new ones alone.
-            length = (input_ids if attention_mask is None else attention_mask).shape[1]
-            input_ids = input_ids[:, cache.get_seq_length() - length :]
+        request = _request or Request.of(input_ids, attention_mask, cache)
         return {
-            "input_ids": input_ids,
+            "input_ids": input_ids[:, input_ids.shape[1] - request.unseen(input_ids, cache) :],
             compat.CACHE: cache,
             "attention_mask": attention_mask,
             "use_cache": use_cache,
             "logits_to_keep": logits_to_keep,
-            # For a prompt with padding on the right. No row masks a token that follows the prompt.
-            "last_token_only": last_token_only and not bool(attention_mask[:, -1].all()),  # type: ignore[index]
+            REQUEST: _request,
             **{name: value for name, value in kwargs.items() if name in ("output_attentions", "output_hidden_states")},
         }
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from inspect import signature
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -13,7 +11,7 @@ from onnxruntime import InferenceSession, SessionOptions
 from optimum.onnxruntime.modeling import ORTModel
 from optimum.onnxruntime.utils import prepare_providers_and_provider_options
 from optimum.utils.file_utils import find_files_matching_pattern
-from transformers import AutoModelForImageTextToText, GenerationConfig, GenerationMixin, PretrainedConfig
+from transformers import AutoModelForImageTextToText, GenerationConfig, PretrainedConfig
 from transformers.generation import GenerationMode
 
 from optimum_lfm2 import compat
@@ -21,10 +19,11 @@ from optimum_lfm2.errors import Lfm2Error
 from optimum_lfm2.families import member_of
 from optimum_lfm2.file_names import DECODER, EMBEDDING, ONNX_FOLDER, VISION
 from optimum_lfm2.modeling import WARNINGS_OFF, ORTLfm2ForCausalLM
-from optimum_lfm2.runtime.arguments import check_ids, is_empty
+from optimum_lfm2.runtime.arguments import check_ids
 from optimum_lfm2.runtime.cache import Lfm2Cache
 from optimum_lfm2.runtime.files import generation_config_of, refused_graphs, save_session
 from optimum_lfm2.runtime.parts import EmbeddedSession, Part, part_files, picture_features
+from optimum_lfm2.runtime.request import REQUEST, Pictures, Request
 from optimum_lfm2.runtime.rows import RowRunner
 from optimum_lfm2.runtime.vision_checks import PICTURE, check_folder, check_pictures, check_type
 
@@ -32,18 +31,15 @@ from optimum_lfm2.runtime.vision_checks import PICTURE, check_folder, check_pict
 HUB = ("subfolder", "revision", "force_download", "local_files_only", "cache_dir", "token")
 
 
-@dataclass(frozen=True)
-class Pictures:
-    """The features of a prompt's pictures, float32 (picture tokens, hidden_size). Beams would repeat a bare tensor."""
-
-    features: torch.Tensor
+PICTURES = "_pictures"  # the name of those of a call among the arguments that transformers' loop hands on
 
 
 class ORTLfm2VlForConditionalGeneration(ORTLfm2ForCausalLM):
     """LFM2-VL on ONNX Runtime. It takes what transformers' `Lfm2VlProcessor` returns.
 
-    Everything that `ORTLfm2ForCausalLM` promises of text holds with pictures: a row never depends on its neighbours,
-    whether they have pictures or not.
+    Everything that `ORTLfm2ForCausalLM` promises of text holds with pictures: batching does not change answers, whether
+    a row's neighbours have pictures or not. A chat goes on from the cache of an earlier turn, with the pictures of the
+    whole chat or the new ones alone.
     """
 
     auto_model_class = AutoModelForImageTextToText
@@ -67,17 +63,17 @@ class ORTLfm2VlForConditionalGeneration(ORTLfm2ForCausalLM):
             generation_config=generation_config,
             model_save_dir=model_save_dir,
         )
+        if not self.can_use_cache:
+            raise Lfm2Error(f"{self.path} has no cache inputs. Export the checkpoint again, or download it again.")
 
     def _connect(self) -> None:
         graph = EmbeddedSession(self.session, self.layout, self.device, self._file)
         self._graph = graph.with_embedding(self._embedding, self._text_config.vocab_size)
         self._rows = RowRunner(self._graph, self.layout.any_padding)
 
-    def to(self, *args: Any, **kwargs: Any) -> ORTLfm2VlForConditionalGeneration:
-        for part in (self._vision, self._embedding):
-            part.to(*args, **kwargs)
-        super().to(*args, **kwargs)
-        return self
+    @property
+    def _others(self) -> tuple[Part, ...]:
+        return self._vision, self._embedding
 
     def get_image_features(
         self, pixel_values: torch.Tensor, spatial_shapes: torch.Tensor, pixel_attention_mask: torch.Tensor
@@ -107,7 +103,6 @@ class ORTLfm2VlForConditionalGeneration(ORTLfm2ForCausalLM):
         logits_to_keep: int | torch.Tensor = 0,
         return_dict: bool | None = None,
         cache: Lfm2Cache | None = None,
-        last_token_only: bool = False,
         pixel_values: torch.Tensor | None = None,
         spatial_shapes: torch.Tensor | None = None,
         pixel_attention_mask: torch.Tensor | None = None,
@@ -126,29 +121,22 @@ class ORTLfm2VlForConditionalGeneration(ORTLfm2ForCausalLM):
             Lfm2Error: for what the text's raises, and where the pictures do not fill their places in `input_ids`.
         """
         if pixel_values is not None:
+            check_ids(input_ids)
             features = self.get_image_features(pixel_values, spatial_shapes, pixel_attention_mask)  # type: ignore[arg-type]
-            kwargs["picture_ids"] = self._numbered(input_ids, features, input_ids.shape[1])
-            kwargs["pictures"] = Pictures(features)
+            kwargs[PICTURES] = self._numbered(input_ids, features, input_ids.shape[1])
         return super().forward(
-            input_ids,
-            attention_mask,
-            past_key_values,
-            use_cache,
-            logits_to_keep,
-            return_dict,
-            cache,
-            last_token_only,
-            **kwargs,
+            input_ids, attention_mask, past_key_values, use_cache, logits_to_keep, return_dict, cache, **kwargs
         )
 
-    def _enter(self, ids: torch.Tensor, kwargs: dict[str, Any]) -> tuple[torch.Tensor, RowRunner]:
-        pictures = kwargs.get("pictures")
+    def _entered(self, ids: torch.Tensor, cache: Lfm2Cache | None, kwargs: dict[str, Any]) -> torch.Tensor:
+        pictures = kwargs.get(PICTURES)
+        assert cache is not None
         if pictures is None:
-            return ids, self._rows
-        graph: Any = self._graph
-        return kwargs["picture_ids"], RowRunner(graph.with_features(pictures.features), self.layout.any_padding)
+            cache.forget_pictures()
+            return ids
+        return cache.number_pictures(pictures.numbered, pictures.features, self._text_config.vocab_size)
 
-    def _numbered(self, ids: torch.Tensor, features: torch.Tensor, new: int) -> torch.Tensor:
+    def _numbered(self, ids: torch.Tensor, features: torch.Tensor, new: int) -> Pictures:
         """Number the picture tokens: the i-th becomes vocab_size + i, the feature that takes its place.
 
         Args:
@@ -166,52 +154,29 @@ class ORTLfm2VlForConditionalGeneration(ORTLfm2ForCausalLM):
             )
         numbered = ids.to(torch.int64).clone()
         numbered[places] = self._text_config.vocab_size + torch.arange(count, device=ids.device)
-        return numbered
+        return Pictures(features, numbered)
 
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Run transformers' `generate` on what the processor returns, as `ORTLfm2ForCausalLM.generate` does for text.
-
-        A chat goes on from the cache of an earlier turn, with the pictures of the whole chat or the new ones alone.
-
-        Raises:
-            Lfm2Error: for what the text's raises, and where the pictures do not fill their places in `input_ids`.
-        """
-        names = list(signature(GenerationMixin.generate).parameters)[1:]
-        kwargs |= dict(zip(names, args, strict=False))
+    def _understood(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         pixels, mask, shapes = (kwargs.pop(name, None) for name in PICTURE)
-        ids = kwargs.get("inputs") if kwargs.get("input_ids") is None else kwargs.get("input_ids")
-        if isinstance(ids, torch.Tensor):
-            check_ids(ids)
-            new = self._new_columns(ids, kwargs)
-            if pixels is not None:
-                features = self.get_image_features(pixels, shapes, mask)
-                kwargs["picture_ids"] = self._numbered(ids, features, new)
-                kwargs["pictures"] = Pictures(features)
-            elif bool((ids[:, ids.shape[1] - new :] == self.config.image_token_id).any()):
-                raise Lfm2Error(
-                    "input_ids has picture tokens, and there are no pictures. Pass all that the processor returns: "
-                    "generate(**processor(...))."
-                )
-        return super().generate(**kwargs)
-
-    @staticmethod
-    def _new_columns(ids: torch.Tensor, kwargs: dict[str, Any]) -> int:
-        """Return how many of the ids a cache has not seen. The ids may be all of them or the new ones alone."""
-        cache = kwargs.get("past_key_values") if kwargs.get("cache") is None else kwargs.get("cache")
-        if cache is None or is_empty(cache) or not hasattr(cache, "get_seq_length"):
-            return ids.shape[1]
-        mask = kwargs.get("attention_mask")
-        total = (ids if mask is None else mask).shape[1]
-        return max(0, min(ids.shape[1], total - cache.get_seq_length()))
+        kwargs = super()._understood(kwargs)
+        ids, request = kwargs.get("inputs"), kwargs[REQUEST]
+        if ids is None:
+            return kwargs
+        new = min(request.new, request.given)
+        if pixels is not None:
+            request.pictures = self._numbered(ids, self.get_image_features(pixels, shapes, mask), new)
+        elif bool((ids[:, ids.shape[1] - new :] == self.config.image_token_id).any()):
+            raise Lfm2Error(
+                "input_ids has picture tokens, and there are no pictures. Pass all that the processor returns: "
+                "generate(**processor(...))."
+            )
+        return kwargs
 
     def _prepare_cache_for_generation(
         self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any
     ) -> None:
-        if "pictures" in model_kwargs:
-            if args and args[0] == GenerationMode.ASSISTED_GENERATION:
-                raise Lfm2Error("Assisted generation does not take pictures yet. Leave the assistant out.")
-            # A chunk of ids would not say where in the prompt it is. `forward` reads long prompts in chunks of its own.
-            generation_config.prefill_chunk_size = None
+        if model_kwargs[REQUEST].pictures is not None and args and args[0] == GenerationMode.ASSISTED_GENERATION:
+            raise Lfm2Error("Assisted generation does not take pictures yet. Leave the assistant out.")
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
 
     def prepare_inputs_for_generation(
@@ -222,21 +187,15 @@ class ORTLfm2VlForConditionalGeneration(ORTLfm2ForCausalLM):
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         cache: Lfm2Cache | None = None,
-        last_token_only: bool = False,
-        pictures: Pictures | None = None,
-        picture_ids: torch.Tensor | None = None,
+        _request: Request | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
         """Cut the ids as for text, and add the pictures where the new tokens have places for them."""
         inputs = super().prepare_inputs_for_generation(
-            input_ids, past_key_values, attention_mask, use_cache, logits_to_keep, cache, last_token_only, **kwargs
+            input_ids, past_key_values, attention_mask, use_cache, logits_to_keep, cache, _request, **kwargs
         )
-        if pictures is not None:
-            new = inputs["input_ids"].shape[1]
-            numbered = torch.cat([picture_ids, input_ids[:, picture_ids.shape[1] :]], dim=1)
-            numbered = numbered[:, numbered.shape[1] - new :]
-            if bool((numbered >= self._text_config.vocab_size).any()):
-                inputs |= {"pictures": pictures, "picture_ids": numbered}
+        if _request is not None:
+            inputs[PICTURES] = _request.pictures_of(input_ids, inputs["input_ids"].shape[1])
         return inputs
 
     def _save_pretrained(self, save_directory: str | Path) -> None:

@@ -6,22 +6,16 @@ from typing import Any
 
 import torch
 from transformers import GenerationConfig
-from transformers.generation import (
-    CandidateGenerator,
-    EosTokenCriteria,
-    MaxLengthCriteria,
-    MaxTimeCriteria,
-    StoppingCriteriaList,
-)
+from transformers.generation import CandidateGenerator, StoppingCriteriaList
 
 from optimum_lfm2 import compat
 from optimum_lfm2.errors import Lfm2Error
 from optimum_lfm2.runtime.lookup import PromptLookup
+from optimum_lfm2.runtime.readers import LAST_TOKEN
+from optimum_lfm2.runtime.request import REQUEST
 
 
 UNTIL = "stopping_criteria_of_candidates"  # among the arguments of the loop, which hands them to its generator
-# Criteria that candidates cannot meet early: they leave these out themselves, or no text meets them.
-HEEDED = (EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria)
 
 
 class AssistedGeneration:
@@ -44,17 +38,15 @@ class AssistedGeneration:
             )
 
     def _assisted_decoding(self, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        cache, mask, tokens = kwargs[compat.CACHE], kwargs.get("attention_mask"), input_ids.shape[1]
-        # transformers 5.24 leaves out a mask that hides nothing, and notes its length.
-        noted = getattr(kwargs["generation_config"], "_mask_length", tokens)
-        if (noted if mask is None else mask.shape[1]) != tokens:
+        cache, request = kwargs[compat.CACHE], kwargs[REQUEST]
+        if request.before:
             raise Lfm2Error(
-                f"attention_mask is longer than input_ids, which has {tokens} tokens. Assisted generation takes all "
+                f"input_ids has {request.given} tokens of a text of {request.total}. Assisted generation takes all "
                 "tokens of a chat, those that the cache has seen too."
             )
         if kwargs.get("assistant_model") is None:
             kwargs[UNTIL] = kwargs.get("stopping_criteria")
-        elif mask is not None and not bool(mask[:, -1].all()):
+        elif request.ends_apart:
             raise Lfm2Error("An assistant_model takes no padding on the right. Cut input_ids after its last token.")
         recorded = cache.recording is not None
         cache.activate_past_recording()
@@ -68,6 +60,7 @@ class AssistedGeneration:
         self, generation_config: GenerationConfig, *args: Any, model_kwargs: dict[str, Any], **kwargs: Any
     ) -> CandidateGenerator:
         criteria = model_kwargs.pop(UNTIL, None)
+        model_kwargs = {name: value for name, value in model_kwargs.items() if name != REQUEST}  # a drafter has its own
         most = generation_config.prompt_lookup_num_tokens
         if most is None:
             return super()._get_candidate_generator(  # type: ignore[misc]
@@ -92,7 +85,8 @@ class AssistedGeneration:
 
 
 def _stops(criteria: StoppingCriteriaList | None) -> Any:
-    others = [one for one in criteria or () if not isinstance(one, HEEDED)]
+    # Candidates cannot meet the others early: they leave these out themselves, or no text meets them.
+    others = [one for one in criteria or () if not isinstance(one, LAST_TOKEN)]
     if not others:
         return None
     return lambda ids: any(bool(one(ids, None).all()) for one in others)

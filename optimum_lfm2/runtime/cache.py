@@ -56,7 +56,7 @@ class Lfm2Cache(Rollback, Cache):
                 self.spare[cache.past] = torch.empty_like(self.tensors[cache.past])
         # For graphs that are wrong on masked tokens: a cache for each row, without its masked tokens.
         self.alone: list[Lfm2Cache] | None = None
-        self.pending = self.recording = self.columns = None
+        self.pending = self.recording = self.columns = self.features = None
         # Set while rows change places within the buffers: an interrupt then leaves nothing to go on from.
         self.broken = False
         # What a session prepared for these very buffers: dropped when they are replaced, or another session comes.
@@ -225,7 +225,8 @@ class Lfm2Cache(Rollback, Cache):
         }
         spare = {name: torch.empty_like(tensors[name]) for name in self.spare}
         changes = {"tensors": tensors, "spare": spare, "capacity": self.length, "bindings": {}, "bound_to": None}
-        return {**self.__dict__, **changes, "recording": None, "columns": None}
+        features = None if self.pending is None else self.features
+        return {**self.__dict__, **changes, "recording": None, "columns": None, "features": features}
 
     def __deepcopy__(self, memo: dict) -> Lfm2Cache:
         twin = object.__new__(Lfm2Cache)

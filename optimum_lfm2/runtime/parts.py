@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from optimum.onnxruntime.base import ORTSessionMixin
 
 from optimum_lfm2.errors import Lfm2Error
 from optimum_lfm2.file_names import DECODER, EMBEDDING, VISION
+from optimum_lfm2.runtime.cache import Lfm2Cache
 from optimum_lfm2.runtime.session import GraphSession
 
 
@@ -65,32 +65,22 @@ class Part(ORTSessionMixin):
 class EmbeddedSession(GraphSession):
     """Runs a decoder that takes `inputs_embeds`.
 
-    Its ids are those of the vocabulary, or `first` + i for the row i of `features`. So whatever shifts, cuts or repeats
-    ids does the same to pictures.
+    Its ids are those of the vocabulary, or `first` + i for the row i of the cache's `features`. So whatever shifts,
+    cuts, repeats or records ids does the same to pictures.
     """
-
-    features: torch.Tensor | None = None
 
     def with_embedding(self, embedding: Part, first: int) -> EmbeddedSession:
         """Set the embedding, and the id of the first feature. Return the session itself."""
         self._embedding, self._first = embedding, first
         return self
 
-    def with_features(self, features: torch.Tensor) -> EmbeddedSession:
-        """Return a copy for calls with pictures: the session and its settings are shared.
-
-        Args:
-            features: float32 (picture tokens, hidden_size).
-        """
-        twin = copy.copy(self)
-        twin.features = features
-        return twin
-
-    def _tokens(self, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    def _tokens(self, ids: torch.Tensor, cache: Lfm2Cache | None) -> dict[str, torch.Tensor]:
         pictured = ids >= self._first
         embeds = self._embedding.run({"input_ids": ids.masked_fill(pictured, 0)}, "inputs_embeds")
-        if self.features is not None and bool(pictured.any()):
-            embeds[pictured] = self.features[ids[pictured] - self._first]
+        if bool(pictured.any()):
+            if cache is None or cache.features is None:
+                raise Lfm2Error("The cache has lost the features of its pictures. Start without it.")
+            embeds[pictured] = cache.features[ids[pictured] - self._first].to(embeds.device)
         return {"inputs_embeds": embeds}
 
 

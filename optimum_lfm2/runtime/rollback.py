@@ -74,12 +74,15 @@ class Rollback:
             follow the `length` columns that keys, values and states hold.
         recording: the points since recording began or tokens were taken back, oldest first; None without recording.
         columns: what the last call of the graph added to each state, if the cache records and the graph gives it.
+        features: of pictures, (picture tokens, hidden_size), for ids that number them: those of a call, and those of
+            calls that are recorded or pending. None without pictures.
     """
 
     is_croppable = True
     pending: torch.Tensor | None
     recording: list[Point] | None
     columns: States | None
+    features: torch.Tensor | None
     # Those of `Lfm2Cache`.
     layout: Any
     tensors: dict[str, torch.Tensor]
@@ -97,6 +100,23 @@ class Rollback:
     def stop_recording(self) -> None:
         """Record no longer, and forget what was recorded."""
         self.recording = self.columns = None
+
+    def number_pictures(self, ids: torch.Tensor, features: torch.Tensor, first: int) -> torch.Tensor:
+        """Take the features of a call, and return its ids so that they number them here.
+
+        Args:
+            ids: int64 (batch_size, new). The id `first` + i stands for the row i of `features`.
+            features: (picture tokens, hidden_size).
+        """
+        self.forget_pictures()
+        earlier = self.features
+        self.features = features if earlier is None else torch.cat([earlier, features])
+        return ids if earlier is None else ids + (ids >= first) * len(earlier)
+
+    def forget_pictures(self) -> None:
+        """Forget the features of earlier calls, unless tokens of these may be run again."""
+        if self.pending is None and self.recording is None:
+            self.features = None
 
     def get_seq_length(self, layer_idx: int | None = 0) -> int:
         """Number of columns seen, padding included, the same for every layer."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
+
 import torch
 from optimum.utils import logging
 
@@ -21,10 +24,18 @@ logger = logging.get_logger(__name__)
 class RowRunner:
     """Runs rows with any mask. Each row gets the logits that it gets alone."""
 
+    _chunk: int | None = None  # None for `PREFILL_CHUNK`
+
     def __init__(self, graph: GraphSession, any_padding: bool) -> None:
         self._graph = graph
         self._any_padding = any_padding
         self._told = False
+
+    def in_chunks(self, size: int) -> RowRunner:
+        """Return a runner whose calls of the graph take at most so many tokens, and no more than `PREFILL_CHUNK`."""
+        twin = copy.copy(self)
+        twin._chunk = min(size, PREFILL_CHUNK)
+        return twin
 
     def run(
         self, ids: torch.Tensor, mask: torch.Tensor, cache: Lfm2Cache | None, keep: int, io_binding: bool
@@ -70,32 +81,41 @@ class RowRunner:
             ids = cache.take_pending(ids)
             visible = (mask[:, cache.length :] != 0).to(torch.int64)
             with cache.recorded(ids, mask):
-                if not self._any_padding:
-                    logits = self._run(ids, mask, cache, 0, io_binding)
-                    last = ids.shape[1] - 1 - visible.flip(1).argmax(1)
-                    return logits[torch.arange(len(ids)), last.to(logits.device)][:, None]
-                if cache.length == 0:
-                    return self._run_padding_first(ids, mask, visible, cache, io_binding)
-                return self._run_tokens_first(ids, mask, visible, cache, io_binding)
+                return self._run_to_last(ids, mask, visible, cache, io_binding)
+
+    def _run_to_last(
+        self, ids: torch.Tensor, mask: torch.Tensor, visible: torch.Tensor, cache: Lfm2Cache, io_binding: bool
+    ) -> torch.Tensor:
+        if not self._any_padding:
+            logits = self._run(ids, mask, cache, 0, io_binding)
+            last = ids.shape[1] - 1 - visible.flip(1).argmax(1)
+            return logits[torch.arange(len(ids)), last.to(logits.device)][:, None]
+        if cache.length == 0:
+            return self._run_padding_first(ids, mask, visible, cache, io_binding)
+        # On a full cache no padding may precede the tokens: each row runs its own, and skips what is hidden.
+        counts = visible.sum(1).tolist()
+        order = visible.argsort(dim=1, stable=True, descending=True)
+        return _in_order(
+            order, ids, mask, cache, lambda ids, mask: self._run_first(ids, mask, counts, cache, io_binding)
+        )
 
     def _run_padding_first(
-        self, ids: torch.Tensor, mask: torch.Tensor, visible: torch.Tensor, cache: Lfm2Cache | None, io_binding: bool
+        self,
+        ids: torch.Tensor,
+        mask: torch.Tensor,
+        visible: torch.Tensor,
+        cache: Lfm2Cache | None,
+        io_binding: bool,
     ) -> torch.Tensor:
         """On an empty cache padding may precede the tokens, so that all rows end in the same column."""
         order = visible.argsort(dim=1, stable=True)
-        logits = self._run(ids.gather(1, order), mask.gather(1, order), cache, 1, io_binding)
-        if cache is not None:
-            cache.reorder_new_columns(0, order.argsort(dim=1))
-        return logits
+        return _in_order(order, ids, mask, cache, lambda ids, mask: self._run(ids, mask, cache, 1, io_binding))
 
-    def _run_tokens_first(
-        self, ids: torch.Tensor, mask: torch.Tensor, visible: torch.Tensor, cache: Lfm2Cache, io_binding: bool
+    def _run_first(
+        self, ids: torch.Tensor, mask: torch.Tensor, counts: list[int], cache: Lfm2Cache, io_binding: bool
     ) -> torch.Tensor:
-        """On a full cache no padding may precede the tokens: each row runs its own, and skips what is hidden."""
+        """Run the first tokens of each row, as many as `counts` says, and return the last one's logits."""
         past, new = cache.length, ids.shape[1]
-        order = visible.argsort(dim=1, stable=True, descending=True)
-        counts, ids = visible.sum(1).tolist(), ids.gather(1, order)
-        mask = torch.cat([mask[:, :past], visible.gather(1, order)], dim=1)
         cache.reserve(past + new)  # so that the rows stay views of one buffer
         rows, logits = cache.split(), []
         for i, (row, count) in enumerate(zip(rows, counts, strict=True)):
@@ -103,7 +123,6 @@ class RowRunner:
             logits.append(self._run_in_chunks(*own, row, 1, io_binding))
             row.skip(new - count)
         cache.join(rows)
-        cache.reorder_new_columns(past, order.argsort(dim=1))
         return torch.cat(logits)
 
     def _run(
@@ -111,23 +130,20 @@ class RowRunner:
     ) -> torch.Tensor:
         if not self._any_padding and (bool((mask == 0).any()) or (cache is not None and cache.alone is not None)):
             return self._run_alone(ids, mask, cache, keep, io_binding)
-        past = 0 if cache is None else cache.length
-        order = contiguous_order(mask, past)
+        order = contiguous_order(mask, 0 if cache is None else cache.length)
         if order is None:
             return self._run_contiguous(ids, mask, cache, keep, io_binding)
-        mask = torch.cat([mask[:, :past], mask[:, past:].gather(1, order)], dim=1)
-        logits = self._run_contiguous(ids.gather(1, order), mask, cache, 0, io_binding)
-        back = order.argsort(dim=1)
-        if cache is not None:
-            cache.reorder_new_columns(past, back)
-        logits = logits.gather(1, back.to(logits.device)[:, :, None].expand_as(logits))
-        return logits[:, -keep:]
+        logits = _in_order(
+            order, ids, mask, cache, lambda ids, mask: self._run_contiguous(ids, mask, cache, 0, io_binding)
+        )
+        back = order.argsort(dim=1).to(logits.device)
+        return logits.gather(1, back[:, :, None].expand_as(logits))[:, -keep:]
 
     def _run_contiguous(
         self, ids: torch.Tensor, mask: torch.Tensor, cache: Lfm2Cache | None, keep: int, io_binding: bool
     ) -> torch.Tensor:
         batch, sequence = ids.shape
-        several_calls = cache is not None and (cache.length > 0 or sequence > PREFILL_CHUNK)
+        several_calls = cache is not None and (cache.length > 0 or sequence > (self._chunk or PREFILL_CHUNK))
         if batch == 1 or sequence == 1 or not several_calls:
             return self._run_in_chunks(ids, mask, cache, keep, io_binding)
         # GroupQueryAttention takes several rows with several new tokens on an empty cache only.
@@ -142,14 +158,14 @@ class RowRunner:
     def _run_in_chunks(
         self, ids: torch.Tensor, mask: torch.Tensor, cache: Lfm2Cache | None, keep: int, io_binding: bool
     ) -> torch.Tensor:
-        sequence = ids.shape[1]
-        if cache is None or sequence <= PREFILL_CHUNK:
+        sequence, size = ids.shape[1], self._chunk or PREFILL_CHUNK
+        if cache is None or sequence <= size:
             return self._graph.run(ids, mask, cache, keep, io_binding)
         past = cache.length
         first_kept = sequence - (min(keep, sequence) or sequence)
         logits = []
-        for start in range(0, sequence, PREFILL_CHUNK):
-            end = min(start + PREFILL_CHUNK, sequence)
+        for start in range(0, sequence, size):
+            end = min(start + size, sequence)
             kept = end - max(start, first_kept)
             chunk = self._graph.run(ids[:, start:end], mask[:, : past + end], cache, max(kept, 1), io_binding)
             if kept > 0:
@@ -170,6 +186,8 @@ class RowRunner:
         logits: torch.Tensor | None = None
         for i in range(batch):
             row_cache = None if own is None else own[i]
+            if row_cache is not None:
+                row_cache.features = cache.features
             if row_cache is not None and int((mask[i, :past] != 0).sum()) != row_cache.length:
                 raise Lfm2Error(
                     "attention_mask hides cached tokens that it showed before: this graph cannot forget them."
@@ -194,6 +212,25 @@ class RowRunner:
         if cache is not None:
             cache.length = past + sequence
         return logits
+
+
+def _in_order(
+    order: torch.Tensor,
+    ids: torch.Tensor,
+    mask: torch.Tensor,
+    cache: Lfm2Cache | None,
+    run: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+) -> torch.Tensor:
+    """Run new tokens in another order, (batch_size, new), and put the cache's columns back. Return what `run` returns.
+
+    Args:
+        run: takes ids (batch_size, new) and a mask (batch_size, cached + new), and fills the cache.
+    """
+    past = 0 if cache is None else cache.length
+    logits = run(ids.gather(1, order), torch.cat([mask[:, :past], mask[:, past:].gather(1, order)], dim=1))
+    if cache is not None:
+        cache.reorder_new_columns(past, order.argsort(dim=1))
+    return logits
 
 
 def contiguous_order(mask: torch.Tensor, past: int) -> torch.Tensor | None:

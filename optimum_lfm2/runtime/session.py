@@ -72,7 +72,7 @@ class GraphSession:
             mask: int64 (batch_size, cache.length + sequence_length).
         """
         sequence = ids.shape[1]
-        inputs = {**self._tokens(ids), "attention_mask": mask.contiguous()}
+        inputs = {**self._tokens(ids, cache), "attention_mask": mask.contiguous()}
         if "position_ids" in self._layout.inputs:
             inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)[:, -sequence:].contiguous()
         if cache is not None and io_binding and self._layout.in_place:
@@ -88,7 +88,7 @@ class GraphSession:
             )
         return logits if logits.shape[1] == keep else logits[:, -keep:]
 
-    def _tokens(self, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    def _tokens(self, ids: torch.Tensor, cache: Lfm2Cache | None) -> dict[str, torch.Tensor]:
         """Return the graph's input that says what the tokens are: (batch_size, sequence_length, ...)."""
         return {"input_ids": ids.contiguous()}
 

@@ -121,11 +121,33 @@ def test_prompt_too_long(model):
     cache = model(input_ids=torch.full((1, 512), 9)).past_key_values
     with pytest.raises(Lfm2Error, match="has 514 tokens; the model takes 512"):
         model(torch.tensor([[9, 8]]), past_key_values=cache)
-    # Single tokens go on, as in transformers, and so do candidates after them.
     cache.activate_past_recording()
-    assert model(torch.tensor([[9, 8]]), past_key_values=cache).logits.shape[1] == 2
+    with pytest.raises(Lfm2Error, match="has 514 tokens; the model takes 512"):
+        model(torch.tensor([[9, 8]]), past_key_values=cache)
     cache.stop_recording()
+    # Single tokens go on, as in transformers.
     assert model(torch.tensor([[9]]), past_key_values=cache).logits.shape[1] == 1
+
+
+@pytest.mark.parametrize("settings", [{}, {"prompt_lookup_num_tokens": 3}, {"prefill_chunk_size": 100}], ids=str)
+def test_a_prompt_of_generate_too_long(settings, model):
+    settings = {**GREEDY, "max_new_tokens": 3, **settings}
+    text = torch.randint(8, 256, (1, 513), generator=torch.Generator().manual_seed(0))
+    for recording in (False, True):
+        cache = model(text[:, :500]).past_key_values
+        if recording:
+            cache.activate_past_recording()
+        for given in ({}, {"past_key_values": cache}, {"attention_mask": torch.ones_like(text)}):
+            with pytest.raises(Lfm2Error, match="has 513 tokens; the model takes 512"):
+                model.generate(text, **given, **settings)
+    expected = model.generate(text[:, 1:], **settings)
+    assert expected.shape[1] == 515, "what follows the prompt goes on, as in transformers"
+    mask = torch.ones_like(text)
+    mask[:, 0] = 0
+    assert torch.equal(model.generate(text, attention_mask=mask, **settings)[:, 1:], expected), (
+        "hidden ones do not count"
+    )
+    assert model(text, attention_mask=mask, logits_to_keep=1).logits.shape[1] == 1
 
 
 def test_rows_that_do_not_fit_the_cache(model):

@@ -14,7 +14,13 @@ import pytest
 import torch
 from checkpoints import gold_tokens, prompts
 from optimum.onnxruntime import ORTModelForCausalLM
-from transformers import DynamicCache, GenerationConfig
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    WatermarkingConfig,
+)
 from transformers.cache_utils import Cache
 from transformers.generation.streamers import BaseStreamer
 
@@ -117,6 +123,66 @@ class TestRightPadding:
             torch.manual_seed(3)
             drawn.append(model.generate(**batch, **settings)[:, 12:].tolist())
         assert drawn[0] == drawn[1]
+
+    @pytest.mark.parametrize(
+        "settings",
+        [
+            {"guidance_scale": 1.5},
+            {"watermarking_config": WatermarkingConfig(bias=4.0, context_width=1)},
+            {"watermarking_config": WatermarkingConfig(bias=4.0, context_width=3, seeding_scheme="selfhash")},
+            {"no_repeat_ngram_size": 2},
+            {"sequence_bias": True},
+            {"guidance_scale": 1.5, "num_beams": 3},
+        ],
+        ids=str,
+    )
+    def test_what_begins_at_the_last_column_begins_at_the_last_token(self, settings, model, gold_model):
+        """In the first turn, and in a second one on a cache: by all ids, and by the new ones alone."""
+        first, second = prompts([9, 2, 5]), prompts([3, 12, 1], seed=3)
+        settings = {**GREEDY, "max_new_tokens": 6, **settings}
+        plain = [gold_tokens(gold_model("hybrid"), row, 6) for row in first]
+
+        def options(rows: list[torch.Tensor]) -> dict:
+            biases = [[[int(row[-1]), 77], 50.0] for row in rows]
+            return settings | ({"sequence_bias": biases} if settings.get("sequence_bias") else {})
+
+        def alone(rows: list[torch.Tensor]) -> list[list[int]]:
+            gold, own = gold_model("hybrid"), options(rows)
+            return [gold.generate(row[None], use_cache=False, **own)[0, len(row) :].tolist() for row in rows]
+
+        def together(rows: list[torch.Tensor], **given) -> list[list[int]]:
+            return model.generate(**given, **options(rows))[:, given["input_ids"].shape[1] :].tolist()
+
+        one, two = pad_right(first), pad_right(second)
+        golds = alone(first)
+        assert golds != plain
+        assert together(first, **one) == golds
+        if "num_beams" in settings:
+            return
+        chats = [torch.cat(pair) for pair in zip(first, second, strict=True)]
+        golds = alone(chats)
+        mask = torch.cat([one["attention_mask"], two["attention_mask"]], dim=1)
+        whole = {"input_ids": torch.cat([one["input_ids"], two["input_ids"]], dim=1), "attention_mask": mask}
+        new = {"input_ids": two["input_ids"], "attention_mask": mask}
+        cache = model(**one, return_dict=False)[1]
+        assert together(chats, **whole, past_key_values=copy.deepcopy(cache)) == golds
+        if "no_repeat_ngram_size" not in settings:  # it reads the text before, too
+            assert together(chats, **new, past_key_values=cache) == golds
+
+    def test_stopping_criteria_read_the_rows_as_they_go_on(self, model, gold_model):
+        row = prompts([5])[0]
+        gold = gold_tokens(gold_model("hybrid"), row, NEW)
+
+        class Pair(StoppingCriteria):
+            def __call__(self, input_ids, scores, **kwargs):
+                return torch.tensor([ids[-2:] == [int(row[-1]), gold[0]] for ids in input_ids.tolist()])
+
+        ids = torch.cat([row, torch.tensor([9, 9])])[None]
+        mask = torch.tensor([[1] * 5 + [0] * 2])
+        stops = StoppingCriteriaList([Pair()])
+        assert model.generate(ids, attention_mask=mask, stopping_criteria=stops, **GREEDY)[0, 7:].tolist() == gold[:1]
+        out = model.generate(ids, attention_mask=mask, stopping_criteria=stops, prompt_lookup_num_tokens=3, **GREEDY)
+        assert out[0, 7:].tolist() == gold[:1]
 
     def test_a_streamer(self, model, golds):
         class Collector(BaseStreamer):
