@@ -244,7 +244,7 @@ class ORTLfm2ForCausalLM(AssistedGeneration, compat.GenerationWithoutExperts, OR
         past, cache, inputs, ids = (
             kwargs.pop(name, None) for name in ("past_key_values", "cache", "inputs", "input_ids")
         )
-        if None not in (inputs, ids):
+        if inputs is not None and ids is not None:
             raise Lfm2Error("inputs and input_ids are two names for one argument. Give one of them.")
         ids, mask = inputs if ids is None else ids, kwargs.get("attention_mask")
         cache = one_cache(past, cache)

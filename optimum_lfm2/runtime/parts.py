@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -69,18 +70,27 @@ class EmbeddedSession(GraphSession):
     cuts, repeats or records ids does the same to pictures.
     """
 
+    features: torch.Tensor | None = None
+
     def with_embedding(self, embedding: Part, first: int) -> EmbeddedSession:
         """Set the embedding, and the id of the first feature. Return the session itself."""
         self._embedding, self._first = embedding, first
         return self
 
+    def with_features(self, features: torch.Tensor) -> EmbeddedSession:
+        """Return a copy that has features itself, (picture tokens, hidden_size), for caches that have none."""
+        twin = copy.copy(self)
+        twin.features = features
+        return twin
+
     def _tokens(self, ids: torch.Tensor, cache: Lfm2Cache | None) -> dict[str, torch.Tensor]:
         pictured = ids >= self._first
         embeds = self._embedding.run({"input_ids": ids.masked_fill(pictured, 0)}, "inputs_embeds")
         if bool(pictured.any()):
-            if cache is None or cache.features is None:
+            features = self.features if cache is None or cache.features is None else cache.features
+            if features is None:
                 raise Lfm2Error("The cache has lost the features of its pictures. Start without it.")
-            embeds[pictured] = cache.features[ids[pictured] - self._first].to(embeds.device)
+            embeds[pictured] = features[ids[pictured] - self._first].to(embeds.device)
         return {"inputs_embeds": embeds}
 
 

@@ -31,8 +31,8 @@ class _Processor(LogitsProcessor):
     def __init__(self, inner: LogitsProcessorList, order: torch.Tensor) -> None:
         self._inner, self._order = inner, order
 
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        return self._inner(_hidden_first(input_ids, self._order), scores, **kwargs)  # type: ignore[arg-type]
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        return self._inner(_hidden_first(input_ids, self._order), scores)  # type: ignore[arg-type]
 
 
 class _Criterion(StoppingCriteria):
