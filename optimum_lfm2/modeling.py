@@ -38,7 +38,7 @@ from optimum_lfm2.runtime.files import FileIdentity, generation_config_of, only_
 from optimum_lfm2.runtime.layout import GraphLayout
 from optimum_lfm2.runtime.padding_warning import right_padding_allowed
 from optimum_lfm2.runtime.readers import criteria, processors
-from optimum_lfm2.runtime.request import REQUEST, Request, check_length, request_of
+from optimum_lfm2.runtime.request import REQUEST, SETTLED, Request, check_length, request_of
 from optimum_lfm2.runtime.rows import RowRunner
 from optimum_lfm2.runtime.session import GraphSession
 from optimum_lfm2.runtime.threads import single_torch_thread
@@ -282,7 +282,7 @@ class ORTLfm2ForCausalLM(AssistedGeneration, compat.GenerationWithoutExperts, OR
         request, cache = model_kwargs[REQUEST], model_kwargs.get(compat.CACHE)
         longest, cached = self._text_config.max_position_embeddings, cache is not None or generation_config.use_cache
         request.settle(generation_config, model_kwargs.get("attention_mask"), longest, cached)
-        setattr(generation_config, REQUEST, request)  # transformers makes stopping criteria of it alone
+        setattr(generation_config, SETTLED, request)  # transformers makes stopping criteria of it alone
         rows = batch_size * max(generation_config.num_beams, generation_config.num_return_sequences)
         if cache is not None and cache.batch_size != rows:
             raise Lfm2Error(
@@ -301,11 +301,11 @@ class ORTLfm2ForCausalLM(AssistedGeneration, compat.GenerationWithoutExperts, OR
 
     def _get_logits_processor(self, generation_config: GenerationConfig, *args: Any, **kwargs: Any) -> Any:
         inner = super()._get_logits_processor(generation_config, *args, **kwargs)
-        return processors(inner, getattr(generation_config, REQUEST).order)
+        return processors(inner, getattr(generation_config, SETTLED).order)
 
     def _get_stopping_criteria(self, generation_config: GenerationConfig, *args: Any, **kwargs: Any) -> Any:
         inner = super()._get_stopping_criteria(generation_config, *args, **kwargs)
-        return criteria(inner, getattr(generation_config, REQUEST).order)
+        return criteria(inner, getattr(generation_config, SETTLED).order)
 
     def prepare_inputs_for_generation(
         self,

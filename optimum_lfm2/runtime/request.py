@@ -19,6 +19,8 @@ from optimum_lfm2.runtime.cache import Lfm2Cache
 
 
 REQUEST = "_request"  # its name among the arguments that transformers' loop hands on
+# Its name in the settings of the call. Another one, or transformers would take the argument for a setting.
+SETTLED = "_settled_request"
 
 
 @dataclass(frozen=True)
