@@ -17,6 +17,7 @@ import torch
 import transformers
 from transformers import (
     AutoConfig,
+    AutoModelForImageTextToText,
     AutoTokenizer,
     Lfm2Config,
     Lfm2VlConfig,
@@ -43,6 +44,8 @@ CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "
 CROPS_BY_NUMBER = "tokens_to_remove" in signature(Cache.crop).parameters
 # Whether a forward over a filled cache takes several new tokens. In 4.57 it takes one. Goes with transformers 4.
 CONTINUES_WITH_SEVERAL_TOKENS = TRANSFORMERS_5
+# Whether transformers leaves a head untied that is stored with other values than the embedding. Goes with 4.
+KEEPS_BOTH_HEADS = TRANSFORMERS_5
 # Whether transformers' forward takes `cache_position`. Goes with transformers 4.
 HEEDS_CACHE_POSITION = not TRANSFORMERS_5
 TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -146,6 +149,17 @@ def mend_pictures_in_text() -> None:
         return whole
 
     processor.expand_text_with_placeholders = expand_text_with_placeholders
+
+
+def vl_model(config: PretrainedConfig, **options: Any) -> PreTrainedModel:
+    """Make a model of pictures and text from its configuration. `options` are those of transformers' `from_config`.
+
+    transformers 4.57 has the projector's norm whatever `projector_use_layernorm` says.
+    """
+    model: Any = AutoModelForImageTextToText.from_config(config, **options)
+    if not getattr(config, "projector_use_layernorm", True) and not TRANSFORMERS_5:
+        model.model.multi_modal_projector.layer_norm = torch.nn.Identity()
+    return model
 
 
 def check_model_type(model_type: str) -> None:

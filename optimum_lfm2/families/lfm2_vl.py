@@ -9,8 +9,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from transformers import AutoModelForImageTextToText
-
+from optimum_lfm2 import compat
 from optimum_lfm2.errors import Lfm2Error
 from optimum_lfm2.families import lfm2
 from optimum_lfm2.fields import FLAG, SIZE, Field
@@ -72,7 +71,7 @@ MEMBER = replace(
     model_type="lfm2_vl",
     other_spellings=("lfm2-vl",),  # as transformers 4.57 writes it
     architectures={"Lfm2VlForConditionalGeneration": "image-text-to-text"},
-    models={"image-text-to-text": AutoModelForImageTextToText.from_config},
+    models={"image-text-to-text": compat.vl_model},
     min_transformers="4.57.0",
     text="text_config",
     tower=TOWER,

@@ -174,7 +174,7 @@ def sizes(config: PretrainedConfig) -> list[tuple[int, int]]:
 
 
 def sample(config: PretrainedConfig, blocks: Sequence[tuple[int, int]]) -> dict[str, torch.Tensor]:
-    """Return pictures of random pixels as a processor gives them, padded to the longest.
+    """Return pictures of random pixels, padded to the longest with noise, which must change nothing.
 
     Args:
         config: the configuration of a whole model.
@@ -188,7 +188,7 @@ def sample(config: PretrainedConfig, blocks: Sequence[tuple[int, int]]) -> dict[
     mask = (torch.arange(int(counts.max()) + 3)[None] < counts[:, None]).to(torch.int64)
     pixels = torch.rand(*mask.shape, width, generator=generator) * 2 - 1
     return {
-        "pixel_values": pixels * mask[..., None],
+        "pixel_values": pixels,
         "pixel_attention_mask": mask,
         "spatial_shapes": shapes,
     }

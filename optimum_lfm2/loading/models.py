@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import transformers
 from transformers import PretrainedConfig, PreTrainedModel
 
+from optimum_lfm2 import compat
 from optimum_lfm2.errors import Lfm2Error
 from optimum_lfm2.families import member_of
 from optimum_lfm2.loading.companions import check_tokenizer
-from optimum_lfm2.loading.notices import tell_of_adapter, tell_of_modules, tell_of_unread
+from optimum_lfm2.loading.notices import tell_of_adapter, tell_of_modules, tell_of_unread, warn_once
 from optimum_lfm2.loading.source import Source, check_dtype
 from optimum_lfm2.weights.checkpoint import stored_tensors
 from optimum_lfm2.weights.experts import is_part
@@ -33,23 +35,43 @@ def load_model(source: Source, task: str, dtype: torch.dtype | None) -> PreTrain
     member, config = source.member, source.config
     member.check_task(task, config.architectures)
     check_dtype(dtype)
-    files = source.files
+    _ = source.files  # these are refused before the tokenizer
     check_tokenizer(source.name, **source.hub)
-    model: Any = weightless(config, task.removesuffix("-with-past"), dtype or torch.float32)
     if not config.architectures and not member.in_parts:
         _check_assumed(source)
+    model = _with_checkpoint(source, task.removesuffix("-with-past"), dtype or torch.float32)
     if model.can_generate():
         model.generation_config = source.generation_config
     if member.export_type:
         _export_as(model, member.export_type)
     if model.can_generate() and not member.in_parts:
         tell_of_modules(source.name, task, **source.hub)
-    model.source, model.checkpoint = source, member.checkpoint(files, model)
+    model.source = source
     _ = source.processor  # a processor that does not fit is refused before the work
     tell_of_adapter(source.name, **source.hub)
     own = weightless(config, source.task, model.dtype)
     tell_of_unread(source.name, model.checkpoint, stored_tensors(own).keys() - stored_tensors(model).keys())
     return model
+
+
+def _with_checkpoint(source: Source, task: str, dtype: torch.dtype) -> Any:
+    """Return the model on the meta device with its `checkpoint`.
+
+    Where the configuration ties the head to the embedding and the checkpoint stores both, with different values, the
+    head is untied if transformers does so. Then the configuration says so too.
+    """
+    model: Any = weightless(source.config, task, dtype)
+    model.checkpoint = source.member.checkpoint(source.files, model)
+    head = model.checkpoint.second_head
+    if head is None or not compat.KEEPS_BOTH_HEADS:
+        return model
+    warn_once(
+        f"{source.name}: config.json ties {head} to the embedding, and it is stored with other values. It is used, as "
+        f"transformers {transformers.__version__} uses it."
+    )
+    for part in (source.config, source.config.get_text_config()):
+        part.tie_word_embeddings = False
+    return _with_checkpoint(source, task, dtype)
 
 
 def weightless(config: PretrainedConfig, task: str, dtype: torch.dtype) -> PreTrainedModel:

@@ -90,7 +90,10 @@ def _save_configuration(job: Job, folder: Path) -> PretrainedConfig:
     model = _load(job, "fp32")
     if model.can_generate():
         model.generation_config.save_pretrained(folder)
-    source.config.save_pretrained(folder)
+    config = source.config
+    for own, loaded in ((config, model.config), (config.get_text_config(), model.config.get_text_config())):
+        own.tie_word_embeddings = loaded.tie_word_embeddings  # the stored tensors decide it
+    config.save_pretrained(folder)
     maybe_save_preprocessors(job.model, folder)
     if not (folder / TOKENIZER).is_file():
         raise Lfm2Error(f"{job.model} has no tokenizer, and every runtime needs one. Copy {TOKENIZER} there.")

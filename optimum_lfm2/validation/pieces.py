@@ -120,7 +120,8 @@ class Piece:
 
         Args:
             feeds: the inputs of the whole graph.
-            gold: transformers' values. The piece gets its inputs at a cut from them.
+            gold: transformers' values. The piece gets its inputs at a cut from them, and noise for masked tokens, which
+                must change nothing.
 
         Raises:
             Lfm2Error: the piece fails, or an output has another size than in the gold.
@@ -128,10 +129,20 @@ class Piece:
         inputs = {}
         for value in self._session.get_inputs():
             if value.name in gold:
-                inputs[value.name] = gold[value.name].nan_to_num().to(self._dtype).numpy()
+                inputs[value.name] = with_noise(gold[value.name]).to(self._dtype).numpy()
             else:
                 inputs[value.name] = feeds[value.name].numpy()
         return outputs_of(self._session, inputs, gold)
+
+
+def with_noise(values: torch.Tensor) -> torch.Tensor:
+    """Replace NaN, which stands for values of masked tokens, by random numbers of the size of the others.
+
+    With zeros there a graph that reads masked tokens would look right.
+    """
+    masked = values.isnan()
+    noise = torch.randn(values.shape, generator=torch.Generator().manual_seed(0))
+    return torch.where(masked, noise * values[~masked].std(), values)
 
 
 def keep_activations_float(graph: ir.Graph) -> None:

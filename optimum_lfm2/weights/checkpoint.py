@@ -63,8 +63,19 @@ class Checkpoint(Mapping[str, torch.Tensor]):
     def __init__(self, files: Mapping[str, Path], model: torch.nn.Module) -> None:
         self._files = files
         self._parameters = stored_tensors(model)
-        self._stored = {name: self._stored_name(first) for name, first in tied_names(model).items()}
+        self._tied = tied_names(model)
+        self._stored = {name: self._stored_once(first) for name, first in self._tied.items()}
         self._check_headers()
+
+    def _stored_once(self, first: str) -> str:
+        """Find the name under which a parameter is stored. A tied one may be stored under any of its names."""
+        try:
+            return self._stored_name(first)
+        except Lfm2Error:
+            others = [name for name, tied_to in self._tied.items() if tied_to == first and name in self._files]
+            if not others:
+                raise
+            return others[0]
 
     def _stored_name(self, name: str) -> str:
         """Find the name under which a parameter is stored.
@@ -129,6 +140,11 @@ class Checkpoint(Mapping[str, torch.Tensor]):
         Those that change nothing are left out: buffers that are computed, and copies of what they are tied to.
         """
         return [name for name in self._unread if name.split(".")[-1] not in COMPUTED and not self._is_copy(name)]
+
+    @property
+    def second_head(self) -> str | None:
+        """The name of a tensor that is stored with other values than the one that it is tied to. None for none."""
+        return next((name for name in self._unread if name in self._stored and not self._is_copy(name)), None)
 
     def _is_copy(self, name: str) -> bool:
         if name not in self._stored:
