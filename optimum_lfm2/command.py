@@ -1,19 +1,29 @@
-"""`optimum-cli export onnx` for LFM2: check the request, export to a staging folder, validate, move into place."""
+"""`optimum-cli export onnx` for LFM2: check the request, export to a staging folder, validate, move into place.
+
+At its end it says on standard output what it wrote, what the check found, and what to do next.
+"""
 
 from __future__ import annotations
 
 import logging
+import shlex
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
+
+from optimum.exporters.tasks import TasksManager
 
 from optimum_lfm2.errors import Lfm2Error
 from optimum_lfm2.export import options
 from optimum_lfm2.export.staging import staged
-from optimum_lfm2.validation.decoder import errors_as_they_are
+from optimum_lfm2.families import member_of
+from optimum_lfm2.report import WITH_PAST, loading, megabytes, size_with_weights, text_table
+from optimum_lfm2.validation.decoder import errors_as_they_are, noted_differences
+from optimum_lfm2.weights.blocks import SCHEMES
 
 
 # Loggers whose warnings a user of the export cannot act on.
@@ -45,8 +55,42 @@ def run_export(command: Any, original: Callable[[Any], None], config: Mapping[st
             _arguments(command, folder),
             quiet(),
             errors_as_they_are(),
+            noted_differences() as differences,
         ):
             original(command)
+        print(_summary(command.args, config, {path.relative_to(folder): x for path, x in differences.items()}))
+
+
+def _summary(args: Any, config: Mapping[str, Any], differences: Mapping[Path, float]) -> str:
+    """Return what the command says at its end.
+
+    Args:
+        args: the arguments.
+        config: the checkpoint's `config.json`.
+        differences: for each file, relative to the output, the largest difference that its check found.
+    """
+    files = {args.output / name: difference for name, difference in differences.items()}
+    rows = [
+        (
+            str(path),
+            f"{megabytes(size_with_weights(path))} MB",
+            f"checked against transformers: within {difference:.2g}",
+        )
+        for path, difference in sorted(files.items())
+    ]
+    task = TasksManager.map_from_synonym(args.task)
+    if task == "auto":
+        task = member_of(config).task(config.get("architectures"))
+    lines = [text_table(rows)]
+    if code := loading(task, args.output):
+        lines += ["Load it in Python:", code]
+    # A decoder without its head predicts no tokens that could be compared.
+    if member_of(config).encodes or task.removesuffix(WITH_PAST) != "feature-extraction":
+        checkpoint = shlex.quote(args.model) if Path(args.model).is_dir() else "CHECKPOINT"
+        cost = "Measure what the rounding of the weights costs:" if args.variant in SCHEMES else "Measure its quality:"
+        evaluate = f"optimum-cli lfm2 evaluate {shlex.quote(str(args.output))} --reference {checkpoint} --text FILE"
+        lines += [cost, f"  {evaluate}"]
+    return "\n".join(lines)
 
 
 @contextmanager

@@ -48,9 +48,9 @@ def test_wheel(tmp_path):
     subprocess.run([*build, "-w", str(tmp_path)], cwd=tmp_path / "source", check=True)
     (wheel,) = tmp_path.glob("*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
-    sources = {
-        str(path.relative_to(ROOT)) for folder in ("optimum", "optimum_lfm2") for path in (ROOT / folder).rglob("*.py")
-    }
+    files = [path for folder in ("optimum", "optimum_lfm2") for path in (ROOT / folder).rglob("*.*")]
+    sources = {str(path.relative_to(ROOT)) for path in files if path.suffix in (".py", ".typed", ".jinja")}
+    assert len([name for name in sources if not name.endswith(".py")]) >= 5
     assert sources <= names
     assert "optimum_lfm2/py.typed" in names
     assert wheel.name.split("-")[1] == optimum_lfm2.__version__

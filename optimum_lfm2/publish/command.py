@@ -1,15 +1,21 @@
-"""The entry point of `optimum-cli export lfm2`."""
+"""The entry point of `optimum-cli export lfm2`, and what the command says at its end."""
 
 from __future__ import annotations
 
+import shlex
 import sys
 from argparse import Namespace
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from optimum_lfm2.command import quiet, reported
-from optimum_lfm2.publish.folder import publish
+from optimum_lfm2.families import member_of
+from optimum_lfm2.file_names import ONNX_FOLDER
+from optimum_lfm2.publish.folder import Outcome, publish
 from optimum_lfm2.publish.job import Job
+from optimum_lfm2.publish.precisions import Published, preferred
+from optimum_lfm2.report import loading, megabytes, text_table
 
 
 def run_publish(args: Namespace, config: Mapping[str, Any]) -> None:
@@ -25,8 +31,34 @@ def run_publish(args: Namespace, config: Mapping[str, Any]) -> None:
     with reported():
         job = Job.read(args, config)
         with quiet():
-            failed = publish(job)
-    for line in failed:
+            outcome = publish(job)
+        print(_summary(job, outcome, member_of(config).encodes), flush=True)
+    for line in outcome.failed:
         print(f"optimum-cli: error: {line}", file=sys.stderr)
-    if failed:
+    if outcome.failed:
         raise SystemExit(1)
+
+
+def _summary(job: Job, outcome: Outcome, encodes: bool) -> str:
+    """Return the table of the folder's files, and what to do with them."""
+    files, card = outcome.files, outcome.card
+    measured = any(file.quality for file in files)
+    title = ("precision", "file", "MB", "checked within", *(("loss",) if measured else ()))
+    lines = [f"\n{job.output} has:", text_table([title, *(_row(file, measured) for file in files)])]
+    if not measured:
+        lines.append("Checked against transformers. What rounding costs is not measured: --text FILE does that.")
+    chosen = preferred(files, encodes).path.name
+    if code := loading(job.task, job.output, subfolder=ONNX_FOLDER, file_name=chosen):
+        lines += ["Load it in Python:", code]
+    name = card.name if "/" in card.name else f"YOU/{Path(job.model).resolve().name}-ONNX"
+    lines += ["Upload it, with its model card README.md:", f"  hf upload {name} {shlex.quote(str(job.output))}"]
+    if card.license is None:
+        lines.append("The model card names no licence, since none was found beside the checkpoint: give --license.")
+    return "\n".join(lines)
+
+
+def _row(file: Published, measured: bool) -> tuple[str, ...]:
+    name = f"{ONNX_FOLDER}/{file.path.name}" + f" and {len(file.parts)} parts" * bool(file.parts)
+    difference = max(part.difference for part in file.all)
+    cells = (file.precision, name, megabytes(file.size), f"{difference:.2g}")
+    return (*cells, file.quality.summary() if file.quality else "not measured") if measured else cells

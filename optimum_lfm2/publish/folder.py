@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,8 @@ from optimum_lfm2.file_names import DECODER, EMBEDDING, ONNX_FOLDER
 from optimum_lfm2.loading.source import Source
 from optimum_lfm2.loading.tasks_manager import Lfm2TasksManager
 from optimum_lfm2.metadata import CHECKPOINT, COMPARED, DIFFERENCE, QUALITY, TEXT
-from optimum_lfm2.publish.card import write_card
-from optimum_lfm2.publish.job import LEAST_COSINE, WITH_PAST, Job
+from optimum_lfm2.publish.card import Card, write_card
+from optimum_lfm2.publish.job import LEAST_COSINE, Job
 from optimum_lfm2.publish.precisions import (
     LAYOUTS,
     MEASURED_OF_ENCODERS,
@@ -38,6 +39,7 @@ from optimum_lfm2.publish.precisions import (
 from optimum_lfm2.quality.evaluate import Quality, measure, read_chunks
 from optimum_lfm2.quality.scoring import load, reference_model
 from optimum_lfm2.quality.similarity import Similarity, compare_encoders, load_encoder, reference_encoder
+from optimum_lfm2.report import WITH_PAST
 from optimum_lfm2.sidecars.folder import write_sidecars
 from optimum_lfm2.sidecars.genai_config import write_genai_config
 from optimum_lfm2.sidecars.js_config import JS_CONFIG, declare_external_data
@@ -49,13 +51,25 @@ TRACED = {"batch_size": 1, "sequence_length": 2}
 TOKENIZER = "tokenizer.json"
 
 
-def publish(job: Job) -> list[str]:
+@dataclass(frozen=True)
+class Outcome:
+    """What a run did.
+
+    Attributes:
+        files: the precisions that the folder has now, those of earlier runs too.
+        card: what the model card says.
+        failed: a line for each precision that failed. The folder does not contain these.
+    """
+
+    files: list[Published]
+    card: Card
+    failed: list[str]
+
+
+def publish(job: Job) -> Outcome:
     """Write the requested precisions into the folder, each after a check against transformers.
 
     Precisions that the folder has already stay there.
-
-    Returns:
-        A line for each precision that failed. The folder does not contain these.
 
     Raises:
         Lfm2Error: the checkpoint cannot be exported, the folder belongs to another checkpoint, or every precision
@@ -76,8 +90,8 @@ def publish(job: Job) -> list[str]:
         chosen = preferred(files, encodes=member_of(config).encodes)
         parts = chosen.by_part or {DECODER: chosen.path}
         write_genai_config(folder, ONNX_FOLDER, parts[DECODER], config, chosen.caches, parts.get(EMBEDDING))
-        write_card(folder, files, job.output, job.model, job.card, cache_dir=job.cache_dir)
-    return failed
+        card = write_card(folder, files, job.output, job.model, job.card, cache_dir=job.cache_dir)
+    return Outcome(published(job.output), card, failed)
 
 
 def _save_configuration(job: Job, folder: Path) -> PretrainedConfig:
@@ -150,16 +164,10 @@ def _write_files(job: Job, folder: Path, checkpoint: str) -> list[str]:
             except Lfm2Error as error:
                 failed.append(_removed(name, folder, error))
                 continue
-            (file,) = (file for file in published(folder) if file.precision == name)
-            names, size = " ".join(part.path.name for part in file.all), f"{file.size / 1e6:.1f} MB"
-            print(f"{name}: {names}, {size}, within {_difference(file):.2g} of transformers")
+            print(f"{name}: written and checked", flush=True)
         del model
         gc.collect()
     return failed
-
-
-def _difference(file: Published) -> float:
-    return max(part.difference for part in file.all)
 
 
 def _removed(name: str, folder: Path, error: Lfm2Error) -> str:
@@ -216,7 +224,7 @@ def _measure(job: Job, folder: Path, text: list[torch.Tensor]) -> list[str]:
             failed.append(_removed(file.precision, folder, error))
             continue
         annotate(file.path, {QUALITY: json.dumps(quality.as_dict()), TEXT: job.text.name})
-        print(f"{file.precision}: {quality.summary()}")
+        print(f"{file.precision}: compared with the checkpoint on {job.text.name}", flush=True)
     return failed
 
 

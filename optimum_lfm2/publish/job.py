@@ -14,11 +14,12 @@ from optimum_lfm2.export.options import check_atol, check_model
 from optimum_lfm2.export.output import check_no_checkpoint
 from optimum_lfm2.families import member_of
 from optimum_lfm2.publish.card import CardOptions
-from optimum_lfm2.publish.precisions import MEASURED_OF_ENCODERS, PRECISIONS
+from optimum_lfm2.publish.precisions import DEFAULT, MEASURED_OF_ENCODERS, PRECISIONS
+from optimum_lfm2.quality.evaluate import read_text
+from optimum_lfm2.report import WITH_PAST
 
 
 TASK = "text-generation"
-WITH_PAST = "-with-past"
 LEAST_COSINE = 0.99  # of an encoder in 4 bits with its checkpoint: below, the vectors find other documents
 
 
@@ -74,8 +75,10 @@ class Job:
                 f"--precisions {' '.join(risky)}: 4 bits change the vectors of an encoder. Give --text, on which the "
                 f"cosine with the checkpoint is measured: {LEAST_COSINE} is asked for."
             )
+        if args.text is not None:
+            read_text(args.text)  # a wrong path is refused before the work
         check_atol(args.atol)
-        default = [name for name in PRECISIONS if not (encodes and name in MEASURED_OF_ENCODERS)]
+        default = [name for name in DEFAULT if not (encodes and name in MEASURED_OF_ENCODERS)]
         if Path(args.model).is_dir() and args.output.resolve() == Path(args.model).resolve():
             raise Lfm2Error(f"{args.output} is the checkpoint itself. Give another folder to write to.")
         return cls(

@@ -16,6 +16,7 @@ from optimum_lfm2.graph.editing import graph_cache_tensors
 from optimum_lfm2.metadata import CHECKPOINT, COMPARED, DIFFERENCE, QUALITY, TEXT
 from optimum_lfm2.quality.evaluate import Quality
 from optimum_lfm2.quality.similarity import Similarity
+from optimum_lfm2.report import size_with_weights
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,8 @@ class Precision:
         variant: the variant of the export, such as `q4`.
         weights: how the model card describes the weights.
         vision: the same for a vision encoder, which never has 4 bits.
+        use: what the precision is good for, in words.
+        is_dtype: whether Transformers.js (4.3.1) knows the precision as a dtype. Other files it loads by their name.
     """
 
     suffix: str
@@ -35,6 +38,8 @@ class Precision:
     variant: str
     weights: str
     vision: str
+    use: str
+    is_dtype: bool = True
 
     def named(self, part: str) -> str:
         """Return the name of the file that holds a part of a model."""
@@ -47,22 +52,28 @@ class Precision:
 
 
 PRECISIONS = {
-    "fp32": Precision("", "fp32", "default", "32 bits", "32 bits"),
-    "fp16": Precision("_fp16", "fp16", "default", "16 bits", "16 bits"),
-    "q8": Precision("_quantized", "fp32", "q8", "8 bits", "8 bits"),
-    "q4": Precision("_q4", "fp32", "q4", "4 bits", "8 bits"),
-    "q4f16": Precision("_q4f16", "fp16", "q4", "4 bits, computes in 16", "8 bits, computes in 16"),
+    "fp32": Precision("", "fp32", "default", "32 bits", "32 bits", "the results of transformers"),
+    "fp16": Precision("_fp16", "fp16", "default", "16 bits", "16 bits", "GPUs"),
+    "q8": Precision("_quantized", "fp32", "q8", "8 bits", "8 bits", "CPUs, where quality counts most"),
+    "q4": Precision("_q4", "fp32", "q4", "4 bits, embedding and head 8", "8 bits", "CPUs"),
+    "q4s": Precision("_q4s", "fp32", "q4s", "4 bits", "8 bits", "CPUs, where size counts most", is_dtype=False),
+    "q4f16": Precision(
+        "_q4f16", "fp16", "q4", "as q4, computes in 16 bits", "8 bits, computes in 16", "WebGPU and other GPUs"
+    ),
 }
 # The parts of which a model's files are named. The first is the decoder, which has the caches.
 PARTS = (DECODER, EMBEDDING, VISION)
 LAYOUTS = ((MODEL,), PARTS)
+# What is written where the user names none: one file for each dtype of Transformers.js that we have.
+DEFAULT = tuple(name for name, precision in PRECISIONS.items() if precision.is_dtype)
 # The precisions in the order of their speed on a CPU. The first one in the folder is the default of onnxruntime-genai
-# and of the examples in the model card.
-PREFERRED = ("q4", "q8", "fp32", "q4f16", "fp16")
+# and of the examples in the model card. q4s is a little faster than q4, but it costs twice the quality, and
+# Transformers.js does not know it.
+PREFERRED = ("q4", "q4s", "q8", "fp32", "q4f16", "fp16")
 # The same for an encoder: clients take the file that computes what the checkpoint computes, where there is one.
-PREFERRED_OF_ENCODERS = ("fp32", "q8", "q4", "fp16", "q4f16")
+PREFERRED_OF_ENCODERS = ("fp32", "q8", "q4", "q4s", "fp16", "q4f16")
 # The precisions of an encoder that are kept only if its vectors stay near the checkpoint's.
-MEASURED_OF_ENCODERS = frozenset({"q4", "q4f16"})
+MEASURED_OF_ENCODERS = frozenset({"q4", "q4s", "q4f16"})
 
 
 @dataclass(frozen=True)
@@ -124,15 +135,9 @@ class Published:
         )
 
     @property
-    def data(self) -> Path:
-        """The file of its weights. It does not exist where the weights are in the ONNX file itself."""
-        return self.path.with_name(f"{self.path.name}_data")
-
-    @property
     def size(self) -> int:
         """The bytes of the ONNX file and of its weights, with those of the other parts."""
-        own = sum(path.stat().st_size for path in (self.path, self.data) if path.is_file())
-        return own + sum(part.size for part in self.parts)
+        return sum(size_with_weights(file.path) for file in self.all)
 
     @property
     def all(self) -> tuple[Published, ...]:

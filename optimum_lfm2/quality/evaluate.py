@@ -18,10 +18,13 @@ from tqdm import tqdm
 from transformers import AutoTokenizer
 
 from optimum_lfm2.errors import Lfm2Error, first_line
-from optimum_lfm2.quality.scoring import Model, load
+from optimum_lfm2.quality.scoring import Model, check_exists, load
 from optimum_lfm2.quality.similarity import Similarity, compare_encoders, encodes, load_encoder
+from optimum_lfm2.quality.words import legend, loss_in_words
 
 
+# The KL divergence in nats below which a loss is none that shows, next to none, slight, noticeable.
+KL_BOUNDS = (1e-5, 1e-3, 1e-2, 1e-1)
 TOKENS_AT_ONCE = 64  # tokens compared at a time in double precision; bounds the memory of the comparison
 
 
@@ -50,13 +53,19 @@ class Quality:
         """Return the figures by name, ready for JSON."""
         return asdict(self)
 
+    @property
+    def loss(self) -> str:
+        """The loss of quality in words."""
+        return loss_in_words(self.kl_divergence, KL_BOUNDS)
+
     def summary(self) -> str:
         """Return the main figures in one line."""
-        return f"perplexity {self.perplexity:.4g}, KL divergence {self.kl_divergence:.2g}"
+        return f"{self.loss} (KL divergence {self.kl_divergence:.2g}, perplexity {self.perplexity:.4g})"
 
     def cells(self) -> dict[str, str]:
         """Return what a model card says of a file, by the heading of the column."""
         return {
+            "loss": self.loss,
             "perplexity": f"{self.perplexity:.4f}",
             "KL divergence": f"{self.kl_divergence:.6f} ± {self.kl_divergence_error:.6f}",
             "same top token": f"{self.top1_agreement:.2%}",
@@ -67,7 +76,7 @@ class Quality:
         return (
             "Perplexity, mean KL divergence and agreement are from `optimum-cli lfm2 evaluate`, which compares with "
             f"the checkpoint in fp32, on {self.tokens} tokens of `{text}`, where the checkpoint has a perplexity of "
-            f"{self.reference_perplexity:.4f}."
+            f"{self.reference_perplexity:.4f}. {legend(KL_BOUNDS, 'KL divergence')}"
         )
 
     def table(self) -> str:
@@ -77,6 +86,7 @@ class Quality:
             ("perplexity", f"{self.reference_perplexity:.4f}", f"{self.perplexity:.4f}"),
             ("mean KL divergence", "", f"{self.kl_divergence:.6f} ± {self.kl_divergence_error:.6f}"),
             ("same top token", "", f"{self.top1_agreement:.2%}"),
+            ("loss", "", self.loss),
             ("tokens scored", "", f"{self.tokens} in {self.chunks} chunks"),
         ]
         return "\n".join(f"{name:<20}{reference:>12}  {own:>22}".rstrip() for name, reference, own in rows)
@@ -97,6 +107,8 @@ def evaluate(
         Lfm2Error: a model or the text cannot be used.
     """
     model, reference = Path(model), Path(reference)
+    for path in (model, reference):
+        check_exists(path)
     pieces = read_chunks(text, find_tokenizer(reference, model), chunks, length)
     if encodes(reference) or encodes(model):
         return compare_encoders(load_encoder(model), load_encoder(reference), pieces)
@@ -205,6 +217,14 @@ def find_tokenizer(*folders: Path) -> Any:
     )
 
 
+def read_text(path: str | Path) -> str:
+    """Read a text file in UTF-8. Raise `Lfm2Error` where it cannot be read."""
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise Lfm2Error(f"{path} cannot be read ({error}). Give a text file in UTF-8.") from None
+
+
 def read_chunks(text: str | Path, tokenizer: Any, chunks: int, length: int) -> list[torch.Tensor]:
     """Cut a text file into chunks of ids. Each chunk begins with the tokenizer's BOS token, if it has one.
 
@@ -222,10 +242,7 @@ def read_chunks(text: str | Path, tokenizer: Any, chunks: int, length: int) -> l
     """
     if chunks < 2 or length < 2:
         raise Lfm2Error(f"{chunks} chunks of {length} tokens cannot be compared. Ask for two or more of each.")
-    try:
-        written = Path(text).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise Lfm2Error(f"{text} cannot be read ({error}). Give a text file in UTF-8.") from None
+    written = read_text(text)
     first = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     ids = torch.tensor(tokenizer(written, add_special_tokens=False, verbose=False).input_ids, dtype=torch.int64)
     step = length - len(first)

@@ -95,10 +95,8 @@ def quantize_cache(
 
 
 def _source(path: Path) -> Path:
-    file = path if path.is_file() else onnx_file(path)
-    if file is None:
-        what = "holds no ONNX file" if path.exists() else "does not exist"
-        raise Lfm2Error(f"{path} {what}. Give an exported folder or an .onnx file.")
+    if (file := onnx_file(path)) is None:
+        raise Lfm2Error(f"{path} holds no ONNX file. Give an exported folder or an .onnx file.")
     return file
 
 

@@ -24,6 +24,7 @@ from optimum_lfm2.loading.models import materialize_buffers
 from optimum_lfm2.loading.source import is_ours
 from optimum_lfm2.loading.tasks_manager import Lfm2TasksManager
 from optimum_lfm2.sidecars.genai_config import GENAI_CONFIG, read_genai_config
+from optimum_lfm2.validation.pieces import cpu_session
 from optimum_lfm2.validation.streamed import StandIns, streamed
 from optimum_lfm2.vision_configs import text_model
 
@@ -55,25 +56,32 @@ def load(path: Path) -> Model:
     Raises:
         Lfm2Error: the path holds none of these or several ONNX files, or the model cannot be loaded.
     """
-    if not path.exists():
-        raise Lfm2Error(f"{path} does not exist. Give an exported folder, an .onnx file or a checkpoint's folder.")
-    if path.is_file():
-        return OnnxModel(path)
     file = onnx_file(path)
     return OnnxModel(file) if file else _transformers_model(path)
 
 
-def onnx_file(folder: Path) -> Path | None:
-    """Find the only ONNX file in a folder and its subfolder `onnx`, or None. Of a model in parts it is the decoder.
+def onnx_file(path: Path) -> Path | None:
+    """Find an ONNX file: the path itself, or the only one in a folder and its subfolder `onnx`. None for a checkpoint.
+
+    Of a model in parts it is the decoder.
 
     Raises:
-        Lfm2Error: there are several.
+        Lfm2Error: the path does not exist, or there are several files.
     """
-    files = main_files([*folder.glob("*.onnx"), *folder.glob("onnx/*.onnx")])
+    check_exists(path)
+    if path.is_file():
+        return path
+    files = main_files([*path.glob("*.onnx"), *path.glob("onnx/*.onnx")])
     files = [file for file in files if file.name.startswith(DECODER)] or files
     if len(files) > 1:
-        raise Lfm2Error(f"{folder} holds several models. Give one of them: {', '.join(map(str, files))}.")
+        raise Lfm2Error(f"{path} holds several models. Give one of them: {', '.join(map(str, files))}.")
     return files[0] if files else None
+
+
+def check_exists(path: Path) -> None:
+    """Raise `Lfm2Error` for a path of a model that does not exist."""
+    if not path.exists():
+        raise Lfm2Error(f"{path} does not exist. Give an exported folder, an .onnx file or a checkpoint's folder.")
 
 
 class OnnxModel:
@@ -165,12 +173,9 @@ def open_session(path: Path) -> onnxruntime.InferenceSession:
     Raises:
         Lfm2Error: onnxruntime cannot load it.
     """
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    # torch computes between the calls, and onnxruntime's threads would hold the cores while they spin.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     try:
-        return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        # torch computes between the calls, and onnxruntime's threads would hold the cores while they spin.
+        return cpu_session(path, {"session.intra_op.allow_spinning": "0"})
     except Exception as error:  # onnxruntime's errors have no common class of their own
         raise Lfm2Error(f"{path} cannot be loaded ({' '.join(str(error).split())}). Export it again.") from None
 

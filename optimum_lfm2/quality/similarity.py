@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,16 +12,19 @@ import torch
 from tqdm import tqdm
 from transformers.utils import CONFIG_NAME
 
-from optimum_lfm2.errors import Lfm2Error, first_line
+from optimum_lfm2.errors import Lfm2Error, first_line, read_object
 from optimum_lfm2.families import MODEL_TYPES, member_of
 from optimum_lfm2.loading.models import materialize_buffers
 from optimum_lfm2.loading.source import is_ours
 from optimum_lfm2.loading.tasks_manager import Lfm2TasksManager
 from optimum_lfm2.quality.scoring import onnx_file, open_session
+from optimum_lfm2.quality.words import legend, loss_in_words
 from optimum_lfm2.validation.streamed import StandIns, streamed
 
 
 HIDDEN = "last_hidden_state"
+# The mean cosine above which a loss is none that shows, next to none, slight, noticeable.
+COSINE_BOUNDS = (0.99999, 0.999, 0.99, 0.9)
 VALUES_A_PASS = 1 << 26  # output values that a pass of the reference may give; bounds its memory
 
 
@@ -61,20 +63,26 @@ class Similarity:
         """Return the figures by name, ready for JSON."""
         return asdict(self)
 
+    @property
+    def loss(self) -> str:
+        """The loss of quality in words."""
+        return loss_in_words(1 - self.cosine, [1 - bound for bound in COSINE_BOUNDS])
+
     def summary(self) -> str:
         """Return the main figures in one line."""
-        return f"cosine {self.cosine:.5f}, 1st percentile {self.cosine_p1:.5f}"
+        return f"{self.loss} (cosine {self.cosine:.5f}, 1st percentile {self.cosine_p1:.5f})"
 
     def cells(self) -> dict[str, str]:
         """Return what a model card says of a file, by the heading of the column."""
-        cells = {"cosine": f"{self.cosine:.5f}", "1st percentile": f"{self.cosine_p1:.5f}"}
+        cells = {"loss": self.loss, "cosine": f"{self.cosine:.5f}", "1st percentile": f"{self.cosine_p1:.5f}"}
         return cells if self.agreement is None else cells | {"same top choice": f"{self.agreement:.2%}"}
 
     def measured(self, text: str) -> str:
         """Return how a model card says that the figures were measured on a text of this name."""
         return (
             "The cosine of the vectors with those of the checkpoint in fp32, its mean and its 1st percentile, is from "
-            f"`optimum-cli lfm2 evaluate`, on {self.vectors} vectors of `{text}`."
+            f"`optimum-cli lfm2 evaluate`, on {self.vectors} vectors of `{text}`. "
+            f"{legend(COSINE_BOUNDS, 'mean cosine', above=True)}"
         )
 
     def table(self) -> str:
@@ -82,6 +90,7 @@ class Similarity:
         rows = [("mean cosine", f"{self.cosine:.6f}"), ("1st percentile", f"{self.cosine_p1:.6f}")]
         if self.agreement is not None:
             rows.append(("same top choice", f"{self.agreement:.2%}"))
+        rows.append(("loss", self.loss))
         rows.append(("vectors compared", f"{self.vectors} in {self.chunks} chunks"))
         return "\n".join(f"{name:<20}{value:>22}" for name, value in rows)
 
@@ -92,10 +101,10 @@ def encodes(path: Path) -> bool:
     for folder in folders:
         if (folder / CONFIG_NAME).is_file():
             try:
-                config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
-            except ValueError:
-                return False
-            return isinstance(config, dict) and config.get("model_type") in MODEL_TYPES and member_of(config).encodes
+                config = read_object(folder / CONFIG_NAME)
+            except Lfm2Error:
+                return False  # whoever loads the model says what is wrong
+            return config.get("model_type") in MODEL_TYPES and member_of(config).encodes
     return False
 
 
@@ -105,9 +114,7 @@ def load_encoder(path: Path) -> Encoder:
     Raises:
         Lfm2Error: the path holds none of these or several ONNX files, or the model cannot be loaded.
     """
-    if not path.exists():
-        raise Lfm2Error(f"{path} does not exist. Give an exported folder, an .onnx file or a checkpoint's folder.")
-    file = path if path.is_file() else onnx_file(path)
+    file = onnx_file(path)
     if file is not None:
         return OnnxEncoder(file)
     if not is_ours(path):

@@ -11,6 +11,7 @@ import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,7 @@ WHOLE_TOLERANCE = 0.25
 MEMORY_OF_A_SESSION = 2.5  # bytes a byte of the file: the mapped file, and kernels' rearranged copies
 
 logger = logging.get_logger(__name__)
+_noted: ContextVar[dict[Path, float] | None] = ContextVar("noted", default=None)  # of `noted_differences`
 
 
 def validated(original: Callable[..., None], config_class: Any) -> Callable[..., None]:
@@ -56,9 +58,22 @@ def validated(original: Callable[..., None], config_class: Any) -> Callable[...,
         if not isinstance(config, config_class):
             original(config, reference_model, onnx_model, *args, **options)
         else:
-            config.validate(reference_model, onnx_model, options.get("atol"), options.get("input_shapes"))
+            found = config.validate(reference_model, onnx_model, options.get("atol"), options.get("input_shapes"))
+            if (noted := _noted.get()) is not None:
+                noted[Path(onnx_model)] = max(found.values())
 
     return validate_model_outputs
+
+
+@contextmanager
+def noted_differences() -> Iterator[dict[Path, float]]:
+    """Within the `with` block, note the largest difference that the validation of each file of ours finds."""
+    found: dict[Path, float] = {}
+    before = _noted.set(found)
+    try:
+        yield found
+    finally:
+        _noted.reset(before)
 
 
 @contextmanager

@@ -151,6 +151,20 @@ def keep_activations_float(graph: ir.Graph) -> None:
         node.attributes.pop("accuracy_level", None)
 
 
+def cpu_session(model: Path | bytes, entries: Mapping[str, str]) -> onnxruntime.InferenceSession:
+    """Open a session on the CPU that logs nothing but errors. onnxruntime raises what it cannot load.
+
+    Args:
+        model: the path of a model, or its bytes.
+        entries: entries of the session's configuration.
+    """
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    for name, value in entries.items():
+        options.add_session_config_entry(name, value)
+    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
 def open_session(model: Path | bytes, folder: Path, prepack: bool = True) -> onnxruntime.InferenceSession:
     """Open a session on the CPU.
 
@@ -162,14 +176,13 @@ def open_session(model: Path | bytes, folder: Path, prepack: bool = True) -> onn
     Raises:
         Lfm2Error: onnxruntime does not load the model.
     """
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
+    entries = {}
     if isinstance(model, bytes):
-        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+        entries["session.model_external_initializers_file_folder_path"] = str(folder)
     if not prepack:
-        options.add_session_config_entry("session.disable_prepacking", "1")
+        entries["session.disable_prepacking"] = "1"
     try:
-        return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        return cpu_session(model, entries)
     except Exception as error:  # onnxruntime's errors have no common class
         raise Lfm2Error(f"The file is wrong and was not kept: it does not load. {first_line(error)}") from error
 

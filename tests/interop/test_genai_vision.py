@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoTokenizer
 from optimum_lfm2 import ORTLfm2VlForConditionalGeneration
 from optimum_lfm2.file_names import DECODER, EMBEDDING
 from optimum_lfm2.graph.siglip2 import PROCESSOR
-from optimum_lfm2.publish.precisions import PRECISIONS, published
+from optimum_lfm2.publish.precisions import DEFAULT, published
 from optimum_lfm2.sidecars.genai_config import write_genai_config
 from optimum_lfm2.sidecars.genai_vision import processor_settings
 
@@ -71,7 +71,7 @@ def test_tokens_are_transformers(sizes, folder, vl_checkpoint, tmp_path):
 
 
 @pytest.mark.once
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("precision", DEFAULT)
 def test_every_precision_gives_our_tokens(precision, vl_hub_folder, tmp_path):
     """A published folder has graphs for one precision. Here they are written for another."""
     folder = shutil.copytree(vl_hub_folder, tmp_path / "vl")

@@ -16,7 +16,7 @@ from test_node import INSTALLED, WEB, ask
 from transformers import AutoTokenizer
 
 from optimum_lfm2 import ORTLfm2VlForConditionalGeneration
-from optimum_lfm2.publish.precisions import PRECISIONS
+from optimum_lfm2.publish.precisions import DEFAULT, PRECISIONS
 
 
 pytestmark = [
@@ -63,7 +63,7 @@ def answers(vl_hub_folder, prompts, tmp_path_factory):
             }
             for name, x in shown.items()
         }
-        for dtype in (*PRECISIONS, MIXED):
+        for dtype in (*DEFAULT, MIXED):
             asked = case("pictures", dtype=dtype, ids=ids.tolist(), values=values, max_new_tokens=NEW)
             cases["mixed" if dtype is MIXED else dtype, i] = asked
     for size in ((24, 32), (10, 12), (100, 48)):
@@ -77,7 +77,7 @@ def test_tokens_are_transformers(dtype, answers, prompts):
     assert [answers[dtype, i] for i in range(len(prompts))] == [gold for *_, gold in prompts]
 
 
-@pytest.mark.parametrize("dtype", PRECISIONS)
+@pytest.mark.parametrize("dtype", DEFAULT)
 def test_tokens_are_ours_in_the_same_precision(dtype, answers, prompts, vl_hub_folder):
     file = PRECISIONS[dtype].named("decoder_model_merged")
     model = ORTLfm2VlForConditionalGeneration.from_pretrained(vl_hub_folder, file_name=file)

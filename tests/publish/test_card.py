@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard
 from publishing import DEMO, TRAINED, rows, run
 
 from optimum_lfm2.publish import card
-from optimum_lfm2.publish.precisions import PRECISIONS
+from optimum_lfm2.publish.precisions import DEFAULT
 from optimum_lfm2.quality.evaluate import evaluate
 
 
@@ -26,7 +26,7 @@ def test_the_metadata(hub_folder):
 def test_the_table_says_what_was_measured(hub_folder):
     quality = evaluate(hub_folder / "onnx" / "model_q4.onnx", TRAINED, DEMO / "heldout.txt", chunks=2, length=128)
     cells = rows(hub_folder)
-    assert list(cells) == list(PRECISIONS)
+    assert list(cells) == list(DEFAULT)
     assert cells["q4"][-3:] == [
         f"{quality.perplexity:.4f}",
         f"{quality.kl_divergence:.6f} ± {quality.kl_divergence_error:.6f}",
@@ -35,6 +35,7 @@ def test_the_table_says_what_was_measured(hub_folder):
     differences = {name: float(row[4]) for name, row in cells.items()}
     assert 0 < differences["fp32"] < 1e-4 < differences["fp16"] < 0.02
     assert 0 < differences["q8"] < 1e-3
+    assert (cells["fp32"][6], cells["q8"][6], cells["q4"][6]) == ("none that shows", "next to none", "slight")
     source = f"128 tokens of `heldout.txt`, where the checkpoint has a perplexity of {quality.reference_perplexity:.4f}"
     assert source in (hub_folder / "README.md").read_text()
 

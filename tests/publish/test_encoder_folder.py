@@ -44,7 +44,7 @@ def test_files_and_card(folder):
     assert not (folder / "genai_config.json").exists()
     assert not (folder / "generation_config.json").exists()
     assert js_config(folder)["use_external_data_format"]
-    cosines = {precision: float(cells[5]) for precision, cells in rows(folder).items()}
+    cosines = {precision: float(cells[7]) for precision, cells in rows(folder).items()}
     assert cosines["fp32"] > 0.99999
     assert cosines["fp16"] > 0.9999
     assert 0.98 < cosines["q8"] < cosines["fp16"]

@@ -15,7 +15,7 @@ from checkpoints import gold_tokens, prompts
 from optimum.onnxruntime import ORTModelForCausalLM
 from publishing import TEXT, TRAINED, genai_weights, js_config, rows, run, story, tree
 
-from optimum_lfm2.publish.precisions import PRECISIONS
+from optimum_lfm2.publish.precisions import DEFAULT, PRECISIONS
 
 
 FILES = [
@@ -25,7 +25,7 @@ FILES = [
     "genai_config.json",
     "generation_config.json",
     "onnx/genai_decoder.onnx_graph",
-    *(f"onnx/{precision.file}{part}" for precision in PRECISIONS.values() for part in ("", "_data")),
+    *(f"onnx/{PRECISIONS[name].file}{part}" for name in DEFAULT for part in ("", "_data")),
     "tokenizer.json",
     "tokenizer_config.json",
 ]
@@ -43,7 +43,7 @@ def test_transformers_js_is_told_which_files_have_their_weights_beside_them(hub_
     assert js_config(hub_folder) == {"use_external_data_format": dict.fromkeys(names, True)}
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("precision", DEFAULT)
 def test_a_browser_can_run_it(hub_folder, precision):
     """The graph has only operators that browser builds have, no default for the logits, and the Hub's caches."""
     model = ir.load(hub_folder / "onnx" / PRECISIONS[precision].file)

@@ -135,7 +135,10 @@ def test_a_checkpoint_that_does_not_belong_here_is_refused(spoil, small, tmp_pat
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (["--precisions", "q4", "int3"], "--precisions int3 is not known. Choose among fp32, fp16, q8, q4, q4f16."),
+        (
+            ["--precisions", "q4", "int3"],
+            "--precisions int3 is not known. Choose among fp32, fp16, q8, q4, q4s, q4f16.",
+        ),
         (["--cache-names", "mine"], "--cache-names mine is not known. Choose among hub, genai."),
         (["--atol", "nan"], "--atol"),
     ],

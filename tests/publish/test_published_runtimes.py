@@ -16,7 +16,7 @@ from publishing import DEMO, TRAINED, answer, genai_weights, run, story
 from transformers import GenerationConfig
 
 from optimum_lfm2.errors import Lfm2Error
-from optimum_lfm2.publish.precisions import PRECISIONS
+from optimum_lfm2.publish.precisions import DEFAULT, PRECISIONS
 from optimum_lfm2.quality.evaluate import evaluate
 
 
@@ -29,7 +29,7 @@ def test_greedy_tokens_are_those_of_transformers(hub_folder, gold_model):
     assert out[0, story().shape[1] :].tolist() == gold
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("precision", DEFAULT)
 def test_every_precision_answers(hub_folder, precision):
     assert answer(hub_folder, subfolder="onnx", file_name=PRECISIONS[precision].file) == "3 plus 4 is 7."
 

@@ -16,13 +16,13 @@ from transformers import AutoProcessor, AutoTokenizer
 
 from optimum_lfm2 import ORTLfm2VlForConditionalGeneration, vision_configs
 from optimum_lfm2.errors import Lfm2Error
-from optimum_lfm2.publish.precisions import PARTS, PRECISIONS
+from optimum_lfm2.publish.precisions import DEFAULT, PARTS, PRECISIONS
 from optimum_lfm2.quality.evaluate import evaluate
 
 
 NEW = 24
 QUESTION = "What is in this picture?"
-NAMES = [precision.named(part) for precision in PRECISIONS.values() for part in PARTS]
+NAMES = [PRECISIONS[precision].named(part) for precision in DEFAULT for part in PARTS]
 GENAI = ["genai_decoder.onnx_graph", "genai_embedding.onnx_graph"]
 
 
@@ -59,7 +59,7 @@ def test_the_files(vl_hub_folder):
     assert json.loads((vl_hub_folder / "config.json").read_text())["model_type"] == "lfm2_vl"
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("precision", DEFAULT)
 def test_a_browser_can_run_them_and_a_vision_encoder_never_has_4_bits(precision, vl_hub_folder):
     for part in PARTS:
         graph = ir.load(vl_hub_folder / "onnx" / PRECISIONS[precision].named(part)).graph
@@ -74,7 +74,7 @@ def test_a_browser_can_run_them_and_a_vision_encoder_never_has_4_bits(precision,
         assert set(embeds) == {ir.DataType.FLOAT}
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("precision", DEFAULT)
 def test_every_precision_answers(precision, vl_hub_folder, inputs, gold):
     """The decoder is trained, and sure of its words: rounding to 8 or 16 bits changes none of them here."""
     file = PRECISIONS[precision].named("decoder_model_merged")
@@ -118,7 +118,7 @@ def test_a_second_run_adds_and_leaves_the_others(vl_hub_folder, vl_checkpoint, t
     assert genai["vision"]["filename"] == "onnx/vision_encoder_quantized.onnx"
     card = (out / "README.md").read_text()
     assert 'from_pretrained("me/vl-onnx", file_name="decoder_model_merged_quantized.onnx")' in card
-    assert "q4 gives them 8" in card
+    assert "these have 8" not in card
     assert [path.name for path in out.parent.iterdir()] == ["out"]
 
 
@@ -140,8 +140,8 @@ def test_the_card_says_what_was_measured(vl_hub_folder, vl_checkpoint):
     assert (card.data.pipeline_tag, card.data.library_name) == ("image-text-to-text", "transformers.js")
     assert {"lfm2_vl", "onnx", "onnxruntime-genai"} <= set(card.data.tags)
     cells = rows(vl_hub_folder)
-    assert list(cells) == list(PRECISIONS)
-    assert [row[5] for row in cells.values()] == [precision.vision for precision in PRECISIONS.values()]
+    assert list(cells) == list(DEFAULT)
+    assert [row[5] for row in cells.values()] == [PRECISIONS[precision].vision for precision in DEFAULT]
     for column in (4, 6):  # decoder, vision encoder
         assert 0 < float(cells["fp32"][column]) < 1e-5 < float(cells["fp16"][column]) < 0.02
     quality = evaluate(
@@ -153,7 +153,7 @@ def test_the_card_says_what_was_measured(vl_hub_folder, vl_checkpoint):
     )
     assert cells["q4"][-3] == f"{quality.perplexity:.4f}"
     assert 1e-5 < quality.kl_divergence < 0.1
-    assert "`vision_encoder_q4.onnx` and `embed_tokens_q4.onnx`" in card.text
+    assert "these have 8: `vision_encoder_q4.onnx`, `embed_tokens_q4.onnx`, `vision_enc" in card.text
 
 
 @pytest.mark.parametrize("index", range(3), ids=["optimum", "genai", "onnxruntime"])

@@ -317,6 +317,8 @@ def test_through_optimum_cli(exported, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "model_kv8.onnx: KL divergence from model.onnx" in done.stdout
+    assert 'from_pretrained("' in done.stdout.splitlines()[-1]
+    assert done.stdout.splitlines()[-1].endswith('file_name="model_kv8.onnx")')
     done = subprocess.run([*command, "--length", "100000"], capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith(f"optimum-cli: error: {TEXT} has")

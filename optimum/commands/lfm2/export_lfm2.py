@@ -5,7 +5,7 @@ Every start of `optimum-cli` imports this. So the top imports nothing heavy, and
 
 from __future__ import annotations
 
-from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from pathlib import Path
 
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
@@ -23,9 +23,13 @@ Write a folder for the Hub. Optimum, ONNX Runtime GenAI and Transformers.js run 
   OUT/onnx/model_quantized.onnx      q8     8-bit weights, next to indistinguishable from fp32
   OUT/onnx/model_q4.onnx             q4     4-bit weights: the fastest on a CPU
   OUT/onnx/model_q4f16.onnx          q4f16  4-bit weights, computed in fp16: for WebGPU
+  OUT/onnx/model_q4s.onnx            q4s    embedding and head in 4 bits too: smaller than q4, and loses twice as much
+
+All but q4s are written unless --precisions chooses. Of an encoder, 4 bits are written only where --precisions asks for
+them and --text shows that its vectors stay near.
 
 Of a model that takes pictures, decoder_model_merged, embed_tokens and vision_encoder stand in the place of model. Its
-vision encoder has 8 bits in q4 and q4f16.
+vision encoder has 8 bits in q4, q4s and q4f16.
 
 Every file is run and compared with transformers before it is kept."""
 
@@ -35,7 +39,13 @@ examples:
   optimum-cli export lfm2 --model my-fine-tune OUT --text some.txt     # measures the quality for the card
   optimum-cli export lfm2 --model my-fine-tune OUT --precisions q8     # adds q8, leaves the others
 
-then: hf upload YOU/YOUR-MODEL OUT"""
+At its end it prints the files, the largest difference that the check of each found, and how to load and upload them:
+  hf upload YOU/YOUR-MODEL OUT
+
+docs: README.md and docs/ of optimum-lfm2"""
+
+# Here once more, since a command's options import nothing heavy. A test compares them with the package's own.
+PRECISIONS = ("fp32", "fp16", "q8", "q4", "q4s", "q4f16")
 
 
 class ExportLfm2Command(BaseOptimumCLICommand):
@@ -50,12 +60,20 @@ class ExportLfm2Command(BaseOptimumCLICommand):
         parser.formatter_class = RawDescriptionHelpFormatter
         parser.description, parser.epilog = DESCRIPTION, EPILOG
         parser.add_argument("-m", "--model", required=True, help="the checkpoint's folder, or its id on the Hub")
-        parser.add_argument("output", type=Path, help="the folder to write; precisions that it has already stay")
+        # Optional for the parser alone, since `--precisions q4 OUT` takes OUT for a precision (see `settle_output`).
+        parser.add_argument(
+            "output",
+            type=Path,
+            nargs="?",
+            metavar="OUT",
+            help="the folder to write, before or after the options; precisions that it has already stay",
+        )
         parser.add_argument(
             "--precisions",
             nargs="+",
             metavar="PRECISION",
-            help="which files to write, of fp32 fp16 q8 q4 q4f16 (default: all)",
+            help=f"which files to write, of {' '.join(PRECISIONS)} (default: fp32 fp16 q8 q4 q4f16, of an encoder fp32 "
+            "fp16 q8)",
         )
         parser.add_argument(
             "--text",
@@ -80,17 +98,37 @@ class ExportLfm2Command(BaseOptimumCLICommand):
         )
         parser.add_argument("--license", help="for the card (default: what the checkpoint's card says)")
         parser.add_argument("--cache_dir", help="where downloads from the Hub are kept")
+        parser.usage = parser.format_usage().removeprefix("usage: ").replace("[OUT]", "OUT").rstrip()
 
     def run(self) -> None:
         from optimum.commands.lfm2.export_onnx import fail, read_config
 
         try:
+            settle_output(self.args)
             config = read_config(self.args)
         except ValueError as error:
             fail(error)
         from optimum_lfm2.publish.command import run_publish
 
         run_publish(self.args, config)
+
+
+def settle_output(args: Namespace) -> None:
+    """Take the last of `--precisions` for the output where it is no precision, and none is given elsewhere.
+
+    Raises:
+        ValueError: there is no output.
+    """
+    if args.output is not None:
+        return
+    if not args.precisions or args.precisions[-1] in PRECISIONS:
+        raise ValueError(
+            "OUT is missing: which folder shall be written? Name it last, such as --precisions q4 ./lfm2_hub."
+        )
+    *args.precisions, output = args.precisions
+    args.output = Path(output)
+    if not args.precisions:
+        raise ValueError(f"--precisions names none before {output}. Choose among {', '.join(PRECISIONS)}.")
 
 
 def register() -> list[tuple[type, type | None]]:

@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 import sys
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from optimum.commands.export.onnx import ONNXExportCommand
 
+from optimum.commands.lfm2.help_texts import ONNX_EPILOG
 from optimum.commands.lfm2.model_types import MODEL_TYPES
 
 
@@ -27,10 +29,25 @@ class NoSuchModelError(ValueError):
 
 
 def register() -> list[tuple[type, type | None]]:
-    """Wrap the command's `run` once, and add no command. A second command named `onnx` would break the parser."""
+    """Wrap the command's `run` once, and add no command. A second command named `onnx` would break the parser.
+
+    Its help says at its end where LFM2's options are explained.
+    """
     if not hasattr(ONNXExportCommand.run, WRAPPED):
         ONNXExportCommand.run = _wrap(ONNXExportCommand.run)
+    if not hasattr(ONNXExportCommand.parse_args, WRAPPED):
+        ONNXExportCommand.parse_args = staticmethod(_with_epilog(ONNXExportCommand.parse_args))
     return []
+
+
+def _with_epilog(original: Callable[[ArgumentParser], None]) -> Callable[[ArgumentParser], None]:
+    @functools.wraps(original)
+    def parse_args(parser: ArgumentParser) -> None:
+        original(parser)
+        parser.epilog = " ".join(filter(None, (parser.epilog, ONNX_EPILOG)))
+
+    setattr(parse_args, WRAPPED, True)
+    return parse_args
 
 
 def _wrap(original: Callable[[Any], None]) -> Callable[[Any], None]:
@@ -112,6 +129,10 @@ def _download(args: Namespace) -> Path:
     )
     from huggingface_hub.file_download import repo_folder_name
 
+    # Without a network its logger says so in a dozen lines, and we in one.
+    logger = logging.getLogger("huggingface_hub.utils._http")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
     try:
         return Path(hf_hub_download(args.model, "config.json", cache_dir=args.cache_dir))
     except GatedRepoError:
@@ -132,6 +153,8 @@ def _download(args: Namespace) -> Path:
         ) from None
     except EntryNotFoundError:
         raise ValueError(f"{args.model} holds no LFM2 checkpoint: it has no config.json on the Hub.") from None
+    finally:
+        logger.setLevel(before)
 
 
 def fail(error: BaseException) -> None:

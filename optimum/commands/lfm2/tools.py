@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
+
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
 from optimum.commands.lfm2.evaluate import EvaluateCommand
+from optimum.commands.lfm2.help_texts import TOOLS_DESCRIPTION, TOOLS_EPILOG
 from optimum.commands.lfm2.quantize_cache import QuantizeCacheCommand
 
 
@@ -16,6 +19,11 @@ class Lfm2Command(BaseOptimumCLICommand):
         CommandInfo(name=command.COMMAND.name, help=command.COMMAND.help, subcommand_class=command)
         for command in (EvaluateCommand, QuantizeCacheCommand)
     )
+
+    @staticmethod
+    def parse_args(parser: ArgumentParser) -> None:
+        parser.formatter_class = RawDescriptionHelpFormatter
+        parser.description, parser.epilog = TOOLS_DESCRIPTION, TOOLS_EPILOG
 
 
 def register() -> list[tuple[type, type | None]]:
