@@ -13,7 +13,7 @@ import optimum.exporters.onnx.__main__  # registers Optimum's own configs, which
 from optimum_lfm2.configs import Lfm2OnnxConfig
 from optimum_lfm2.vision_configs import Lfm2VlOnnxConfig, in_parts
 from optimum_lfm2.loading.source import is_ours
-from optimum_lfm2.loading.tasks_manager import Lfm2TasksManager
+from optimum_lfm2.loading.tasks_manager import Lfm2AutoConfig, Lfm2TasksManager
 from optimum_lfm2.export.options import heeding_options
 from optimum_lfm2.validation.decoder import validated
 from optimum_lfm2.families import MEMBERS, MODEL_TYPES
@@ -28,6 +28,7 @@ for _member in MEMBERS:
             Lfm2VlOnnxConfig if _member.in_parts else Lfm2OnnxConfig
         )
 optimum.exporters.onnx.__main__.TasksManager = Lfm2TasksManager
+optimum.exporters.onnx.__main__.AutoConfig = Lfm2AutoConfig
 optimum.exporters.onnx.__main__.onnx_export_from_model = heeding_options(
     optimum.exporters.onnx.__main__.onnx_export_from_model
 )

@@ -48,6 +48,8 @@ CONTINUES_WITH_SEVERAL_TOKENS = TRANSFORMERS_5
 KEEPS_BOTH_HEADS = TRANSFORMERS_5
 # Whether transformers' forward takes `cache_position`. Goes with transformers 4.
 HEEDS_CACHE_POSITION = not TRANSFORMERS_5
+# Whether `from_pretrained` reads a `quantization_config` of null. Goes with transformers 4.
+READS_NULL_QUANTIZATION = TRANSFORMERS_5
 TOKENIZER_CONFIG = "tokenizer_config.json"
 TOKENIZER_CLASS_OF_5 = "TokenizersBackend"
 CHAT_TEMPLATE = "chat_template.jinja"

@@ -13,9 +13,11 @@ from typing import Any
 from optimum.onnxruntime import ORTModelForCausalLM
 from transformers.utils import CONFIG_NAME
 
+from optimum_lfm2 import compat
+from optimum_lfm2.errors import Lfm2Error
 from optimum_lfm2.families import member_of
 from optimum_lfm2.loading.adapters import check_adapter
-from optimum_lfm2.loading.config_check import check_fields, loaded_config, mend
+from optimum_lfm2.loading.config_check import check_fields, has_null_quantization, loaded_config, mend
 from optimum_lfm2.modeling import ORTLfm2ForCausalLM
 from optimum_lfm2.sidecars.genai_config import GENAI_CONFIG, is_of_our_type, read_genai_config
 
@@ -34,17 +36,23 @@ def _genai_folder(cls: type, model_id: Any, subfolder: str = "", **_: Any) -> Pa
     return found[0]
 
 
-def _check_config(path: Path, model_types: tuple[str, ...]) -> None:
-    """Refuse a local model of ours with an impossible config.json, before transformers reads it."""
+def _check_config(path: Path, model_types: tuple[str, ...]) -> dict[str, Any]:
+    """Refuse a local model of ours with an impossible config.json, before transformers reads it.
+
+    Returns:
+        What to hand on: the configuration, where transformers itself cannot read it.
+    """
     try:
         written = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
-        return  # it may be anybody's, so Optimum says what is wrong
+        return {}  # it may be anybody's, so Optimum says what is wrong
     if isinstance(written, dict) and written.get("model_type") in list(model_types):
         if member_of(written).in_parts:  # whether a graph is an encoder's, its layout says
             member_of(written).check_loader(ORTLfm2ForCausalLM.__name__, path.parent)
         check_fields(written, str(path))
-        loaded_config(path.parent)
+        config = loaded_config(path.parent)
+        return {"config": config} if has_null_quantization(written) else {}
+    return {}
 
 
 def dispatch(model_types: tuple[str, ...]) -> None:
@@ -69,16 +77,22 @@ def _checking_folders(original: Callable[..., Any], model_types: tuple[str, ...]
 
     @wraps(original)
     def from_pretrained(cls: type, *args: Any, **kwargs: Any) -> Any:
-        folder = None
+        folder, read = None, {}
         if cls in (ORTModelForCausalLM, ORTLfm2ForCausalLM):
             with suppress(TypeError):  # the call lacks an argument or has one too many: Optimum says so
                 given = parameters.bind(cls, *args, **kwargs).arguments
                 check_adapter(Path(given["model_id"]))
-                _check_config(Path(given["model_id"], given.get("subfolder") or "", CONFIG_NAME), model_types)
+                path = Path(given["model_id"], given.get("subfolder") or "", CONFIG_NAME)
+                read = _check_config(path, model_types)
+                if read and given.get("export") and not compat.READS_NULL_QUANTIZATION:
+                    raise Lfm2Error(
+                        f"quantization_config in {path} is null, which this transformers cannot read. Export it with "
+                        "optimum-cli export onnx, and load the folder; or remove the entry."
+                    )
                 if not given.get("config") and not given.get("export"):
                     folder = _genai_folder(**given)
         if folder is None:
-            return original(cls, *args, **kwargs)
+            return original(cls, *args, **{**read, **kwargs})
         options = {name: value for name, value in given.items() if name not in ("cls", "config", "export", "kwargs")}
         config = read_genai_config(folder)
         return ORTLfm2ForCausalLM._from_pretrained(config=config, **options, **given.get("kwargs", {}))

@@ -9,11 +9,14 @@ from typing import Any
 
 from optimum.utils import logging
 from transformers import AutoConfig, PretrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from optimum_lfm2.errors import Lfm2Error
 from optimum_lfm2.families import MODEL_TYPES, member_of
 from optimum_lfm2.fields import FLAG, NUMBER_TYPES, POSITIVE, SIZE, TOKEN, Field, contradiction, ropes
 
+
+QUANTIZATION = "quantization_config"
 
 logger = logging.get_logger(__name__)
 JS_CONFIG = "transformers.js_config"  # the field of Transformers.js, which describes the ONNX files beside it
@@ -128,7 +131,12 @@ def loaded_config(
         Lfm2Error: transformers refuses it. 5.24 is stricter than 4.57: it refuses 0 for 0.0.
     """
     try:
-        config = AutoConfig.from_pretrained(model_name_or_path, **where)
+        written, _ = PretrainedConfig.get_config_dict(model_name_or_path, **where)
+        if has_null_quantization(written):  # transformers 4.57 fails on it, and 5.24 keeps it
+            rest = {name: value for name, value in written.items() if name != QUANTIZATION}
+            config: PretrainedConfig = CONFIG_MAPPING[written["model_type"]].from_dict(rest)
+        else:
+            config = AutoConfig.from_pretrained(model_name_or_path, **where)
     except OSError:
         raise  # of the Hub
     except Exception as error:  # transformers 5 has classes of its own for them, and 4 has not
@@ -139,6 +147,11 @@ def loaded_config(
     for sentence in mend(config):
         tell(f"{model_name_or_path}: {sentence}")
     return config
+
+
+def has_null_quantization(written: Mapping[str, Any]) -> bool:
+    """Return whether a `config.json` says by null that the weights are not quantised, as training tools write it."""
+    return QUANTIZATION in written and written[QUANTIZATION] is None
 
 
 def mend(config: PretrainedConfig) -> list[str]:

@@ -81,11 +81,6 @@ def _check_classes(config: Mapping[str, Any]) -> None:
 
 
 def _check_quantized(config: Mapping[str, Any]) -> None:
-    if config.get("quantization_config", {}) is None:
-        raise Lfm2Error(
-            "quantization_config in config.json is null, which optimum-onnx 0.1.0 and transformers 4.57 cannot read. "
-            "Remove the entry."
-        )
     for field in ("quantization_config", "quantization"):  # the second is MLX's
         settings = config.get(field)
         if settings is None:

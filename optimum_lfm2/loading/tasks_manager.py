@@ -6,12 +6,25 @@ from pathlib import Path
 from typing import Any
 
 from optimum.exporters.tasks import TasksManager
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from optimum_lfm2.families import MEMBERS
 from optimum_lfm2.loading.models import load_model
 from optimum_lfm2.loading.notices import warn_once
 from optimum_lfm2.loading.source import Source, is_ours
+
+
+class Lfm2AutoConfig(AutoConfig):
+    """The `AutoConfig` of `optimum.exporters.onnx.main_export`, which asks the configuration how it is quantised.
+
+    Optimum fails where a checkpoint answers by null (optimum-onnx 0.1.0), and so does transformers 4.57.
+    """
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        if not args and is_ours(pretrained_model_name_or_path, **kwargs):
+            return Source.open(pretrained_model_name_or_path, **kwargs).config
+        return AutoConfig.from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
 
 class Lfm2TasksManager(TasksManager):

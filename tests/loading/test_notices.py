@@ -10,11 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import changed_copy, make_encoder
+from checkpoints import changed_copy, gold_tokens, make_encoder, prompts
 from optimum.exporters.onnx import main_export
 from optimum.onnxruntime import ORTModelForCausalLM
 from publishing import run as publish
+from transformers import AutoModelForCausalLM
 
+from optimum_lfm2 import compat
 from optimum_lfm2.errors import Lfm2Error
 from optimum_lfm2.loading.notices import warn_once
 from optimum_lfm2.loading.tasks_manager import Lfm2TasksManager
@@ -144,7 +146,7 @@ MLX = {"group_size": 64, "bits": 4, "mode": "affine"}
         ({"quantization": MLX}, "quantization in config.json says MLX"),
         ({"quantization": MLX, "quantization_config": MLX}, "quantization_config in config.json says MLX"),
         ({"quantization": None}, None),
-        ({"quantization_config": None}, "quantization_config in config.json is null, .* Remove the entry"),
+        ({"quantization_config": None}, None),
     ],
 )
 def test_settings_of_mlx_and_no_settings(change, says, checkpoint, tmp_path):
@@ -156,6 +158,26 @@ def test_settings_of_mlx_and_no_settings(change, says, checkpoint, tmp_path):
         return
     with pytest.raises(Lfm2Error, match=says):
         load(folder)
+
+
+def test_a_quantization_of_null_counts_as_none(checkpoint, tmp_path):
+    """As training tools write it. transformers 4.57 and optimum-onnx 0.1.0 fail on it."""
+    folder = shutil.copytree(checkpoint("hybrid"), tmp_path / "changed")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": None}))
+    main_export(str(folder), tmp_path / "out")
+    assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
+    (row,) = prompts([5])
+    gold = gold_tokens(AutoModelForCausalLM.from_pretrained(checkpoint("hybrid")).eval(), row, 8)
+    loads = [lambda: ORTModelForCausalLM.from_pretrained(tmp_path / "out")]
+    if compat.READS_NULL_QUANTIZATION:
+        loads.append(lambda: ORTModelForCausalLM.from_pretrained(folder, export=True))
+    else:
+        with pytest.raises(Lfm2Error, match="is null, which this transformers cannot read"):
+            ORTModelForCausalLM.from_pretrained(folder, export=True)
+    for load_ in loads:
+        text = load_().generate(row[None], do_sample=False, max_new_tokens=8, eos_token_id=None)
+        assert text[0, 5:].tolist() == gold
 
 
 ADAPTER = "has a PEFT adapter (adapter_config.json) beside the model, and it is ignored"
