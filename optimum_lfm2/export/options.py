@@ -36,7 +36,7 @@ def check(args: Namespace, config: Mapping[str, Any]) -> None:
         Lfm2Error: an option is refused. One line says why, and what to do instead.
     """
     check_model(args.model, config)
-    check_output(Path(args.output), member_of(config).text is not None)
+    check_output(Path(args.output), member_of(config).in_parts)
     _check_library(args)
     _check_task(args, config)
     _check_precision(args)
@@ -92,7 +92,7 @@ def heeding_options(export: Callable[..., Any]) -> Callable[..., Any]:
             if unknown := sorted(kwargs.keys() - known):
                 raise Lfm2Error(f"main_export knows no {', '.join(unknown)}. Leave it out, or correct its name.")
             options = Namespace(**{**defaults, **own.bind_partial(model, *args).arguments, **kwargs})
-            check_output(Path(options.output), member_of(model.config).text is not None)
+            check_output(Path(options.output), member_of(model.config).in_parts)
             _check_computation(options)
             _check_rewrites(options)
             _check_inputs(options, vars(model.config))

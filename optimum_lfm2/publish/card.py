@@ -16,10 +16,9 @@ from optimum_lfm2.errors import read_object
 from optimum_lfm2.families import member_of
 from optimum_lfm2.file_names import DECODER, EMBEDDING, VISION
 from optimum_lfm2.graph.member import Member
-from optimum_lfm2.publish.encoder_card import encoder_values
-from optimum_lfm2.publish.precisions import PRECISIONS, Published, preferred
+from optimum_lfm2.publish.kinds import Kind, kind_of
+from optimum_lfm2.publish.precisions import PRECISIONS, Published
 from optimum_lfm2.publish.table import Column, file_table
-from optimum_lfm2.publish.vision_card import vision_values
 from optimum_lfm2.report import megabytes, repository
 from optimum_lfm2.sidecars.genai_config import GENAI_CONFIG
 
@@ -45,7 +44,6 @@ COLUMNS: tuple[Column, ...] = (
 TEMPLATES = Environment(
     loader=PackageLoader("optimum_lfm2.publish"), undefined=StrictUndefined, keep_trailing_newline=True
 )
-DECODER_TEMPLATE, ENCODER_TEMPLATE, VISION_TEMPLATE = "decoder.md.jinja", "encoder.md.jinja", "vision.md.jinja"
 
 
 @dataclass(frozen=True)
@@ -98,16 +96,13 @@ def write_card(folder: Path, files: list[Published], old: Path, model: str, opti
         data.library_name = JAVASCRIPT  # the Hub shows how to load this layout under this library's name
         data.tags = [*data.tags, JAVASCRIPT]
     name = options.repo_id or _repo_id(before) or old.resolve().name
-    values, template = _values(folder, files, name, data), DECODER_TEMPLATE
-    if _member(folder).in_parts:
-        values |= vision_values(files, preferred(files))
-        template = VISION_TEMPLATE
-    if _member(folder).encodes:
-        values, template = values | encoder_values(folder, _task(folder)), ENCODER_TEMPLATE
-        if values["pooled"]:
-            data.library_name, data.pipeline_tag = SENTENCE_TRANSFORMERS, "sentence-similarity"
-            data.tags = [*data.tags, SENTENCE_TRANSFORMERS]
-    text = TEMPLATES.get_template(template).render(values, card_data=data.to_yaml())
+    kind = kind_of(_member(folder))
+    values = _values(folder, files, name, data, kind)
+    values |= kind.values(folder, files, kind.preferred(files), _task(folder))
+    if values.get("pooled"):
+        data.library_name, data.pipeline_tag = SENTENCE_TRANSFORMERS, "sentence-similarity"
+        data.tags = [*data.tags, SENTENCE_TRANSFORMERS]
+    text = TEMPLATES.get_template(kind.template).render(values, card_data=data.to_yaml())
     ModelCard(text).save(folder / CARD)
     return Card(name, data.license)
 
@@ -180,10 +175,10 @@ def _data(model: str, before: ModelCard | None, own: ModelCard | None, options: 
     return ModelCardData(**fields)
 
 
-def _values(folder: Path, files: list[Published], name: str, data: ModelCardData) -> dict[str, Any]:
+def _values(folder: Path, files: list[Published], name: str, data: ModelCardData, kind: Kind) -> dict[str, Any]:
     """Return the values that the template asks for."""
     tokenizer = read_object(folder / "tokenizer_config.json")
-    chosen = preferred(files, _member(folder).encodes)
+    chosen = kind.preferred(files)
     online = "/" in name  # an id on the Hub, not the name of a folder
     member = _member(folder)
     read = [file for file in files if _javascript_reads(file, member)]
@@ -198,7 +193,7 @@ def _values(folder: Path, files: list[Published], name: str, data: ModelCardData
         "base_model": data.base_model,
         "license": _license(data),
         "repository": repository(),
-        "extras": "onnxruntime,vision" if member.in_parts else "onnxruntime",
+        "extras": kind.extras,
         "file": chosen.path.name,
         # The JavaScript example takes the same file if Transformers.js can run it, else the smallest one that it can.
         "javascript": (chosen if chosen in read else min(read, key=lambda file: file.size)).precision if read else None,

@@ -14,7 +14,8 @@ from optimum_lfm2.families import member_of
 from optimum_lfm2.file_names import ONNX_FOLDER
 from optimum_lfm2.publish.folder import Outcome, publish
 from optimum_lfm2.publish.job import Job
-from optimum_lfm2.publish.precisions import Published, preferred
+from optimum_lfm2.publish.kinds import Kind, kind_of
+from optimum_lfm2.publish.precisions import Published
 from optimum_lfm2.report import loading, megabytes, text_table
 
 
@@ -32,14 +33,14 @@ def run_publish(args: Namespace, config: Mapping[str, Any]) -> None:
         job = Job.read(args, config)
         with quiet():
             outcome = publish(job)
-        print(_summary(job, outcome, member_of(config).encodes), flush=True)
+        print(_summary(job, outcome, kind_of(member_of(config))), flush=True)
     for line in outcome.failed:
         print(f"optimum-cli: error: {line}", file=sys.stderr)
     if outcome.failed:
         raise SystemExit(1)
 
 
-def _summary(job: Job, outcome: Outcome, encodes: bool) -> str:
+def _summary(job: Job, outcome: Outcome, kind: Kind) -> str:
     """Return the table of the folder's files, and what to do with them."""
     files, card = outcome.files, outcome.card
     measured = any(file.quality for file in files)
@@ -47,7 +48,7 @@ def _summary(job: Job, outcome: Outcome, encodes: bool) -> str:
     lines = [f"\n{job.output} has:", text_table([title, *(_row(file, measured) for file in files)])]
     if not measured:
         lines.append("Checked against transformers. What rounding costs is not measured: --text FILE does that.")
-    chosen = preferred(files, encodes).path.name
+    chosen = kind.preferred(files).path.name
     if code := loading(job.task, job.output, subfolder=ONNX_FOLDER, file_name=chosen):
         lines += ["Load it in Python:", code]
     name = card.name if "/" in card.name else f"YOU/{Path(job.model).resolve().name}-ONNX"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -26,19 +26,17 @@ from optimum_lfm2.loading.tasks_manager import Lfm2TasksManager
 from optimum_lfm2.metadata import CHECKPOINT, COMPARED, DIFFERENCE, QUALITY, TEXT
 from optimum_lfm2.publish.card import Card, write_card
 from optimum_lfm2.publish.job import LEAST_COSINE, Job
+from optimum_lfm2.publish.kinds import kind_of
 from optimum_lfm2.publish.precisions import (
     LAYOUTS,
-    MEASURED_OF_ENCODERS,
     PRECISIONS,
     Precision,
     Published,
     annotate,
-    preferred,
     published,
 )
-from optimum_lfm2.quality.evaluate import Quality, measure, read_chunks
-from optimum_lfm2.quality.scoring import load, reference_model
-from optimum_lfm2.quality.similarity import Similarity, compare_encoders, load_encoder, reference_encoder
+from optimum_lfm2.quality.evaluate import read_chunks
+from optimum_lfm2.quality.similarity import Similarity
 from optimum_lfm2.report import WITH_PAST
 from optimum_lfm2.sidecars.folder import write_sidecars
 from optimum_lfm2.sidecars.genai_config import write_genai_config
@@ -87,7 +85,7 @@ def publish(job: Job) -> Outcome:
             raise Lfm2Error("\n".join(failed))
         files = published(job.output, folder)
         _declare_external_data(job, folder, files)
-        chosen = preferred(files, encodes=member_of(config).encodes)
+        chosen = kind_of(member_of(config)).preferred(files)
         parts = chosen.by_part or {DECODER: chosen.path}
         write_genai_config(folder, ONNX_FOLDER, parts[DECODER], config, chosen.caches, parts.get(EMBEDDING))
         card = write_card(folder, files, job.output, job.model, job.card, cache_dir=job.cache_dir)
@@ -214,11 +212,13 @@ def _measure(job: Job, folder: Path, text: list[torch.Tensor]) -> list[str]:
     files = published(folder)
     if not files:
         return failed
-    compare = _comparison(job)
+    model = _load(job, "fp32")
+    kind = kind_of(model.source.member)
+    compare = kind.comparison(model)
     for file in files:
         try:
             quality = compare(file.path, text)
-            if isinstance(quality, Similarity) and file.precision in MEASURED_OF_ENCODERS:
+            if isinstance(quality, Similarity) and file.precision in kind.measured:
                 _check_similarity(quality)
         except Lfm2Error as error:
             failed.append(_removed(file.precision, folder, error))
@@ -226,16 +226,6 @@ def _measure(job: Job, folder: Path, text: list[torch.Tensor]) -> list[str]:
         annotate(file.path, {QUALITY: json.dumps(quality.as_dict()), TEXT: job.text.name})
         print(f"{file.precision}: compared with the checkpoint on {job.text.name}", flush=True)
     return failed
-
-
-def _comparison(job: Job) -> Callable[[Path, list[torch.Tensor]], Quality | Similarity]:
-    """Return what compares a file with the checkpoint in float32 on chunks of text."""
-    model = _load(job, "fp32")
-    if not member_of(model.config).encodes:
-        gold = reference_model(model)
-        return lambda path, text: measure(load(path), gold, text)
-    encoder = reference_encoder(model)
-    return lambda path, text: compare_encoders(load_encoder(path), encoder, text)
 
 
 def _check_similarity(quality: Similarity) -> None:

@@ -14,7 +14,8 @@ from optimum_lfm2.export.options import check_atol, check_model
 from optimum_lfm2.export.output import check_no_checkpoint
 from optimum_lfm2.families import member_of
 from optimum_lfm2.publish.card import CardOptions
-from optimum_lfm2.publish.precisions import DEFAULT, MEASURED_OF_ENCODERS, PRECISIONS
+from optimum_lfm2.publish.kinds import kind_of
+from optimum_lfm2.publish.precisions import DEFAULT, PRECISIONS
 from optimum_lfm2.quality.evaluate import read_text
 from optimum_lfm2.report import WITH_PAST
 
@@ -63,14 +64,14 @@ class Job:
         check_model(args.model, config)
         check_no_checkpoint(Path(args.output))
         member = member_of(config)
-        encodes = member.encodes
+        kind = kind_of(member)
         if unknown := sorted(set(args.precisions or ()) - PRECISIONS.keys()):
             raise Lfm2Error(f"--precisions {' '.join(unknown)} is not known. Choose among {', '.join(PRECISIONS)}.")
         if args.cache_names not in CACHE_NAMES:
             raise Lfm2Error(f"--cache-names {args.cache_names} is not known. Choose among {', '.join(CACHE_NAMES)}.")
-        if encodes and args.cache_names != "hub":
+        if args.cache_names not in kind.cache_names:
             raise Lfm2Error(f"--cache-names {args.cache_names}: an encoder has no caches. Leave the option out.")
-        if encodes and args.text is None and (risky := sorted(set(args.precisions or ()) & MEASURED_OF_ENCODERS)):
+        if args.text is None and (risky := sorted(set(args.precisions or ()) & kind.measured)):
             raise Lfm2Error(
                 f"--precisions {' '.join(risky)}: 4 bits change the vectors of an encoder. Give --text, on which the "
                 f"cosine with the checkpoint is measured: {LEAST_COSINE} is asked for."
@@ -78,9 +79,7 @@ class Job:
         if args.text is not None:
             read_text(args.text)  # a wrong path is refused before the work
         check_atol(args.atol)
-        default = [name for name in DEFAULT if not (encodes and name in MEASURED_OF_ENCODERS)]
-        if Path(args.model).is_dir() and args.output.resolve() == Path(args.model).resolve():
-            raise Lfm2Error(f"{args.output} is the checkpoint itself. Give another folder to write to.")
+        default = [name for name in DEFAULT if name not in kind.measured]
         return cls(
             args.model,
             args.output,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -66,14 +66,6 @@ PARTS = (DECODER, EMBEDDING, VISION)
 LAYOUTS = ((MODEL,), PARTS)
 # What is written where the user names none: one file for each dtype of Transformers.js that we have.
 DEFAULT = tuple(name for name, precision in PRECISIONS.items() if precision.is_dtype)
-# The precisions in the order of their speed on a CPU. The first one in the folder is the default of onnxruntime-genai
-# and of the examples in the model card. q4s is a little faster than q4, but it costs twice the quality, and
-# Transformers.js does not know it.
-PREFERRED = ("q4", "q4s", "q8", "fp32", "q4f16", "fp16")
-# The same for an encoder: clients take the file that computes what the checkpoint computes, where there is one.
-PREFERRED_OF_ENCODERS = ("fp32", "q8", "q4", "q4s", "fp16", "q4f16")
-# The precisions of an encoder that are kept only if its vectors stay near the checkpoint's.
-MEASURED_OF_ENCODERS = frozenset({"q4", "q4s", "q4f16"})
 
 
 @dataclass(frozen=True)
@@ -184,9 +176,3 @@ def published(*folders: Path) -> list[Published]:
                 own, *parts = (Published.read(name, of_part[-1]) for of_part in paths)
                 found.append(replace(own, parts=tuple(parts)))
     return found
-
-
-def preferred(files: Iterable[Published], encodes: bool = False) -> Published:
-    """Return the file that a CPU runs fastest, in the order of `PREFERRED`; of an encoder the most faithful one."""
-    order = PREFERRED_OF_ENCODERS if encodes else PREFERRED
-    return min(files, key=lambda file: order.index(file.precision))

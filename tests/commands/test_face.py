@@ -17,7 +17,8 @@ from optimum_lfm2.command import _summary
 from optimum_lfm2.compat import TRANSFORMERS_5
 from optimum_lfm2.configs import Lfm2OnnxConfig
 from optimum_lfm2.export.model_kwargs import VALUES, ExportOptions
-from optimum_lfm2.publish.precisions import DEFAULT, MEASURED_OF_ENCODERS, PRECISIONS
+from optimum_lfm2.publish.kinds import ENCODES
+from optimum_lfm2.publish.precisions import DEFAULT, PRECISIONS
 
 
 DEMO = Path(__file__).parents[2] / "demo"
@@ -64,7 +65,7 @@ def test_usage_and_defaults_of_export_lfm2():
     assert " ".join(parser.format_usage().split()).endswith("] OUT")
     assert tuple(PRECISIONS) == export_lfm2.PRECISIONS
     text = " ".join(parser.format_help().split())
-    encoders = " ".join(name for name in DEFAULT if name not in MEASURED_OF_ENCODERS)
+    encoders = " ".join(name for name in DEFAULT if name not in ENCODES.measured)
     assert f"(default: {' '.join(DEFAULT)}, of an encoder {encoders})" in text
 
 
