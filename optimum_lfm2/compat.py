@@ -32,7 +32,7 @@ from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING, get_to
 from transformers.utils import CONFIG_NAME
 
 from optimum_lfm2.caches import ConvState, State
-from optimum_lfm2.errors import Lfm2Error
+from optimum_lfm2.errors import Lfm2Error, read_object
 
 
 Caches = Sequence[tuple[torch.Tensor, ...]]
@@ -261,7 +261,7 @@ def spell_tokenizer_for_both(folder: Path) -> None:
     path = folder / TOKENIZER_CONFIG
     if not path.is_file():
         return
-    written = json.loads(path.read_text(encoding="utf-8"))
+    written = read_object(path)
     if written.get("tokenizer_class") != TOKENIZER_CLASS_OF_5:
         return
     _write_json(path, written | {"tokenizer_class": "PreTrainedTokenizerFast", **_special_tokens(written)})
@@ -270,7 +270,7 @@ def spell_tokenizer_for_both(folder: Path) -> None:
 def spell_model_type(folder: Path, name: str) -> None:
     """Write the model type into `config.json` as every runtime reads it. Goes with transformers 4."""
     path = folder / CONFIG_NAME
-    written = json.loads(path.read_text(encoding="utf-8"))
+    written = read_object(path)
     if written["model_type"] != name:
         _write_json(path, written | {"model_type": name})
 
@@ -282,7 +282,7 @@ def repeat_chat_template(folder: Path) -> None:
     """
     path, template = folder / TOKENIZER_CONFIG, folder / CHAT_TEMPLATE
     if path.is_file() and template.is_file():
-        written = json.loads(path.read_text(encoding="utf-8"))
+        written = read_object(path)
         _write_json(path, written | {"chat_template": template.read_text(encoding="utf-8")})
 
 

@@ -10,6 +10,7 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
+import torch
 from optimum.exporters.tasks import TasksManager
 from optimum.utils import DEFAULT_DUMMY_SHAPES
 
@@ -17,6 +18,7 @@ from optimum_lfm2.errors import Lfm2Error
 from optimum_lfm2.export.model_kwargs import ExportOptions
 from optimum_lfm2.export.output import check_output
 from optimum_lfm2.families import MODEL_TYPES, member_of
+from optimum_lfm2.loading.source import check_dtype
 from optimum_lfm2.loading.supported import check_architecture
 from optimum_lfm2.weights.blocks import SCHEMES
 
@@ -125,11 +127,7 @@ def _check_task(args: Namespace, config: Mapping[str, Any]) -> None:
 
 
 def _check_precision(args: Namespace) -> None:
-    if args.dtype == "bf16":
-        raise Lfm2Error(
-            "--dtype bf16: onnxruntime has no bfloat16 kernels for these operators on the CPU. "
-            "Use --dtype fp32, or fp16 for a file of the same size."
-        )
+    check_dtype(torch.bfloat16 if args.dtype == "bf16" else None)
 
 
 def _check_computation(args: Namespace) -> None:

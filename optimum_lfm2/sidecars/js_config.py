@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from optimum_lfm2.errors import read_object
 from optimum_lfm2.loading.config_check import JS_CONFIG
 
 
@@ -24,7 +25,7 @@ def declare_external_data(folder: Path, files: Iterable[Path], settings: Mapping
         settings: other settings for Transformers.js.
     """
     path = folder / "config.json"
-    config = json.loads(path.read_text(encoding="utf-8"))
+    config = read_object(path)
     declared = {file.name: True for file in files if file.with_name(f"{file.name}_data").is_file()}
     config[JS_CONFIG] = {**settings, EXTERNAL_DATA: declared}
     path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
