@@ -181,7 +181,7 @@ def test_the_version_is_that_of_the_package():
         ),
         (["lfm2", "quantize-cache", "nowhere", "--text", "text"], "nowhere does not exist"),
         (["lfm2", "quantize-cache", "checkpoint", "--text", "text"], "holds no ONNX file"),
-        (["export", "lfm2", "--model", "./nowhere", "out"], "./nowhere is neither a folder nor a model of the Hub"),
+        (["export", "lfm2", "--model", "./nowhere", "out"], "./nowhere is neither a folder nor an id of the Hub"),
         (["export", "lfm2", "--model", "nowhere/at", "out"], "nowhere/at is no folder"),
         (["export", "lfm2", "--model", "text", "out"], "text is a file"),
         (["export", "lfm2", "--model", "checkpoint", "out", "--text", "nowhere"], "nowhere cannot be read"),
