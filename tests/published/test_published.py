@@ -17,10 +17,11 @@ import torch
 from checkpoints import _vary, encoder_gold, gold_tokens, prompts
 from optimum.exporters.onnx import main_export
 from optimum.onnxruntime import ORTModelForCausalLM
+from pictures import gold_vl_tokens, pictures
 from safetensors.torch import save_file
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
 
-from optimum_lfm2 import compat
+from optimum_lfm2 import ORTLfm2VlForConditionalGeneration, compat
 from optimum_lfm2.errors import Lfm2Error
 from optimum_lfm2.families import member_of
 from optimum_lfm2.families.bidirectional import MODELS
@@ -60,6 +61,15 @@ CUTS = {
     "moe_intermediate_size": 32,
     "vocab_size": VOCABULARY,
     "sliding_window": 8,
+    "projector_hidden_size": 40,
+}
+VISION_CUTS = {
+    "hidden_size": 48,
+    "intermediate_size": 72,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_patches": 16,
+    "patch_size": 4,
 }
 
 
@@ -79,6 +89,9 @@ def cut(config: dict[str, Any]) -> dict[str, Any]:
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         if isinstance(config.get(name), int):
             config[name] %= VOCABULARY
+    if "text_config" in config:
+        config["text_config"] = cut(config["text_config"])
+        config["vision_config"] = config["vision_config"] | VISION_CUTS
     return config
 
 
@@ -173,6 +186,33 @@ def test_an_encoder(name, tmp_path):
     torch.testing.assert_close(states(tmp_path / "out" / "model.onnx", ids), output, atol=2e-4, rtol=2e-4)
 
 
+def test_pictures_through_a_projector_without_norm(tmp_path):
+    """Transformers 4.57 has the norm whatever `projector_use_layernorm` says: its gold is without it too."""
+    name, projector = "lfm2.5-vl-1.6b-fine-tune", "multi_modal_projector"
+
+    def maker(config):
+        model = AutoModelForImageTextToText.from_config(config)
+        getattr(model.model, projector).layer_norm = None
+        return model
+
+    source, gold = make(name, tmp_path, maker)
+    processor = json.loads((HERE / "tiny-processor-lfm2_vl" / "preprocessor_config.json").read_text())
+    sizes = {"encoder_patch_size": VISION_CUTS["patch_size"], "patch_size": VISION_CUTS["patch_size"]}
+    (source / "preprocessor_config.json").write_text(json.dumps(processor | sizes))
+    main_export(str(source), tmp_path / "out", do_validation=False)
+    reference = AutoModelForImageTextToText.from_pretrained(gold, dtype=torch.float32).eval()
+    getattr(reference.model, projector).layer_norm = torch.nn.Identity()
+    tiles = pictures([(2, 2), (1, 3)], reference.config)
+    (text,) = prompts([20], 390)
+    ids = torch.cat([text, torch.full((7,), reference.config.image_token_id), text[:5]])
+    own = ORTLfm2VlForConditionalGeneration.from_pretrained(tmp_path / "out")
+    tokens = own.generate(ids[None], max_new_tokens=NEW, do_sample=False, eos_token_id=None, **tiles)
+    assert tokens[0, len(ids) :].tolist() == gold_vl_tokens(reference, ids, tiles, NEW)
+    with torch.no_grad():
+        logits = reference(input_ids=ids[None], **tiles, use_cache=False).logits
+    torch.testing.assert_close(own(input_ids=ids[None], **tiles).logits, logits, atol=5e-4, rtol=5e-4)
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_is_refused(name, tmp_path):
     """The configuration is enough: no weights are read before."""
@@ -195,4 +235,4 @@ def test_generation_settings_are_copied(name, tmp_path):
 def test_every_file_is_used():
     """A folder that is added gets a line above."""
     with_config = {path.parent.name for path in HERE.glob("*/config.json")}
-    assert with_config == {*DECODERS, *ENCODERS, *REFUSED, "colbert-fine-tune"}
+    assert with_config == {*DECODERS, *ENCODERS, *REFUSED, "colbert-fine-tune", "lfm2.5-vl-1.6b-fine-tune"}
