@@ -1,5 +1,5 @@
 # make demo: export the checkpoints of demo/, and print what they write and what one says of a picture.
-# make ask: ask about a picture of yours. make web: a page to chat with a checkpoint (needs npm).
+# make chat: talk to a checkpoint. make ask: ask about a picture of yours. make web: a page to chat with a checkpoint (needs npm).
 # make test: what CI checks, with npm and Chromium Transformers.js too; make test-transformers5: the rest of it.
 # Each has a virtual environment of its own and needs nothing else installed but Python.
 
@@ -19,12 +19,16 @@ add_torchvision = $(1)/bin/pip install --quiet --no-deps --target $(1)/torchvisi
 	|| echo "torchvision could not be installed: the tests of transformers' processor of pictures will be skipped" >&2
 NODE_MODULES := examples/web/node_modules/.package-lock.json
 
-.PHONY: demo ask web test test-transformers5 lint clean
+.PHONY: demo ask chat web test test-transformers5 lint clean
 
 demo: .venv/ready .demo/vision/config.json
 	.venv/bin/optimum-cli export onnx --model "$(MODEL)" "$(OUT)"
 	.venv/bin/python demo/run.py "$(OUT)" "$(PROMPT)"
 	.venv/bin/python demo/ask.py .demo/vision
+
+chat: .venv/ready
+	.venv/bin/optimum-cli export onnx --model "$(MODEL)" "$(OUT)"
+	.venv/bin/optimum-cli lfm2 chat "$(OUT)"
 
 ask: .venv/ready .demo/vision/config.json
 	@test -n "$(PICTURE)" || { echo 'say which: make ask PICTURE=photo.jpg QUESTION="How many circles are there?"'; exit 2; }

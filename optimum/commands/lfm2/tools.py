@@ -6,18 +6,19 @@ from argparse import ArgumentParser, RawDescriptionHelpFormatter
 
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
+from optimum.commands.lfm2.chat import ChatCommand
 from optimum.commands.lfm2.evaluate import EvaluateCommand
 from optimum.commands.lfm2.help_texts import TOOLS_DESCRIPTION, TOOLS_EPILOG
 from optimum.commands.lfm2.quantize_cache import QuantizeCacheCommand
 
 
 class Lfm2Command(BaseOptimumCLICommand):
-    """The commands `evaluate` and `quantize-cache`."""
+    """The commands `chat`, `evaluate` and `quantize-cache`."""
 
     COMMAND = CommandInfo(name="lfm2", help="Tools for exported LFM2 models.")
     SUBCOMMANDS = tuple(
         CommandInfo(name=command.COMMAND.name, help=command.COMMAND.help, subcommand_class=command)
-        for command in (EvaluateCommand, QuantizeCacheCommand)
+        for command in (ChatCommand, EvaluateCommand, QuantizeCacheCommand)
     )
 
     @staticmethod

@@ -1,0 +1,1 @@
+"""Talk to an exported model: a chat in the terminal."""
