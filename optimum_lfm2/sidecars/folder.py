@@ -7,6 +7,7 @@ from pathlib import Path
 from optimum_lfm2 import compat
 from optimum_lfm2.loading.modules import copy_modules
 from optimum_lfm2.loading.source import Source
+from optimum_lfm2.sidecars.response_template import write_response_template
 
 
 def write_sidecars(folder: Path, source: Source | None, model_type: str, task: str) -> None:
@@ -28,4 +29,5 @@ def write_sidecars(folder: Path, source: Source | None, model_type: str, task: s
         copy_modules(source.modules, folder)
     compat.spell_tokenizer_for_both(folder)
     compat.repeat_chat_template(folder)
+    write_response_template(folder)
     compat.spell_model_type(folder, model_type)

@@ -10,15 +10,16 @@ from optimum.commands.lfm2.chat import ChatCommand
 from optimum.commands.lfm2.evaluate import EvaluateCommand
 from optimum.commands.lfm2.help_texts import TOOLS_DESCRIPTION, TOOLS_EPILOG
 from optimum.commands.lfm2.quantize_cache import QuantizeCacheCommand
+from optimum.commands.lfm2.serve import ServeCommand
 
 
 class Lfm2Command(BaseOptimumCLICommand):
-    """The commands `chat`, `evaluate` and `quantize-cache`."""
+    """The commands `chat`, `serve`, `evaluate` and `quantize-cache`."""
 
     COMMAND = CommandInfo(name="lfm2", help="Tools for exported LFM2 models.")
     SUBCOMMANDS = tuple(
         CommandInfo(name=command.COMMAND.name, help=command.COMMAND.help, subcommand_class=command)
-        for command in (ChatCommand, EvaluateCommand, QuantizeCacheCommand)
+        for command in (ChatCommand, ServeCommand, EvaluateCommand, QuantizeCacheCommand)
     )
 
     @staticmethod
