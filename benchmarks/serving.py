@@ -132,7 +132,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _spread(values: Any) -> str:
-    return "{:.3g} [{:.3g} to {:.3g}]".format(statistics.median(values), min(values), max(values))
+    return f"{statistics.median(values):.3g} [{min(values):.3g} to {max(values):.3g}]"
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import GenerationConfig, GenerationMixin, LogitsProcessor, LogitsProcessorList
 from transformers.generation import GenerationMode
 
 
@@ -51,7 +51,10 @@ class Picker:
         self.max_new_tokens = int(prepared.max_new_tokens)
         prepared.max_length = len(ids) + self.max_new_tokens
         model._prepare_special_tokens(prepared, True, device=torch.device("cpu"))
-        self._processors = model._get_logits_processor(
+        # transformers' own: that of our models makes them for rows with padding, and this row has none.
+        mixin: Any = GenerationMixin
+        self._processors: Any = mixin._get_logits_processor(
+            model,
             generation_config=prepared,
             input_ids_seq_length=len(ids),
             encoder_input_ids=ids[None],

@@ -327,8 +327,6 @@ def check_pictures(messages: list[dict], modality: Any) -> None:
             url = part.get("image_url")
             url = url.get("url") if isinstance(url, Mapping) else url
             if not isinstance(url, str) or not url.startswith("data:image/"):
-                raise Lfm2Error(
-                    "A picture comes with the request, as data:image/png;base64,... None is fetched."
-                )
+                raise Lfm2Error("A picture comes with the request, as data:image/png;base64,... None is fetched.")
             if modality == Modality.LLM:
                 raise Lfm2Error("This model takes no pictures.")

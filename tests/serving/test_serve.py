@@ -50,7 +50,7 @@ TOOL = {
         "parameters": {"type": "object", "properties": {"city": {"type": "string"}, "days": {"type": "integer"}}},
     },
 }
-CALL = '<|tool_call_start|>[weather(city="Paris", days=2), weather(city=\'Rome\')]<|tool_call_end|>'
+CALL = "<|tool_call_start|>[weather(city=\"Paris\", days=2), weather(city='Rome')]<|tool_call_end|>"
 
 
 @pytest.fixture(scope="module")
@@ -233,13 +233,19 @@ def test_a_tool_call_its_result_and_the_answer(client, loaded, says, monkeypatch
     monkeypatch.undo()
     results = [{"role": "tool", "tool_call_id": one.id, "content": "sunny"} for one in message.tool_calls]
     chat = [*QUESTION, message.model_dump(exclude_none=True), *results]
-    shown = [*QUESTION, {"role": "assistant", "content": "", "tool_calls": message.model_dump()["tool_calls"]}, *results]
+    shown = [
+        *QUESTION,
+        {"role": "assistant", "content": "", "tool_calls": message.model_dump()["tool_calls"]},
+        *results,
+    ]
     for call in shown[1]["tool_calls"]:
         call["function"]["arguments"] = json.loads(call["function"]["arguments"])
     assert ask(client, chat).choices[0].message.content == alone(loaded, shown)
 
 
-@pytest.mark.parametrize("text", ["<|tool_call_start|>[weather(city=]<|tool_call_end|>", "<|tool_call_start|>[weather("])
+@pytest.mark.parametrize(
+    "text", ["<|tool_call_start|>[weather(city=]<|tool_call_end|>", "<|tool_call_start|>[weather("]
+)
 def test_a_call_that_is_none_is_no_error(text, client, says):
     says(text)
     answer = ask(client, tools=[TOOL], max_tokens=60)
@@ -261,7 +267,10 @@ def test_an_answer_by_a_json_schema(client):
     assert set(value) == {"n", "w"}
     assert 0 <= value["n"] <= 99
     assert value["w"] in ("fox", "bee")
-    assert streamed(ask(client, STORY, response_format=form, max_tokens=60, stream=True)) == answer.choices[0].message.content
+    assert (
+        streamed(ask(client, STORY, response_format=form, max_tokens=60, stream=True))
+        == answer.choices[0].message.content
+    )
     assert ask(client, response_format={"type": "text"}).choices[0].message.content == "3 plus 4 is 7."
 
 
@@ -413,7 +422,9 @@ def test_the_end_of_the_server_waits_for_what_runs(loaded):
         key = {"Authorization": "Bearer secret"}
         assert post(address, "/v1/chat/completions", {"messages": STORY}, key)[0] == 404  # which of two?
         connection = http.client.HTTPConnection(address.removeprefix("http://"), timeout=120)
-        connection.request("POST", "/v1/chat/completions", json.dumps(fields), {"Content-Type": "application/json", **key})
+        connection.request(
+            "POST", "/v1/chat/completions", json.dumps(fields), {"Content-Type": "application/json", **key}
+        )
         answer = connection.getresponse()
         begun = answer.read(10)
         server.should_exit = True

@@ -52,7 +52,7 @@ def test_other_vocabularies_stay_as_they_are(tmp_path):
     write_response_template(tmp_path)  # a folder without a tokenizer
 
 
-CALLS = "<|tool_call_start|>[f(a=1), g(b=\"x\", c=[1, 2])]<|tool_call_end|>"
+CALLS = '<|tool_call_start|>[f(a=1), g(b="x", c=[1, 2])]<|tool_call_end|>'
 
 
 @pytest.mark.parametrize(
