@@ -118,6 +118,8 @@ class Served(BaseHandler):
                 check_range(name, value)
             elif name in NOTHING and value not in NOTHING[name] and not (name in PROMPTED and self._reads_prompts):
                 raise Lfm2Error(f"{name}: this server cannot honour it. Leave it out.")
+        if "logit_bias" in body:
+            body["logit_bias"] = check_biases(body["logit_bias"])
         if body.pop("tool_choice", None) == "none":
             body.pop("tools", None)
 
@@ -277,6 +279,14 @@ def check_range(name: str, value: Any) -> None:
     numbers = int if kind is int else (int, float)
     if isinstance(value, bool) or not isinstance(value, numbers) or not least <= value <= most:
         raise Lfm2Error(f"{name} is {str(value)[:60]}; it has to be a number from {least:g} to {most:g}.")
+
+
+def check_biases(biases: Any) -> dict[str, float]:
+    """Return the biases of tokens as floats, which transformers asks for. Raise `Lfm2Error` for what is none."""
+    try:
+        return {str(int(token)): float(bias) for token, bias in biases.items()}
+    except (AttributeError, TypeError, ValueError):
+        raise Lfm2Error('logit_bias has to be an object of numbers by tokens, such as {"7": -100}.') from None
 
 
 def check_stops(stop: Any) -> list[str]:

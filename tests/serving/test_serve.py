@@ -296,6 +296,7 @@ def test_an_answer_by_a_json_schema(client):
         ("/v1/chat/completions", {"messages": QUESTION, "logprobs": True}, 400, "logprobs"),
         ("/v1/chat/completions", {"messages": QUESTION, "tool_choice": "required"}, 400, "tool_choice"),
         ("/v1/chat/completions", {"messages": QUESTION, "nonsense": 1}, 400, "nonsense: no such field"),
+        ("/v1/chat/completions", {"messages": QUESTION, "logit_bias": {"x": 1}}, 400, "logit_bias has to be"),
         ("/v1/chat/completions", {"messages": QUESTION, "stop": [1]}, 400, "stop has to be"),
         ("/v1/chat/completions", {"messages": QUESTION, "tools": [{}]}, 400, "tools has to be"),
         ("/v1/chat/completions", {"messages": QUESTION, "response_format": {"type": "xml"}}, 400, "response_format"),
@@ -431,6 +432,7 @@ def test_the_end_of_the_server_waits_for_what_runs(loaded):
         text = (begun + answer.read()).decode()
         assert text.endswith("data: [DONE]\n\n")
         assert '"finish_reason":' in text
+        state.managers["two"].stop()
         assert state.managers["two"].engine.scheduler.idle
     assert not state.is_cb_alive()
     assert {thread.name for thread in threading.enumerate()} <= before | {"lfm2-engine"}  # of the other server
