@@ -295,8 +295,8 @@ class Lfm2OnnxConfig(TextDecoderOnnxConfig):
         return [self._dummy_inputs(*call) for call in (calls if self.use_past_in_inputs else calls[:1])]
 
     def _dummy_inputs(self, batch: int, length: int, full: bool) -> dict[str, Any]:
-        # A row may have three masked columns, and transformers 4.57 needs `conv_L_cache` visible ones to go on.
-        past = max(FULL, self._config.conv_L_cache + 3) if full and self.use_past_in_inputs else 0
+        # A row may have three masked columns, and transformers 4.57 needs a kernel's width of visible ones to go on.
+        past = max(FULL, self.member.kernel(self._config) + 3) if full and self.use_past_in_inputs else 0
         generator = torch.Generator().manual_seed(0)
         mask = torch.ones(batch, past + length, dtype=torch.int64)
         for row in range(batch):

@@ -101,6 +101,40 @@ class LayerKind:
 
 
 @dataclass(frozen=True)
+class LayerNorms:
+    """The names of a layer's norms in the checkpoint. None stands for a norm that the layer does not have.
+
+    Attributes:
+        mixer: the norm before the mixer.
+        feed_forward: the norm before the feed-forward.
+        after_mixer, after_feed_forward: norms after these blocks, before the residual is added.
+    """
+
+    mixer: str | None
+    feed_forward: str | None
+    after_mixer: str | None = None
+    after_feed_forward: str | None = None
+
+
+@dataclass(frozen=True)
+class Factors:
+    """What a model multiplies by.
+
+    Attributes:
+        embedding: the embedding.
+        residual: the output of each block, before the residual is added.
+        logits: the logits.
+    """
+
+    embedding: float = 1.0
+    residual: float = 1.0
+    logits: float = 1.0
+
+
+LFM2_NORMS = LayerNorms("operator_norm", "ffn_norm")
+
+
+@dataclass(frozen=True)
 class Head:
     """What follows the final norm of an encoder.
 
@@ -131,8 +165,12 @@ class Member:
         fields: the fields of config.json that the member adds, or whose values differ from other members'. Each says
             what it may hold.
         check: raises `Lfm2Error` for a config.json, as a mapping, for which the member's graph is wrong.
-        post_norms: takes a configuration and returns the names of two norms of a layer, or None where it has none. The
-            first follows the mixer and the second the feed-forward, before the residual is added.
+        norms: takes a configuration and a layer's name in `layer_types`, and returns the names of the layer's norms.
+        final_norm: the name of the norm after the last layer.
+        epsilon: takes a configuration and returns what norms add to the mean square.
+        feed_forward: the name of the feed-forward's module in transformers' layer.
+        factors: takes a configuration and returns what the model multiplies by.
+        kernel: takes a configuration and returns the number of columns that convolutions see.
         checkpoint: the class that reads the stored weights.
         in_8_bits: endings of the names of linear layers that have 8 bits in every quantised file (`Scheme.in_8_bits`).
         check_scheme: raises `Lfm2Error` for a quantisation that the member's operators cannot compute.
@@ -165,7 +203,12 @@ class Member:
     rotary: Callable[[PreTrainedModel], Mapping[str, Rotary]]
     fields: Mapping[str, Field] = field(default_factory=dict)
     check: Callable[[Mapping[str, Any]], None] = lambda config: None
-    post_norms: Callable[[PretrainedConfig], tuple[str, str] | None] = lambda config: None
+    norms: Callable[[PretrainedConfig, str], LayerNorms] = lambda config, layer_type: LFM2_NORMS
+    final_norm: str = "embedding_norm"
+    epsilon: Callable[[PretrainedConfig], float] = lambda config: config.norm_eps
+    feed_forward: str = "feed_forward"
+    factors: Callable[[PretrainedConfig], Factors] = lambda config: Factors()
+    kernel: Callable[[PretrainedConfig], int] = lambda config: config.conv_L_cache
     checkpoint: type[Checkpoint] = Checkpoint
     in_8_bits: tuple[str, ...] = ()
     check_scheme: Callable[[Scheme, PretrainedConfig], None] = lambda scheme, config: None
