@@ -86,7 +86,9 @@ class Lfm2OnnxConfig(TextDecoderOnnxConfig):
     def member(self) -> Member:
         """The record of the family member that the model belongs to."""
         member = member_of(self._config)
-        return member.growing or member if self._options.sliding_cache == "growing" else member
+        if self._options.sliding_cache == "growing" and member.growing:
+            return member.growing
+        return member.packed if self.cache_names == "genai" and member.packed else member
 
     @property
     def MIN_TRANSFORMERS_VERSION(self) -> version.Version:  # noqa: N802  Optimum's name
@@ -173,6 +175,11 @@ class Lfm2OnnxConfig(TextDecoderOnnxConfig):
                 f"--model-kwargs: rollback takes tokens back from a cache, and a graph for {self.task} has none. "
                 f"Use --task {self.task}-with-past."
             )
+        if options.rollback == "columns" and (kept := self._whole_states()):
+            raise Lfm2Error(
+                f"--model-kwargs: rollback by columns takes tokens back from windows, and {kept[0].past} of "
+                f"{self._config.model_type} is the sum of all tokens. Leave rollback out: tokens are run again."
+            )
         self._options = options
         if self.scheme is not None:
             self.member.check_scheme(self.scheme, self._config)
@@ -194,6 +201,10 @@ class Lfm2OnnxConfig(TextDecoderOnnxConfig):
     def cache_tensors(self) -> list[CacheTensor]:
         """The cache tensors in the order of the inputs."""
         return self.member.cache_tensors(self._config, self.cache_names)
+
+    def _whole_states(self) -> list[CacheTensor]:
+        """Return the caches of fixed size out of which no token can be taken."""
+        return [cache for cache in self.cache_tensors if not cache.grows and not cache.state.gives_columns]
 
     @property
     def inputs(self) -> dict[str, dict[int, str]]:
@@ -319,7 +330,7 @@ class Lfm2OnnxConfig(TextDecoderOnnxConfig):
     def _dummy_caches(self, batch: int, past: int, generator: torch.Generator) -> list[tuple[torch.Tensor, ...]]:
         def values(tensor: CacheTensor) -> torch.Tensor:
             values = torch.randn((batch, *map(int, tensor.shape(past)[1:])), generator=generator)
-            return (values if past else values * 0).to(DTYPES[self.float_dtype])
+            return (values if past else values * 0).to(tensor.state.dtype or DTYPES[self.float_dtype])
 
         return unflatten([values(tensor) for tensor in self.cache_tensors], self.cache_tensors)
 

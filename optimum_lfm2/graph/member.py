@@ -13,7 +13,7 @@ import onnx_ir as ir
 import torch
 from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from optimum_lfm2.caches import CacheTensor, Kept, Window, cache_tensors
+from optimum_lfm2.caches import CONV, CacheTensor, Kept, Window, cache_tensors
 from optimum_lfm2.errors import Lfm2Error
 from optimum_lfm2.fields import Field
 from optimum_lfm2.graph.call import Call, Rotary
@@ -189,6 +189,10 @@ class Member:
         transformers_js: whether Transformers.js (4.3.1) has the model.
         growing: the record for a graph whose sliding layers keep the keys and values of all columns. Some runtimes have
             no other cache. None for a member whose attention keeps all columns anyway.
+        packed: the record for a graph with one conv state a layer, where the Hub's has several. onnxruntime-genai takes
+            one. None for a member that has one anyway.
+        written: changes the contents of a folder's config.json to what other runtimes and releases read.
+        yields: whether Optimum's own configuration for the model type goes before ours, should it have one.
         text: the field of config.json that has the configuration of the decoder, which is another member. None if the
             decoder is all there is.
         tower: the vision tower, a `graph.tower.Tower`. None for a model of text alone.
@@ -223,6 +227,9 @@ class Member:
     genai_type: str | None = None
     transformers_js: bool = True
     growing: Member | None = None
+    packed: Member | None = None
+    written: Callable[[dict[str, Any]], dict[str, Any]] = lambda config: config
+    yields: bool = False
     text: str | None = None
     tower: Any = None
     other_spellings: tuple[str, ...] = ()
@@ -233,7 +240,13 @@ class Member:
         return (self.model_type, *self.other_spellings)
 
     def with_caches(self, caches: Iterable[CacheTensor]) -> Member:
-        """Return the record for a graph with these cache tensors: `growing` if it has no windows."""
+        """Return the record for a graph with these cache tensors.
+
+        It is `growing` if they have no windows, and `packed` if a layer has one conv state.
+        """
+        caches = list(caches)
+        if self.packed and any(tensor.role == CONV for tensor in caches):
+            return self.packed
         windows = any(isinstance(tensor.state, Window) for tensor in caches)
         return self if self.growing is None or windows else self.growing
 
@@ -312,6 +325,24 @@ class Member:
     def kinds(self, config: PretrainedConfig) -> list[LayerKind]:
         """Return the kind of each layer."""
         return [self.kind(config, layer_type) for layer_type in config.layer_types[: config.num_hidden_layers]]
+
+    def cuts(self, config: PretrainedConfig) -> list[tuple[str, tuple[int, ...]]]:
+        """Return the names of the norms that all values go through, in order: those before blocks, and the last one.
+
+        With each come the layers whose mixers lie between the norm before it and it.
+        """
+        cuts: list[tuple[str, tuple[int, ...]]] = []
+        waiting: list[int] = []
+        for layer, layer_type in enumerate(config.layer_types[: config.num_hidden_layers]):
+            norms = self.norms(config, layer_type)
+            if norms.mixer:
+                cuts.append((f"layers.{layer}.{norms.mixer}", tuple(waiting)))
+                waiting = []
+            waiting.append(layer)
+            if norms.feed_forward:
+                cuts.append((f"layers.{layer}.{norms.feed_forward}", tuple(waiting)))
+                waiting = []
+        return [*cuts, (self.final_norm, tuple(waiting))]
 
     def cache_tensors(self, config: PretrainedConfig, names: str = "hub") -> list[CacheTensor]:
         """Return the cache tensors of a model, in the order of the graph's inputs.
