@@ -150,11 +150,10 @@ class Lfm2OnnxConfig(TextDecoderOnnxConfig):
             known = "".join(f"\n  {variant}: {description}" for variant, description in cls.VARIANTS.items())
             raise Lfm2Error(f"LFM2 has no variant {name}. It has:{known}")
 
-    def patch_model_for_export(self, model: Any, model_kwargs: dict[str, Any] | None = None) -> GraphPatcher:
-        """Read the options and the model's weights, and return the patcher. Optimum calls this before the trace.
+    def read_options(self, model_kwargs: dict[str, Any] | None) -> None:
+        """Read the options, which say what the graph's inputs are.
 
         Args:
-            model: a model of transformers. It may be on the meta device, with a `checkpoint` that has its weights.
             model_kwargs: what `ExportOptions.read` takes. Optimum adds `logits_to_keep`.
 
         Raises:
@@ -183,6 +182,15 @@ class Lfm2OnnxConfig(TextDecoderOnnxConfig):
         self._options = options
         if self.scheme is not None:
             self.member.check_scheme(self.scheme, self._config)
+
+    def patch_model_for_export(self, model: Any, model_kwargs: dict[str, Any] | None = None) -> GraphPatcher:
+        """Read the options and the model's weights, and return the patcher. Optimum calls this before the trace.
+
+        Args:
+            model: a model of transformers. It may be on the meta device, with a `checkpoint` that has its weights.
+            model_kwargs: what `read_options` takes, with its errors.
+        """
+        self.read_options(model_kwargs)
         patcher = super().patch_model_for_export(model, model_kwargs)
         self._weights = patcher.weights
         return patcher

@@ -137,19 +137,17 @@ GRANITE_CHECKPOINTS: dict[str, dict] = {
         "residual_multiplier": 1.0,
         "attention_multiplier": 0.25,
         "logits_scaling": 1.0,
+        "rms_norm_eps": 0.1,
     },
-    "granite_rope": {"position_embedding_type": "rope", "rope_theta": 500.0},
-    "granite_attention_bias": {"attention_bias": True},
-    "granite_mamba_biases": {"mamba_proj_bias": True},
-    "granite_no_conv_bias": {"mamba_conv_bias": False},
-    "granite_groups": {"mamba_n_groups": 2},
+    "granite_rope": {"position_embedding_type": "rope", "rope_theta": 500.0, "attention_bias": True},
+    "granite_biases": {"mamba_proj_bias": True, "mamba_conv_bias": False, "tie_word_embeddings": False},
+    "granite_groups": {"mamba_n_groups": 2, "num_key_value_heads": 1},
     "granite_wide": {"mamba_expand": 3, "mamba_n_heads": 6, "mamba_d_head": 32, "mamba_d_conv": 3},
-    "granite_untied": {"tie_word_embeddings": False},
-    "granite_multi_query": {"num_key_value_heads": 1},
-    "granite_odd_head_dim": {"hidden_size": 48},
-    "granite_attention_first": {"layer_types": [GRANITE_ATTENTION, MAMBA, GRANITE_ATTENTION, MAMBA, MAMBA]},
+    "granite_attention_first": {
+        "layer_types": [GRANITE_ATTENTION, MAMBA, GRANITE_ATTENTION, MAMBA, MAMBA],
+        "hidden_size": 48,
+    },
     "granite_all_mamba": {"layer_types": [MAMBA] * 5},
-    "granite_norm_eps": {"rms_norm_eps": 0.1},
 }
 CHECKPOINTS |= {name: GRANITE | options for name, options in GRANITE_CHECKPOINTS.items()}
 
@@ -166,17 +164,11 @@ OLMO = {
 
 OLMO_CHECKPOINTS: dict[str, dict] = {
     "olmo": {},
-    "olmo_rope": {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}},
-    "olmo_eigenvalues_from_0_on": {"linear_allow_neg_eigval": False},
-    "olmo_conv_width_2": {"linear_conv_kernel_dim": 2},
-    "olmo_heads_in_groups": {"linear_num_key_heads": 2},
+    "olmo_rope": {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}, "attention_bias": True},
+    "olmo_eigenvalues_from_0_on": {"linear_allow_neg_eigval": False, "linear_conv_kernel_dim": 2, "rms_norm_eps": 0.1},
+    "olmo_heads_in_groups": {"linear_num_key_heads": 2, "tie_word_embeddings": True, "num_key_value_heads": 1},
     "olmo_default_heads": {f"linear_{name}": None for name in ("num_key_heads", "key_head_dim", "value_head_dim")},
-    "olmo_attention_first": {"layer_types": [ATTENTION, ATTENTION, DELTA, ATTENTION, DELTA]},
-    "olmo_attention_bias": {"attention_bias": True},
-    "olmo_tied": {"tie_word_embeddings": True},
-    "olmo_multi_query": {"num_key_value_heads": 1},
-    "olmo_odd_head_dim": {"hidden_size": 48},
-    "olmo_norm_eps": {"rms_norm_eps": 0.1},
+    "olmo_attention_first": {"layer_types": [ATTENTION, ATTENTION, DELTA, ATTENTION, DELTA], "hidden_size": 48},
 }
 CHECKPOINTS |= {name: OLMO | options for name, options in OLMO_CHECKPOINTS.items()}
 
