@@ -102,7 +102,7 @@ class Lfm2OnnxConfig(TextDecoderOnnxConfig):
     @variant.setter
     def variant(self, name: str) -> None:
         name = self.DEFAULT_VARIANT if name == "default" else name
-        self.check_variant(name)
+        self.check_variant(name, self.member.title)
         self._variant = name
         # Optimum exports with a new configuration, and takes nothing but the class from this one. So the class has the
         # variant too.
@@ -144,11 +144,16 @@ class Lfm2OnnxConfig(TextDecoderOnnxConfig):
         return self._weights
 
     @classmethod
-    def check_variant(cls, name: str) -> None:
-        """Raise `Lfm2Error` for an unknown variant. The message lists those that there are."""
+    def check_variant(cls, name: str, title: str = "LFM2") -> None:
+        """Raise `Lfm2Error` for an unknown variant. The message lists those that there are.
+
+        Args:
+            name: the variant.
+            title: what to call the model (`Member.title`).
+        """
         if name not in cls.VARIANTS:
             known = "".join(f"\n  {variant}: {description}" for variant, description in cls.VARIANTS.items())
-            raise Lfm2Error(f"LFM2 has no variant {name}. It has:{known}")
+            raise Lfm2Error(f"{title} has no variant {name}. It has:{known}")
 
     def read_options(self, model_kwargs: dict[str, Any] | None) -> None:
         """Read the options, which say what the graph's inputs are.

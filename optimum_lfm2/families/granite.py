@@ -22,6 +22,7 @@ from optimum_lfm2.graph.blocks import AttentionParts, attention
 from optimum_lfm2.graph.call import Call, ConvCall, Rotary, conv_call
 from optimum_lfm2.graph.mamba import conv_width, mamba
 from optimum_lfm2.graph.member import Factors, FeedForward, LayerKind, LayerNorms, Member, Mixed, Weight
+from optimum_lfm2.graph.recurrence import MIN_ONNXRUNTIME
 
 
 # The published names of layers, and those that transformers has since 5.24. Transformers.js knows the published ones.
@@ -164,5 +165,7 @@ MEMBER = Member(
     check=check,
     written=written,
     yields=True,
+    title="Granite 4.0 H",
+    min_onnxruntime=MIN_ONNXRUNTIME,
     genai_type="granitemoehybrid",
 )

@@ -22,6 +22,7 @@ from optimum_lfm2.graph.blocks import AttentionParts, attention, feed_forward
 from optimum_lfm2.graph.call import Call, ConvCall, Rotary, conv_call
 from optimum_lfm2.graph.delta import conv_widths, delta_net
 from optimum_lfm2.graph.member import LayerKind, LayerNorms, Member, Mixed, Weight
+from optimum_lfm2.graph.recurrence import MIN_ONNXRUNTIME
 from optimum_lfm2.weights.checkpoint import Checkpoint, tensor_shape
 
 
@@ -188,6 +189,8 @@ MEMBER = Member(
     fields=FIELDS,
     check=check,
     yields=True,
+    title="Olmo-Hybrid",
+    min_onnxruntime=MIN_ONNXRUNTIME,
 )
 MEMBER = replace(
     MEMBER, packed=replace(MEMBER, layer_kinds=LAYER_KINDS | {LINEAR_ATTENTION: PACKED_DELTA}, genai_type="olmo")

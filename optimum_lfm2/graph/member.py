@@ -185,6 +185,9 @@ class Member:
             whether `models` has the same model, so that nobody has to run the checkpoint's own code.
         mend: corrects, in place, what transformers reads of a configuration otherwise than its checkpoint was trained.
             Returns a sentence on each correction.
+        title: what messages call the model.
+        min_onnxruntime: the first release of onnxruntime that has the member's operators. None for those of any release
+            that this package takes.
         genai_type: the model type in `genai_config.json`. None if onnxruntime-genai cannot run the member.
         transformers_js: whether Transformers.js (4.3.1) has the model.
         growing: the record for a graph whose sliding layers keep the keys and values of all columns. Some runtimes have
@@ -224,6 +227,8 @@ class Member:
     export_type: str | None = None
     own_code: Callable[[str], bool] = lambda name: False
     mend: Callable[[PretrainedConfig], list[str]] = lambda config: []
+    title: str = "LFM2"
+    min_onnxruntime: str | None = None
     genai_type: str | None = None
     transformers_js: bool = True
     growing: Member | None = None

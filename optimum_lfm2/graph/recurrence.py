@@ -15,6 +15,7 @@ from optimum_lfm2.graph.ops import ONNX_TYPE
 from optimum_lfm2.graph.tracing import Node, none, typed
 
 
+MIN_ONNXRUNTIME = "1.25.1"  # has the operator
 GATED, GATED_DELTA = "gated", "gated_delta"
 
 
