@@ -17,7 +17,7 @@ from optimum.utils import DEFAULT_DUMMY_SHAPES
 from optimum_lfm2.errors import Lfm2Error
 from optimum_lfm2.export.model_kwargs import ExportOptions
 from optimum_lfm2.export.output import check_output
-from optimum_lfm2.families import MODEL_TYPES, member_of
+from optimum_lfm2.families import CLAIMED, MODEL_TYPES, member_of
 from optimum_lfm2.loading.source import check_dtype
 from optimum_lfm2.loading.supported import check_architecture
 from optimum_lfm2.weights.blocks import SCHEMES
@@ -87,7 +87,7 @@ def heeding_options(export: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(export)
     def wrapped(model: Any, *args: Any, **kwargs: Any) -> Any:
-        if getattr(getattr(model, "config", None), "model_type", None) in MODEL_TYPES:
+        if getattr(getattr(model, "config", None), "model_type", None) in CLAIMED:
             variant = kwargs.pop("variant", None)
             if variant is not None:
                 kwargs["_variant"] = variant

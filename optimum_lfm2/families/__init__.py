@@ -22,6 +22,8 @@ MEMBERS: tuple[Member, ...] = (
     olmo_hybrid.MEMBER,
 )
 MODEL_TYPES = tuple(dict.fromkeys(name for record in MEMBERS for name in record.model_types))
+# Those that Optimum's own commands and classes export and load with this package (`registration.py`).
+CLAIMED = list(MODEL_TYPES)
 
 
 def member_of(config: PretrainedConfig | Mapping[str, Any]) -> Member:

@@ -33,12 +33,16 @@ from test_modeling import (  # noqa: F401  tests and fixtures, which run here ov
     test_right_padding_then_decoding,
 )
 
-from optimum_lfm2 import compat
+from optimum_lfm2 import command, compat
+from optimum_lfm2.command import run_export
+from optimum_lfm2.configs import Lfm2OnnxConfig
 from optimum_lfm2.errors import Lfm2Error
 from optimum_lfm2.families import granite, member_of, olmo_hybrid
 from optimum_lfm2.graph import call, delta, mamba
 from optimum_lfm2.graph.member import Factors
 from optimum_lfm2.loading import supported
+from optimum_lfm2.loading.tasks_manager import is_ours
+from optimum_lfm2.registration import claim, register_members
 from optimum_lfm2.validation.decoder import errors_as_they_are
 
 
@@ -287,3 +291,35 @@ def test_a_graph_of_others_with_transformers_order_of_the_state(checkpoint):
     assert state.fits((8, 24, 16))
     assert state.fits((8, 16, 24))
     assert not state.fits((8, 16, 16))
+
+
+def test_optimums_own_configuration_stays_until_ours_is_claimed(checkpoint, monkeypatch):
+    """Optimum may learn these types one day. Whoever wants our export then says so."""
+    from optimum.exporters.onnx.model_configs import LlamaOnnxConfig
+    from optimum.exporters.tasks import TasksManager
+
+    model_type = granite.MEMBER.model_type
+
+    def registered() -> Any:
+        return TasksManager.get_exporter_config_constructor(
+            "onnx", model_type=model_type, task="text-generation", library_name="transformers"
+        ).func
+
+    assert issubclass(registered(), Lfm2OnnxConfig)
+    TasksManager.create_register("onnx", overwrite_existing=True)(model_type, "text-generation")(LlamaOnnxConfig)
+    try:
+        register_members()
+        assert registered() is LlamaOnnxConfig
+        assert not is_ours(checkpoint("granite"))
+        assert is_ours(checkpoint("hybrid"))
+        taken = []
+        monkeypatch.setattr(command, "staged", lambda output: pytest.fail("it goes to Optimum"))
+        run_export(None, taken.append, {"model_type": model_type})
+        assert taken == [None]
+        claim(model_type)
+        assert is_ours(checkpoint("granite"))
+        assert issubclass(registered(), Lfm2OnnxConfig)
+    finally:
+        claim(model_type)
+    with pytest.raises(Lfm2Error, match="does not export the type llama"):
+        claim("llama")
