@@ -53,5 +53,5 @@ def optimum_has(model_type: str) -> bool:
 def _register(member: Member) -> None:
     for name in (member.export_type,) if member.export_type else member.model_types:
         TasksManager.create_register("onnx", overwrite_existing=True)(name, *member.tasks)(
-            Lfm2OnnxConfig if member.text is None else Lfm2VlOnnxConfig
+            Lfm2VlOnnxConfig if member.in_parts else Lfm2OnnxConfig
         )

@@ -133,7 +133,7 @@ class Lfm2VlOnnxConfig(Lfm2OnnxConfig):
         """Write the files beside the graphs for every runtime."""
         folder = Path(path)
         model, _ = models_and_onnx_configs[f"{ONNX_FOLDER}/{VISION}"]
-        write_sidecars(folder, getattr(model, "source", None), self.member.model_type, self.task)
+        write_sidecars(folder, getattr(model, "source", None), self.member, self.task)
         declare_external_data(folder, [folder / name for name in onnx_files_subpaths], {})
         _, decoder = models_and_onnx_configs[f"{ONNX_FOLDER}/{DECODER}"]
         text, embedding = (folder / ONNX_FOLDER / f"{part}.onnx" for part in (DECODER, EMBEDDING))

@@ -304,7 +304,7 @@ class Member:
         if self.encodes:
             known, what = [self.task(architectures), "feature-extraction"], (architectures or [self.model_type])[0]
         else:  # a decoder's head is tied to its embedding, or its tensors are missed
-            known, what = self.tasks, "LFM2"
+            known, what = self.tasks, self.title
         if task not in known:
             raise Lfm2Error(f"--task {task}: {what} is exported for {', '.join(dict.fromkeys(known))}.")
 

@@ -109,7 +109,7 @@ def _save_configuration(job: Job, folder: Path) -> PretrainedConfig:
     maybe_save_preprocessors(job.model, folder)
     if not (folder / TOKENIZER).is_file():
         raise Lfm2Error(f"{job.model} has no tokenizer, and every runtime needs one. Copy {TOKENIZER} there.")
-    write_sidecars(folder, source, source.member.model_type, source.task)
+    write_sidecars(folder, source, source.member, source.task)
     return source.config
 
 

@@ -41,7 +41,7 @@ from optimum_lfm2.families import granite, member_of, olmo_hybrid
 from optimum_lfm2.graph import call, delta, mamba
 from optimum_lfm2.graph.member import Factors
 from optimum_lfm2.loading import supported
-from optimum_lfm2.loading.tasks_manager import is_ours
+from optimum_lfm2.loading.source import is_ours
 from optimum_lfm2.registration import claim, register_members
 from optimum_lfm2.validation.decoder import errors_as_they_are
 
