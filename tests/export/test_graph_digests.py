@@ -76,8 +76,8 @@ def makers() -> dict:
         "lfm2_vl": (lambda folder: make_vl_checkpoint(folder / "vl"), KWARGS[:2]),
     }
     named = {"model_kwargs": {"cache_names": "genai"}}
-    layers = {**TINY, "layer_types": [MAMBA, GRANITE_ATTENTION, MAMBA], "mamba_n_heads": 4}
-    made["granite"] = (lambda folder: make_checkpoint("granite", folder, **layers), [*KWARGS[:2], named])
+    mamba = {**TINY, "layer_types": [MAMBA, GRANITE_ATTENTION, MAMBA], "mamba_n_heads": 4}
+    made["granite"] = (lambda folder: make_checkpoint("granite", folder, **mamba), [*KWARGS[:2], named])
     if "olmo_hybrid" not in compat.STAND_INS:
         own = {**TINY, "layer_types": [DELTA, ATTENTION, DELTA]}
         made["olmo"] = (lambda folder: make_checkpoint("olmo", folder, **own), [KWARGS[0], KWARGS[3], named])
