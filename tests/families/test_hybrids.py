@@ -173,7 +173,7 @@ def shown(module: Any) -> Callable[[pytest.MonkeyPatch], None]:
 
 def everything(prepare: Any, *arguments: Any) -> call.ConvCall:
     shared = prepare(*arguments)
-    return replace(shared, visible=shared.visible | True)
+    return replace(shared, visible=torch.ones_like(shared.visible))
 
 
 MUTANTS = {
