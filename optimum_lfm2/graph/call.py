@@ -66,11 +66,13 @@ class ConvCall:
         visible: whether a new token is unmasked, bool (batch_size, sequence_length, 1).
         windows: the columns that each new token mixes, int64 (sequence_length, conv_L_cache).
         kept: the columns that become the row's next state, int64 (batch_size, conv_L_cache, 1).
+        taps: the columns of a kernel. A shape would be a traced value.
     """
 
     visible: torch.Tensor
     windows: torch.Tensor
     kept: torch.Tensor
+    taps: int
 
 
 def conv_call(call: Call, taps: int) -> ConvCall:
@@ -80,6 +82,7 @@ def conv_call(call: Call, taps: int) -> ConvCall:
         visible=call.new[:, :, None].to(torch.bool),
         windows=call.columns[:, None] + width,
         kept=(call.end + width)[:, :, None],
+        taps=taps,
     )
 
 

@@ -144,7 +144,7 @@ def silu_conv(
     """
     shown = torch.where(shared.visible, x, torch.zeros((), dtype=x.dtype))
     if past is None:
-        columns = shapes.pad(shown, axis=1, before=kernel.shape[0])
+        columns = shapes.pad(shown, axis=1, before=shared.taps)
     else:
         columns = torch.cat([past.transpose(1, 2), shown], dim=1)
     mixed = (shapes.picked(columns, shared.windows, axis=1) * kernel).sum(2)
