@@ -139,13 +139,19 @@ GRANITE_CHECKPOINTS: dict[str, dict] = {
         "logits_scaling": 1.0,
         "rms_norm_eps": 0.1,
     },
-    "granite_rope": {"position_embedding_type": "rope", "rope_theta": 500.0, "attention_bias": True},
+    "granite_rope": {
+        "position_embedding_type": "rope",
+        "rope_theta": 500.0,
+        "attention_bias": True,
+        "embedding_multiplier": 3.0,
+    },
     "granite_biases": {"mamba_proj_bias": True, "mamba_conv_bias": False, "tie_word_embeddings": False},
     "granite_groups": {"mamba_n_groups": 2, "num_key_value_heads": 1},
     "granite_wide": {"mamba_expand": 3, "mamba_n_heads": 6, "mamba_d_head": 32, "mamba_d_conv": 3},
     "granite_attention_first": {
         "layer_types": [GRANITE_ATTENTION, MAMBA, GRANITE_ATTENTION, MAMBA, MAMBA],
         "hidden_size": 48,
+        "embedding_multiplier": 3.0,
     },
     "granite_all_mamba": {"layer_types": [MAMBA] * 5},
 }
