@@ -29,7 +29,8 @@ from optimum_lfm2.compat import TRANSFORMERS_5
 
 
 # In the order in which README's two ways are written: by pip's own choice, and on transformers 5.
-INSTALLED = re.findall(r"^pip install (.*?)(?: +#.*)?$", read("README.md"), flags=re.MULTILINE)
+INSTALL = re.search(r"^## Install$(.*?)^## ", read("README.md"), flags=re.MULTILINE | re.DOTALL).group(1)
+INSTALLED = re.findall(r"^pip install (.*?)(?: +#.*)?$", INSTALL, flags=re.MULTILINE)
 OURS = "optimum-lfm2"
 
 

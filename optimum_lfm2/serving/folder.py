@@ -46,7 +46,7 @@ def load_folder(folder: Path, file_name: str | None = None) -> Loaded:
         Lfm2Error: it is no export of ours, it lacks a file, or it holds several models and none is chosen.
     """
     config = _checked(folder)
-    sees = member_of(config).text is not None
+    sees = member_of(config).in_parts
     where: dict[str, Any] = {} if file_name is None else _located(folder, file_name)
     if sees:
         model = ORTLfm2VlForConditionalGeneration.from_pretrained(folder, **where)
@@ -99,6 +99,6 @@ def _processor(folder: Path) -> Any:
         return AutoProcessor.from_pretrained(folder)
     except ImportError as error:
         raise Lfm2Error(
-            f'Pictures need pillow and a torchvision built for the installed torch: pip install "optimum-lfm2[vision]" '
+            "Pictures need pillow and a torchvision built for the installed torch: pip install pillow torchvision "
             f"({first_line(error)})."
         ) from error

@@ -16,6 +16,6 @@ def grammar_for(tokenizer: Any, vocab_size: int, response_format: Any) -> list[A
     try:
         from optimum_lfm2.serving.grammar import GrammarProcessor, schema_of
     except ImportError:
-        raise Lfm2Error('response_format needs llguidance on the server: pip install "optimum-lfm2[serve]"') from None
+        raise Lfm2Error("response_format needs llguidance on the server: pip install llguidance") from None
     schema = schema_of(response_format)
     return [] if schema is None else [GrammarProcessor(tokenizer, vocab_size, schema)]

@@ -17,7 +17,7 @@ def read_picture(path: Path) -> Any:
     try:
         from PIL import Image, ImageOps
     except ImportError:
-        raise Lfm2Error('Pictures need pillow: pip install "optimum-lfm2[vision]"') from None
+        raise Lfm2Error("Pictures need pillow: pip install pillow") from None
     try:
         return ImageOps.exif_transpose(Image.open(path)).convert("RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:

@@ -26,7 +26,8 @@ def check_server() -> None:
             "README says how to install transformers 5 beside optimum-onnx. optimum-cli lfm2 chat needs neither."
         )
     if missing := [name for name in PACKAGES if importlib.util.find_spec(name) is None]:
-        raise Lfm2Error(f'The server needs {", ".join(missing)}: pip install "optimum-lfm2[serve]"')
+        # Not the extra `serve`: pip would look at optimum-onnx again, which does not admit transformers 5.
+        raise Lfm2Error(f"The server needs {', '.join(missing)}: pip install {' '.join(missing)}")
 
 
 def serve(args: Namespace, key: str | None) -> None:

@@ -10,8 +10,8 @@ from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
 DESCRIPTION = """\
 Serve exported models to clients of the OpenAI API: /v1/chat/completions, /v1/completions, /v1/responses, /v1/models and
-/health. Requests share calls, and each gets the text that it gets alone. It is transformers' own server, and needs
-transformers 5.24 or later: pip install "optimum-lfm2[serve]"."""
+/health. Requests share calls, and in float each gets the text that it gets alone. It is transformers' own server, and
+needs transformers 5.24 or later, and: pip install fastapi uvicorn openai pydantic llguidance"""
 
 EPILOG = """\
 examples:
