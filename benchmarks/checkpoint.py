@@ -1,4 +1,4 @@
-"""Checkpoints of LFM2-350M's, LFM2-8B-A1B's and LFM3-1.7B's shape with seeded random weights."""
+"""Checkpoints of the shapes of published models, with seeded random weights."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CONV, ATTENTION = "conv", "full_attention"
 TOKENIZER = Path(__file__).parent.parent / "demo" / "checkpoint"
 
 
-SHAPES = ("lfm2-350m", "lfm2-8b-a1b", "lfm3-1.7b")
+SHAPES = ("lfm2-350m", "lfm2-8b-a1b", "lfm3-1.7b", "granite-4.0-h-350m")
 LAYERS = 24  # of LFM2-8B-A1B
 
 
@@ -55,7 +55,34 @@ def make_1_7b(path: Path) -> Path:
     return save_seeded(path, Lfm3ForCausalLM, Lfm3Config())
 
 
-DENSE = {"lfm2-350m": make_350m, "lfm3-1.7b": make_1_7b}
+def make_granite_350m(path: Path) -> Path:
+    """Save a checkpoint of Granite-4.0-H-350M's shape under `path` in bfloat16: 700 MB."""
+    from transformers import GraniteMoeHybridConfig, GraniteMoeHybridForCausalLM
+
+    config = GraniteMoeHybridConfig(
+        vocab_size=100352,
+        hidden_size=768,
+        shared_intermediate_size=2048,
+        num_local_experts=0,
+        num_hidden_layers=32,
+        layer_types=["attention" if i in (10, 13, 17, 27) else "mamba" for i in range(32)],
+        num_attention_heads=12,
+        num_key_value_heads=4,
+        mamba_n_heads=48,
+        mamba_d_head=32,
+        mamba_d_state=128,
+        embedding_multiplier=12.0,
+        residual_multiplier=0.246,
+        attention_multiplier=0.015625,
+        logits_scaling=3.0,
+        max_position_embeddings=32768,
+        tie_word_embeddings=True,
+        eos_token_id=7,
+    )
+    return save_seeded(path, GraniteMoeHybridForCausalLM, config)
+
+
+DENSE = {"lfm2-350m": make_350m, "lfm3-1.7b": make_1_7b, "granite-4.0-h-350m": make_granite_350m}
 
 
 def save_seeded(path: Path, model: type[PreTrainedModel], config: PretrainedConfig) -> Path:

@@ -7,8 +7,6 @@ from optimum_lfm2.compat import complete_transformers, mend_pictures_in_text, re
 
 complete_transformers()  # optimum-onnx imports names that this adds
 
-from optimum.exporters.tasks import TasksManager
-
 import optimum.exporters.onnx.__main__  # registers Optimum's own configs, which ours then replace
 from optimum_lfm2.configs import Lfm2OnnxConfig
 from optimum_lfm2.vision_configs import Lfm2VlOnnxConfig, in_parts
@@ -16,17 +14,14 @@ from optimum_lfm2.loading.source import is_ours
 from optimum_lfm2.loading.tasks_manager import Lfm2AutoConfig, Lfm2TasksManager
 from optimum_lfm2.export.options import heeding_options
 from optimum_lfm2.validation.decoder import validated
-from optimum_lfm2.families import MEMBERS, MODEL_TYPES
+from optimum_lfm2.families import CLAIMED
 from optimum_lfm2.dispatch import dispatch
 from optimum_lfm2.modeling import ORTLfm2ForCausalLM
 from optimum_lfm2.vision_modeling import ORTLfm2VlForConditionalGeneration
+from optimum_lfm2.registration import claim, register_members
 
 
-for _member in MEMBERS:
-    for _name in (_member.export_type,) if _member.export_type else _member.model_types:
-        TasksManager.create_register("onnx", overwrite_existing=True)(_name, *_member.tasks)(
-            Lfm2VlOnnxConfig if _member.in_parts else Lfm2OnnxConfig
-        )
+register_members()
 optimum.exporters.onnx.__main__.TasksManager = Lfm2TasksManager
 optimum.exporters.onnx.__main__.AutoConfig = Lfm2AutoConfig
 optimum.exporters.onnx.__main__.onnx_export_from_model = heeding_options(
@@ -38,9 +33,9 @@ optimum.exporters.onnx.convert.validate_model_outputs = validated(
 optimum.exporters.onnx.convert._get_submodels_and_onnx_configs = in_parts(
     optimum.exporters.onnx.convert._get_submodels_and_onnx_configs
 )
-dispatch(MODEL_TYPES)
+dispatch(CLAIMED)
 read_tokenizers_of_5(is_ours)
 mend_pictures_in_text()
 
 __version__ = "0.1.0"
-__all__ = ["Lfm2OnnxConfig", "Lfm2VlOnnxConfig", "ORTLfm2ForCausalLM", "ORTLfm2VlForConditionalGeneration"]
+__all__ = ["Lfm2OnnxConfig", "Lfm2VlOnnxConfig", "ORTLfm2ForCausalLM", "ORTLfm2VlForConditionalGeneration", "claim"]

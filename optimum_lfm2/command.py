@@ -20,7 +20,7 @@ from optimum.exporters.tasks import TasksManager
 from optimum_lfm2.errors import Lfm2Error
 from optimum_lfm2.export import options
 from optimum_lfm2.export.staging import staged
-from optimum_lfm2.families import member_of
+from optimum_lfm2.families import CLAIMED, member_of
 from optimum_lfm2.report import WITH_PAST, loading, megabytes, size_with_weights, text_table
 from optimum_lfm2.validation.decoder import errors_as_they_are, noted_differences
 from optimum_lfm2.weights.blocks import SCHEMES
@@ -48,6 +48,9 @@ def run_export(command: Any, original: Callable[[Any], None], config: Mapping[st
     Raises:
         SystemExit: 1 for bad input or a failing file system, 130 when interrupted. One line on stderr says why.
     """
+    if config["model_type"] not in CLAIMED:  # Optimum has a configuration of its own for it
+        original(command)
+        return
     with reported():
         options.check(command.args, config)
         with (

@@ -31,7 +31,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING, get_tokenizer_config
 from transformers.utils import CONFIG_NAME
 
-from optimum_lfm2.caches import ConvState, State
+from optimum_lfm2.caches import ConvState, Recurrent, State
 from optimum_lfm2.errors import Lfm2Error, read_object
 
 
@@ -90,7 +90,7 @@ def complete_transformers() -> None:
 
 
 # Model types that some supported release lacks, and the first release that has each. Goes when all of them have all.
-LATER_MODELS = {"lfm2_moe": "5.0", "lfm3": "5.23"}
+LATER_MODELS = {"lfm2_moe": "5.0", "lfm3": "5.23", "olmo_hybrid": "5.3"}
 
 
 def _stand_in(name: str) -> type[PretrainedConfig]:
@@ -170,6 +170,16 @@ def check_model_type(model_type: str) -> None:
         raise Lfm2Error(
             f"{model_type} is a model of transformers {LATER_MODELS[model_type]}, and {transformers.__version__} is "
             'installed. Install transformers 5 as README.md tells under "Install"; what it exports runs here too.'
+        )
+
+
+def check_grouped_norm(groups: int) -> None:
+    """Raise `Lfm2Error` where transformers norms all groups of Mamba-2 together. Goes with transformers 4."""
+    if groups > 1 and not TRANSFORMERS_5:
+        raise Lfm2Error(
+            f"mamba_n_groups in config.json is {groups}: transformers {transformers.__version__} norms the groups "
+            'together, which is wrong. Install transformers 5 as README.md tells under "Use it"; what it exports runs '
+            "here too."
         )
 
 
@@ -275,6 +285,14 @@ def spell_model_type(folder: Path, name: str) -> None:
         _write_json(path, written | {"model_type": name})
 
 
+def spell_config(folder: Path, written: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    """Change `config.json` to what every runtime and release reads (`Member.written`)."""
+    path = folder / CONFIG_NAME
+    before = json.loads(path.read_text(encoding="utf-8"))
+    if (after := written(before)) != before:
+        _write_json(path, after)
+
+
 def repeat_chat_template(folder: Path) -> None:
     """Copy the template of `chat_template.jinja` into `tokenizer_config.json`. Transformers.js 4.3 looks only there.
 
@@ -312,8 +330,18 @@ class GenerationWithoutExperts:
 # alone; it goes with transformers 4. mypy checks against the release that pip resolves, hence the ignored errors.
 
 
-def _is_conv(kept: Sequence[State]) -> bool:
-    return any(isinstance(state, ConvState) for state in kept)
+def _parted(kept: Sequence[State], tensors: Sequence[Any]) -> tuple[list[Any], list[Any], list[Any]]:
+    """Part what a layer keeps into the states of convolutions, recurrent states, and keys and values."""
+    parts: tuple[list[Any], list[Any], list[Any]] = ([], [], [])
+    for state, x in zip(kept, tensors, strict=True):
+        parts[0 if isinstance(state, ConvState) else 1 if isinstance(state, Recurrent) else 2].append(x)
+    return parts
+
+
+def _conv_states(kept: Sequence[State], conv: torch.Tensor | None) -> list[torch.Tensor]:
+    """Cut transformers' conv state of a layer, which has one, into those that the graph keeps."""
+    widths = [state.axes[0] for state in kept if isinstance(state, ConvState)]
+    return list(conv.split(widths, dim=1)) if widths else []  # type: ignore[union-attr, arg-type]
 
 
 if TRANSFORMERS_5:
@@ -339,21 +367,27 @@ if TRANSFORMERS_5:
 
         Args:
             states: what each layer keeps.
-            caches: a tuple a layer: the state (1, hidden_size, conv_L_cache), or keys and values (1, kv_heads,
-                length, head_dim). None makes an empty cache.
+            caches: a tuple a layer of what it keeps for one row, as `State.take` gives it. None makes an empty cache.
         """
         cache: Any = _HybridCache(config=model.config)
         # Sliding layers keep all keys here, and transformers' mask hides those outside the window.
         cache.layers = [DynamicLayer() if getattr(layer, "is_sliding", False) else layer for layer in cache.layers]
         for layer, (kept, tensors) in enumerate(zip(states, caches, strict=True) if caches else ()):
-            update = cache.update_conv_state if _is_conv(kept) else cache.update
-            update(*(x.clone() for x in tensors), layer)
+            convs, recurrent, columns = _parted(kept, tensors)
+            if convs:
+                cache.update_conv_state(torch.cat(convs, dim=1), layer)
+            for x in recurrent:
+                cache.update_recurrent_state(x.clone(), layer)
+            if columns:
+                cache.update(*(x.clone() for x in columns), layer)
         return cache
 
     def hybrid_cache_layers(cache: Any, states: Sequence[Sequence[State]]) -> list[tuple[torch.Tensor, ...]]:
         """Undo `hybrid_cache`: return one tuple of tensors a layer."""
         return [
-            (layer.conv_states[0],) if _is_conv(kept) else (layer.keys, layer.values)
+            (*_conv_states(kept, layer.conv_states[0]), *(x for x in layer.recurrent_states.values() if x is not None))
+            if hasattr(layer, "conv_states")
+            else (layer.keys, layer.values)
             for kept, layer in zip(states, cache.layers, strict=True)
         ]
 
@@ -391,32 +425,63 @@ else:
         def get_seq_length(self, layer_idx: int | None = 0) -> int:
             return self.length
 
+        def keep(self, layer: int, states: list[torch.Tensor], key: Any, value: Any, filled: bool) -> None:
+            """Add a layer with what it keeps. A layer of attention has no states."""
+            self.key_cache.append(key)
+            self.value_cache.append(value)
+            self.conv_cache.append(states[0] if states else torch.zeros(0))
+
+        def kept(self, layer: int) -> tuple[torch.Tensor, ...]:
+            """Return the states of a layer."""
+            return (self.conv_cache[layer],)
+
+    def _mamba_cache(model: PreTrainedModel) -> Any:
+        """Make an empty cache of Granite's hybrid, whose length is set from outside too."""
+        from transformers.models.granitemoehybrid.modeling_granitemoehybrid import HybridMambaAttentionDynamicCache
+
+        class MambaCache(HybridMambaAttentionDynamicCache):
+            length = 0
+
+            def get_seq_length(self, layer_idx: int | None = 0) -> int:
+                return self.length
+
+            def keep(self, layer: int, states: list[torch.Tensor], key: Any, value: Any, filled: bool) -> None:
+                self.has_previous_state = filled
+                if states:
+                    self.conv_states[layer], self.ssm_states[layer] = states
+                elif filled:
+                    self.key_cache[layer], self.value_cache[layer] = key, value
+
+            def kept(self, layer: int) -> tuple[torch.Tensor, ...]:
+                return self.conv_states[layer], self.ssm_states[layer]
+
+        return MambaCache(model.config, 1, torch.float32)  # type: ignore[arg-type]
+
+    def _empty(kept: Sequence[State]) -> list[torch.Tensor]:
+        """Return what a layer keeps before the first token."""
+        nothing = torch.zeros(0, dtype=torch.int64)
+        sizes = ((1, *(0 if size is None else size for size in state.axes)) for state in kept)
+        return [state.take(torch.zeros(shape), 0, nothing) for state, shape in zip(kept, sizes, strict=True)]
+
     def hybrid_cache(model: PreTrainedModel, states: Sequence[Sequence[State]], caches: Caches | None) -> Any:
         """Make a cache of one row for transformers' forward in float32.
 
         Args:
             states: what each layer keeps.
-            caches: a tuple a layer: the state (1, hidden_size, conv_L_cache), or keys and values (1, kv_heads,
-                length, head_dim). None makes an empty cache.
+            caches: a tuple a layer of what it keeps for one row, as `State.take` gives it. None makes an empty cache.
         """
-        config = model.config
-        cache = _ConvCache(model)
-        nothing, empty_state = torch.zeros(0), torch.zeros(1, config.hidden_size, config.conv_L_cache)
+        recurrent = any(isinstance(state, Recurrent) for kept in states for state in kept)
+        cache: Any = _mamba_cache(model) if recurrent else _ConvCache(model)
         for layer, kept in enumerate(states):
-            key, value, conv = nothing, nothing, empty_state.clone()
-            if caches is not None and _is_conv(kept):
-                conv = caches[layer][0].clone()
-            elif caches is not None:
-                key, value = (x.clone() for x in caches[layer])
-            cache.key_cache.append(key)
-            cache.value_cache.append(value)
-            cache.conv_cache.append(conv)
+            convs, ssms, columns = _parted(kept, _empty(kept) if caches is None else caches[layer])
+            key, value = (x.clone() for x in columns or (torch.zeros(0), torch.zeros(0)))
+            cache.keep(layer, [x.clone() for x in (*convs, *ssms)], key, value, caches is not None)
         return cache
 
     def hybrid_cache_layers(cache: Any, states: Sequence[Sequence[State]]) -> list[tuple[torch.Tensor, ...]]:
         """Undo `hybrid_cache`: return one tuple of tensors a layer."""
         return [
-            (cache.conv_cache[i],) if _is_conv(kept) else (cache.key_cache[i], cache.value_cache[i])
+            cache.kept(i) if any(not state.grows for state in kept) else (cache.key_cache[i], cache.value_cache[i])
             for i, kept in enumerate(states)
         ]
 

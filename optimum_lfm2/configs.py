@@ -86,7 +86,9 @@ class Lfm2OnnxConfig(TextDecoderOnnxConfig):
     def member(self) -> Member:
         """The record of the family member that the model belongs to."""
         member = member_of(self._config)
-        return member.growing or member if self._options.sliding_cache == "growing" else member
+        if self._options.sliding_cache == "growing" and member.growing:
+            return member.growing
+        return member.packed if self.cache_names == "genai" and member.packed else member
 
     @property
     def MIN_TRANSFORMERS_VERSION(self) -> version.Version:  # noqa: N802  Optimum's name
@@ -100,7 +102,7 @@ class Lfm2OnnxConfig(TextDecoderOnnxConfig):
     @variant.setter
     def variant(self, name: str) -> None:
         name = self.DEFAULT_VARIANT if name == "default" else name
-        self.check_variant(name)
+        self.check_variant(name, self.member.title)
         self._variant = name
         # Optimum exports with a new configuration, and takes nothing but the class from this one. So the class has the
         # variant too.
@@ -142,17 +144,21 @@ class Lfm2OnnxConfig(TextDecoderOnnxConfig):
         return self._weights
 
     @classmethod
-    def check_variant(cls, name: str) -> None:
-        """Raise `Lfm2Error` for an unknown variant. The message lists those that there are."""
-        if name not in cls.VARIANTS:
-            known = "".join(f"\n  {variant}: {description}" for variant, description in cls.VARIANTS.items())
-            raise Lfm2Error(f"LFM2 has no variant {name}. It has:{known}")
-
-    def patch_model_for_export(self, model: Any, model_kwargs: dict[str, Any] | None = None) -> GraphPatcher:
-        """Read the options and the model's weights, and return the patcher. Optimum calls this before the trace.
+    def check_variant(cls, name: str, title: str = "LFM2") -> None:
+        """Raise `Lfm2Error` for an unknown variant. The message lists those that there are.
 
         Args:
-            model: a model of transformers. It may be on the meta device, with a `checkpoint` that has its weights.
+            name: the variant.
+            title: what to call the model (`Member.title`).
+        """
+        if name not in cls.VARIANTS:
+            known = "".join(f"\n  {variant}: {description}" for variant, description in cls.VARIANTS.items())
+            raise Lfm2Error(f"{title} has no variant {name}. It has:{known}")
+
+    def read_options(self, model_kwargs: dict[str, Any] | None) -> None:
+        """Read the options, which say what the graph's inputs are.
+
+        Args:
             model_kwargs: what `ExportOptions.read` takes. Optimum adds `logits_to_keep`.
 
         Raises:
@@ -173,9 +179,23 @@ class Lfm2OnnxConfig(TextDecoderOnnxConfig):
                 f"--model-kwargs: rollback takes tokens back from a cache, and a graph for {self.task} has none. "
                 f"Use --task {self.task}-with-past."
             )
+        if options.rollback == "columns" and (kept := self._whole_states()):
+            raise Lfm2Error(
+                f"--model-kwargs: rollback by columns takes tokens back from windows, and {kept[0].past} of "
+                f"{self._config.model_type} is the sum of all tokens. Leave rollback out: tokens are run again."
+            )
         self._options = options
         if self.scheme is not None:
             self.member.check_scheme(self.scheme, self._config)
+
+    def patch_model_for_export(self, model: Any, model_kwargs: dict[str, Any] | None = None) -> GraphPatcher:
+        """Read the options and the model's weights, and return the patcher. Optimum calls this before the trace.
+
+        Args:
+            model: a model of transformers. It may be on the meta device, with a `checkpoint` that has its weights.
+            model_kwargs: what `read_options` takes, with its errors.
+        """
+        self.read_options(model_kwargs)
         patcher = super().patch_model_for_export(model, model_kwargs)
         self._weights = patcher.weights
         return patcher
@@ -194,6 +214,10 @@ class Lfm2OnnxConfig(TextDecoderOnnxConfig):
     def cache_tensors(self) -> list[CacheTensor]:
         """The cache tensors in the order of the inputs."""
         return self.member.cache_tensors(self._config, self.cache_names)
+
+    def _whole_states(self) -> list[CacheTensor]:
+        """Return the caches of fixed size out of which no token can be taken."""
+        return [cache for cache in self.cache_tensors if not cache.grows and not cache.state.gives_columns]
 
     @property
     def inputs(self) -> dict[str, dict[int, str]]:
@@ -295,8 +319,8 @@ class Lfm2OnnxConfig(TextDecoderOnnxConfig):
         return [self._dummy_inputs(*call) for call in (calls if self.use_past_in_inputs else calls[:1])]
 
     def _dummy_inputs(self, batch: int, length: int, full: bool) -> dict[str, Any]:
-        # A row may have three masked columns, and transformers 4.57 needs `conv_L_cache` visible ones to go on.
-        past = max(FULL, self._config.conv_L_cache + 3) if full and self.use_past_in_inputs else 0
+        # A row may have three masked columns, and transformers 4.57 needs a kernel's width of visible ones to go on.
+        past = max(FULL, self.member.kernel(self._config) + 3) if full and self.use_past_in_inputs else 0
         generator = torch.Generator().manual_seed(0)
         mask = torch.ones(batch, past + length, dtype=torch.int64)
         for row in range(batch):
@@ -319,7 +343,7 @@ class Lfm2OnnxConfig(TextDecoderOnnxConfig):
     def _dummy_caches(self, batch: int, past: int, generator: torch.Generator) -> list[tuple[torch.Tensor, ...]]:
         def values(tensor: CacheTensor) -> torch.Tensor:
             values = torch.randn((batch, *map(int, tensor.shape(past)[1:])), generator=generator)
-            return (values if past else values * 0).to(DTYPES[self.float_dtype])
+            return (values if past else values * 0).to(tensor.state.dtype or DTYPES[self.float_dtype])
 
         return unflatten([values(tensor) for tensor in self.cache_tensors], self.cache_tensors)
 
@@ -358,7 +382,7 @@ class Lfm2OnnxConfig(TextDecoderOnnxConfig):
         Optimum would look for tied weights here. The file has one tensor for them already.
         """
         ((model, config),) = models_and_onnx_configs.values()  # it has read --model-kwargs
-        write_sidecars(Path(path), getattr(model, "source", None), self.member.model_type, config.task)
+        write_sidecars(Path(path), getattr(model, "source", None), self.member, config.task)
         if config.task == "text-generation" and config.use_past:
             write_genai_config(Path(path), "", Path(path, onnx_files_subpaths[0]), config._config, config.cache_tensors)
         return models_and_onnx_configs, onnx_files_subpaths

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from functools import wraps
 from inspect import signature
@@ -36,7 +36,7 @@ def _genai_folder(cls: type, model_id: Any, subfolder: str = "", **_: Any) -> Pa
     return found[0]
 
 
-def _check_config(path: Path, model_types: tuple[str, ...]) -> dict[str, Any]:
+def _check_config(path: Path, model_types: Collection[str]) -> dict[str, Any]:
     """Refuse a local model of ours with an impossible config.json, before transformers reads it.
 
     Returns:
@@ -55,14 +55,14 @@ def _check_config(path: Path, model_types: tuple[str, ...]) -> dict[str, Any]:
     return {}
 
 
-def dispatch(model_types: tuple[str, ...]) -> None:
+def dispatch(model_types: Collection[str]) -> None:
     """Make `ORTModelForCausalLM` itself load and export these model types as `ORTLfm2ForCausalLM`.
 
     Every other model, and every other class, goes to Optimum's methods with unchanged arguments. The wrapped methods
     raise `Lfm2Error` for a local folder of ours that is wrong.
 
     Args:
-        model_types: our types, as in config.json.
+        model_types: our types, as in config.json. It is read at each call.
     """
     ORTModelForCausalLM.from_pretrained = classmethod(  # type: ignore[assignment]
         _checking_folders(ORTModelForCausalLM.from_pretrained.__func__, model_types)
@@ -72,7 +72,7 @@ def dispatch(model_types: tuple[str, ...]) -> None:
         setattr(ORTModelForCausalLM, name, classmethod(_dispatching(original, model_types)))
 
 
-def _checking_folders(original: Callable[..., Any], model_types: tuple[str, ...]) -> Callable[..., Any]:
+def _checking_folders(original: Callable[..., Any], model_types: Collection[str]) -> Callable[..., Any]:
     parameters = signature(original)
 
     @wraps(original)
@@ -100,7 +100,7 @@ def _checking_folders(original: Callable[..., Any], model_types: tuple[str, ...]
     return from_pretrained
 
 
-def _dispatching(original: Callable[..., Any], model_types: tuple[str, ...]) -> Callable[..., Any]:
+def _dispatching(original: Callable[..., Any], model_types: Collection[str]) -> Callable[..., Any]:
     @wraps(original)
     def method(cls: type, *args: Any, **kwargs: Any) -> Any:
         config = kwargs.get("config", args[1] if len(args) > 1 else None)

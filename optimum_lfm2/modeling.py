@@ -18,6 +18,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from optimum_lfm2 import compat
 from optimum_lfm2.errors import Lfm2Error
+from optimum_lfm2.families import MODEL_TYPES, member_of
+from optimum_lfm2.loading.supported import check_onnxruntime
 from optimum_lfm2.runtime.arguments import (
     PAGED,
     by_name,
@@ -359,6 +361,8 @@ class ORTLfm2ForCausalLM(AssistedGeneration, compat.GenerationWithoutExperts, OR
         session_options: SessionOptions | None = None,
         **kwargs: Any,
     ) -> ORTLfm2ForCausalLM:
+        if getattr(config, "model_type", None) in MODEL_TYPES:
+            check_onnxruntime(member_of(config))
         if session_options is None:
             session_options = SessionOptions()
             session_options.log_severity_level = WARNINGS_OFF

@@ -133,7 +133,7 @@ class Lfm2VlOnnxConfig(Lfm2OnnxConfig):
         """Write the files beside the graphs for every runtime."""
         folder = Path(path)
         model, _ = models_and_onnx_configs[f"{ONNX_FOLDER}/{VISION}"]
-        write_sidecars(folder, getattr(model, "source", None), self.member.model_type, self.task)
+        write_sidecars(folder, getattr(model, "source", None), self.member, self.task)
         declare_external_data(folder, [folder / name for name in onnx_files_subpaths], {})
         _, decoder = models_and_onnx_configs[f"{ONNX_FOLDER}/{DECODER}"]
         text, embedding = (folder / ONNX_FOLDER / f"{part}.onnx" for part in (DECODER, EMBEDDING))
@@ -171,6 +171,8 @@ def text_model(whole: Any) -> Any:
 def in_parts(original: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap Optimum's `_get_submodels_and_onnx_configs` so that LFM2-VL is exported in its parts.
 
+    The configuration of another member reads its options, since Optimum makes dummy inputs before it hands them on.
+
     Optimum has such a branch for each of its own models that have parts. Every other model goes to its function with
     unchanged arguments.
     """
@@ -181,6 +183,9 @@ def in_parts(original: Callable[..., Any]) -> Callable[..., Any]:
         if isinstance(config, Lfm2VlOnnxConfig):
             ((model, _),) = models.values()
             return config, {f"{ONNX_FOLDER}/{name}": part for name, part in config.parts(model).items()}
+        for _, own in models.values():
+            if isinstance(own, Lfm2OnnxConfig):
+                own.read_options(kwargs.get("model_kwargs"))
         return config, models
 
     return get_submodels_and_onnx_configs

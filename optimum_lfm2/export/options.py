@@ -17,7 +17,7 @@ from optimum.utils import DEFAULT_DUMMY_SHAPES
 from optimum_lfm2.errors import Lfm2Error
 from optimum_lfm2.export.model_kwargs import ExportOptions
 from optimum_lfm2.export.output import check_output
-from optimum_lfm2.families import MODEL_TYPES, member_of
+from optimum_lfm2.families import CLAIMED, MODEL_TYPES, member_of
 from optimum_lfm2.loading.source import check_dtype
 from optimum_lfm2.loading.supported import check_architecture
 from optimum_lfm2.weights.blocks import SCHEMES
@@ -47,7 +47,7 @@ def check(args: Namespace, config: Mapping[str, Any]) -> None:
     _check_rewrites(args)
     _check_inputs(args, config)
     if args.pad_token_id is not None:
-        raise Lfm2Error("--pad_token_id: LFM2 takes padding from attention_mask alone. Leave it out.")
+        raise Lfm2Error("--pad_token_id: the graph takes padding from attention_mask alone. Leave it out.")
 
 
 def check_model(model: str, config: Mapping[str, Any]) -> None:
@@ -87,7 +87,7 @@ def heeding_options(export: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(export)
     def wrapped(model: Any, *args: Any, **kwargs: Any) -> Any:
-        if getattr(getattr(model, "config", None), "model_type", None) in MODEL_TYPES:
+        if getattr(getattr(model, "config", None), "model_type", None) in CLAIMED:
             variant = kwargs.pop("variant", None)
             if variant is not None:
                 kwargs["_variant"] = variant
@@ -111,7 +111,7 @@ def check_atol(atol: float | None) -> None:
 
 def _check_library(args: Namespace) -> None:
     if args.library_name not in (None, "transformers"):
-        raise Lfm2Error(f"--library-name {args.library_name}: LFM2 is a model of transformers. Leave the option out.")
+        raise Lfm2Error(f"--library-name {args.library_name}: it is a model of transformers. Leave the option out.")
 
 
 def _check_task(args: Namespace, config: Mapping[str, Any]) -> None:
@@ -145,14 +145,14 @@ def _check_variant(args: Namespace, config: Mapping[str, Any]) -> None:
     constructor = TasksManager.get_exporter_config_constructor(
         "onnx", model_type=config["model_type"], task=task, library_name="transformers"
     )
-    constructor.func.check_variant(args.variant)
+    constructor.func.check_variant(args.variant, member.title)
     ExportOptions.read(args.model_kwargs, args.variant in SCHEMES, member.options)
 
 
 def _check_rewrites(args: Namespace) -> None:
     if args.opset is not None and args.opset not in OPSETS:
         raise Lfm2Error(
-            f"--opset {args.opset}: LFM2 is exported with {OPSETS[0]} to {OPSETS[-1]}; {OPSETS[0]} runs everywhere."
+            f"--opset {args.opset}: models are exported with {OPSETS[0]} to {OPSETS[-1]}; {OPSETS[0]} runs everywhere."
         )
     for option in ("optimize", "slim"):
         if getattr(args, option):
@@ -170,7 +170,7 @@ def _check_inputs(args: Namespace, config: Mapping[str, Any]) -> None:
         if name in TEXT_SHAPES and value < 1:
             raise Lfm2Error(f"--{name} {value}: an example input has at least one. Leave it out for the default.")
         if name not in TEXT_SHAPES and value != default:
-            raise Lfm2Error(f"--{name}: LFM2's inputs have no such axis. Leave it out.")
+            raise Lfm2Error(f"--{name}: the graph's inputs have no such axis. Leave it out.")
     text = config.get("text_config") or config
     longest = (text if isinstance(text, Mapping) else vars(text)).get("max_position_embeddings")
     if longest and args.sequence_length > longest:

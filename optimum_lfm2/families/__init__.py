@@ -7,13 +7,23 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from optimum_lfm2.families import encoder, lfm2, lfm2_moe, lfm2_vl, lfm3
+from optimum_lfm2.families import encoder, granite, lfm2, lfm2_moe, lfm2_vl, lfm3, olmo_hybrid
 from optimum_lfm2.graph.member import Member
 
 
 # Where several members have one model type, the first of them gets the checkpoints that no other member claims.
-MEMBERS: tuple[Member, ...] = (lfm2.MEMBER, encoder.MEMBER, lfm2_moe.MEMBER, lfm3.MEMBER, lfm2_vl.MEMBER)
+MEMBERS: tuple[Member, ...] = (
+    lfm2.MEMBER,
+    encoder.MEMBER,
+    lfm2_moe.MEMBER,
+    lfm3.MEMBER,
+    lfm2_vl.MEMBER,
+    granite.MEMBER,
+    olmo_hybrid.MEMBER,
+)
 MODEL_TYPES = tuple(dict.fromkeys(name for record in MEMBERS for name in record.model_types))
+# Those that Optimum's own commands and classes export and load with this package (`registration.py`).
+CLAIMED = list(MODEL_TYPES)
 
 
 def member_of(config: PretrainedConfig | Mapping[str, Any]) -> Member:

@@ -19,7 +19,7 @@ from optimum_lfm2.families import lfm2
 from optimum_lfm2.fields import FLAG, Field, ropes
 from optimum_lfm2.graph.blocks import AttentionParts, attention
 from optimum_lfm2.graph.call import AttentionCall, Call, Rotary
-from optimum_lfm2.graph.member import LayerKind, Member, Mixed, Weight, published
+from optimum_lfm2.graph.member import LFM2_NORMS, LayerKind, LayerNorms, Member, Mixed, Weight, published
 from optimum_lfm2.graph.sliding import SlidingCall, masked_attention_call, sliding_call
 from optimum_lfm2.weights.checkpoint import Checkpoint
 
@@ -75,9 +75,10 @@ def rotary_by_kind(model: PreTrainedModel) -> Mapping[str, Rotary]:
     }
 
 
-def sandwich_norms(config: PretrainedConfig) -> tuple[str, str] | None:
-    """Return the names of the norms after the mixer and after the feed-forward, or None where there are none."""
-    return ("post_operator_norm", "post_ffn_norm") if config.use_sandwich_norm else None
+def sandwich_norms(config: PretrainedConfig, layer_type: str) -> LayerNorms:
+    """Return the names of a layer's norms: those of LFM2, and two after the blocks where there are such."""
+    after = ("post_operator_norm", "post_ffn_norm") if config.use_sandwich_norm else (None, None)
+    return replace(LFM2_NORMS, after_mixer=after[0], after_feed_forward=after[1])
 
 
 class Lfm3Checkpoint(Checkpoint):
@@ -170,7 +171,7 @@ MEMBER = Member(
     check=check,
     own_code=published(*PUBLISHED_CODE),
     mend=mend_ropes,
-    post_norms=sandwich_norms,
+    norms=sandwich_norms,
     transformers_js=False,
 )
 MEMBER = replace(

@@ -56,13 +56,19 @@ class AttentionParts:
     """The parts of an attention module of transformers, and their names.
 
     Attributes:
-        norm: the name of the norms of heads, after `q_` and `k_`.
+        norm: the name of the norms of query and key, after `q_` and `k_`; None where there are none.
+        whole: whether such a norm is over all heads at once. Else it is over each head.
+        epsilon: what these norms add to the mean square; None for `norm_eps` of the configuration.
+        scale: the factor of the scores; None for `head_dim ** -0.5`.
         out: the name of the output projection.
         bias: whether the projections have biases.
         gate: the name of the projection that gives each head its gate; None where there is none.
     """
 
-    norm: str = "layernorm"
+    norm: str | None = "layernorm"
+    whole: bool = False
+    epsilon: float | None = None
+    scale: float | None = None
     out: str = "out_proj"
     bias: bool = False
     gate: str | None = None
@@ -80,7 +86,7 @@ def attention(
     config: PretrainedConfig,
     parts: AttentionParts = LFM2_PARTS,
 ) -> Mixed:
-    """Grouped-query attention, with a norm of each head of query and key before RoPE.
+    """Grouped-query attention, with norms of query and key before RoPE where there are any.
 
     One product computes query, key and value. The caches are keys and values, (batch_size, kv_heads, columns,
     head_dim) each. `shared` decides which columns a token sees, and which columns are kept.
@@ -91,15 +97,22 @@ def attention(
         bias = weight(*(f"{name}.{part}.bias" for part in projections)) if parts.bias else None
         return ops.linear(x, weight(*(f"{name}.{part}.weight" for part in projections)), bias)
 
+    def normed(x: torch.Tensor, part: str, count: int) -> torch.Tensor:
+        if parts.norm is None:
+            return x
+        by_head = x if parts.whole else shapes.resized(x, (0, 0, count, dim))
+        epsilon = config.norm_eps if parts.epsilon is None else parts.epsilon
+        result = ops.rms_norm(by_head, weight(f"{name}.{part}_{parts.norm}.weight"), epsilon)
+        return result if parts.whole else shapes.resized(result, (0, 0, count * dim))
+
     def rotated(x: torch.Tensor, part: str, count: int) -> torch.Tensor:
-        by_head = shapes.resized(x, (0, 0, count, dim))
-        normed = ops.rms_norm(by_head, weight(f"{name}.{part}_{parts.norm}.weight"), config.norm_eps)
-        return shared.rotation.rotate(shapes.resized(normed, (0, 0, count * dim)), count)
+        x = normed(x, part, count)
+        return x if shared.rotation is None else shared.rotation.rotate(x, count)
 
     widths = (heads * dim, kv_heads * dim, kv_heads * dim)
     query, key, value = shapes.parts(project(hidden, "q_proj", "k_proj", "v_proj"), *widths)
     query, key = rotated(query, "q", heads), rotated(key, "k", kv_heads)
-    context, present, columns = shared.attend(query, key, value, past, config)
+    context, present, columns = shared.attend(query, key, value, past, config, parts.scale)
     if parts.gate:
         context = gated_heads(context, ops.linear(hidden, weight(f"{name}.{parts.gate}.weight")), config)
     return project(context, parts.out), present, columns
@@ -117,7 +130,17 @@ def gated_heads(context: torch.Tensor, gate: torch.Tensor, config: PretrainedCon
     return shapes.resized(scaled, (0, 0, heads * dim))
 
 
-def feed_forward(hidden: torch.Tensor, weight: Weight, name: str) -> torch.Tensor:
-    """SwiGLU: (batch_size, sequence_length, hidden_size) → the same. `name` is that of the feed-forward's module."""
-    gate = ops.linear(hidden, weight(f"{name}.w1.weight"))
-    return ops.linear(ops.silu(gate) * ops.linear(hidden, weight(f"{name}.w3.weight")), weight(f"{name}.w2.weight"))
+def feed_forward(
+    hidden: torch.Tensor, weight: Weight, name: str, parts: tuple[str, str, str] = ("w1", "w3", "w2")
+) -> torch.Tensor:
+    """SwiGLU: (batch_size, sequence_length, hidden_size) → the same.
+
+    Args:
+        hidden: the hidden states.
+        weight: gives a parameter by its name.
+        name: the name of the feed-forward's module.
+        parts: the names of its projections: of the gate, of what it gates, and of the output.
+    """
+    gate, up, down = (f"{name}.{part}.weight" for part in parts)
+    gated = ops.silu(ops.linear(hidden, weight(gate)))
+    return ops.linear(gated * ops.linear(hidden, weight(up)), weight(down))

@@ -66,11 +66,13 @@ class ConvCall:
         visible: whether a new token is unmasked, bool (batch_size, sequence_length, 1).
         windows: the columns that each new token mixes, int64 (sequence_length, conv_L_cache).
         kept: the columns that become the row's next state, int64 (batch_size, conv_L_cache, 1).
+        taps: the columns of a kernel. A shape would be a traced value.
     """
 
     visible: torch.Tensor
     windows: torch.Tensor
     kept: torch.Tensor
+    taps: int
 
 
 def conv_call(call: Call, taps: int) -> ConvCall:
@@ -80,6 +82,7 @@ def conv_call(call: Call, taps: int) -> ConvCall:
         visible=call.new[:, :, None].to(torch.bool),
         windows=call.columns[:, None] + width,
         kept=(call.end + width)[:, :, None],
+        taps=taps,
     )
 
 
@@ -130,14 +133,14 @@ class AttentionCall:
     """What all layers of full attention in a call share.
 
     Attributes:
-        rotation: the angles of the new tokens.
+        rotation: the angles of the new tokens; None where positions do not count.
         last: the index of the last column, int32 (batch_size). It is the same for every row.
         total: the number of columns, an int32 scalar.
         bias: 0 on visible columns and `ops.MASKED` on others, (batch_size, 1, sequence_length, columns).
         causal: whether later tokens are hidden from a token.
     """
 
-    rotation: Rotation
+    rotation: Rotation | None
     last: torch.Tensor
     total: torch.Tensor
     bias: torch.Tensor
@@ -150,6 +153,7 @@ class AttentionCall:
         value: torch.Tensor,
         past: tuple[torch.Tensor, ...] | None,
         config: PretrainedConfig,
+        scale: float | None = None,
     ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...], tuple[()]]:
         """Compute attention over all columns. Return the context, as wide as the query, the present caches, no states.
 
@@ -157,6 +161,8 @@ class AttentionCall:
             query: (batch_size, sequence_length, heads * head_dim), rotated.
             key, value: (batch_size, sequence_length, kv_heads * head_dim), the key rotated.
             past: keys and values, (batch_size, kv_heads, past_sequence_length, head_dim) each, or None.
+            config: the model's configuration.
+            scale: the factor of the scores; None for `head_dim ** -0.5`.
         """
         heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, head_dim(config)
         padding = -dim % ops.HEAD_DIM_MULTIPLE  # zeros that nobody outside sees
@@ -173,7 +179,7 @@ class AttentionCall:
             self.bias,
             heads,
             kv_heads,
-            dim**-0.5,
+            dim**-0.5 if scale is None else scale,
             self.causal,
         )
         if padding:
@@ -181,13 +187,13 @@ class AttentionCall:
         return narrowed_heads(context, heads, dim), (keys, values), ()
 
 
-def attention_call(call: Call, rotary: Rotary) -> AttentionCall:
-    """Compute what all layers of full attention share."""
+def attention_call(call: Call, rotary: Rotary | None) -> AttentionCall:
+    """Compute what all layers of full attention share. Without a rotary table, positions do not count."""
     nothing = torch.zeros((), dtype=call.dtype)
     masked = torch.where(call.mask == 0, torch.full((), ops.MASKED, dtype=call.dtype), nothing)
     last, total = shapes.lengths(call.mask)
     return AttentionCall(
-        rotation=rotation(call, rotary),
+        rotation=None if rotary is None else rotation(call, rotary),
         last=last,
         total=total,
         bias=shapes.repeated(masked, call.new),

@@ -37,11 +37,18 @@ class Decoder:
         self._prefix = prefix
         self._kinds = member.kinds(config)
         self._feed_forwards = member.feed_forwards(config)
-        self._post_norms = member.post_norms(config) or (None, None)
+        self._norms = [member.norms(config, layer_type) for layer_type in config.layer_types]
+        self._epsilon = member.epsilon(config)
+        self._factors = member.factors(config)
 
     def embed(self, input_ids: torch.Tensor, weight: Weight) -> torch.Tensor:
         """Embed ids: int64 (batch_size, sequence_length) → hidden states (batch_size, sequence_length, hidden_size)."""
-        return ops.embedding(weight(f"{self._prefix}embed_tokens.weight"), input_ids)
+        embedded = ops.embedding(weight(f"{self._prefix}embed_tokens.weight"), input_ids)
+        return scaled(embedded, self._factors.embedding)
+
+    def head(self, hidden: torch.Tensor, weight: Weight) -> torch.Tensor:
+        """Compute logits: (batch_size, kept, hidden_size) → (batch_size, kept, vocab_size)."""
+        return ops.linear(scaled(hidden, self._factors.logits), weight("lm_head.weight"))
 
     def enter(self, inputs_embeds: torch.Tensor, weight: Weight) -> torch.Tensor:
         """Take embeddings from outside as hidden states, (batch_size, sequence_length, hidden_size)."""
@@ -63,15 +70,15 @@ class Decoder:
             Normed hidden states (batch_size, kept, hidden_size), and for each layer a tuple of the present caches, and
             one of the columns that the call adds to its states (see `member.Mixed`).
         """
-        config, epsilon = self._config, self._config.norm_eps
+        config = self._config
         last_layer = config.num_hidden_layers - 1
         shared = self._shared(call)
         present: list[tuple[torch.Tensor, ...]] = []
         columns: list[tuple[torch.Tensor, ...]] = []
 
-        normed = ops.rms_norm(hidden, self._norm(weight, "layers.0.operator_norm"), epsilon)
+        normed = self._normed(hidden, self._name(0, self._norms[0].mixer), weight)
         for i in range(config.num_hidden_layers):
-            kind, name = self._kinds[i], f"layers.{i}"
+            kind, norms, name = self._kinds[i], self._norms[i], f"layers.{i}"
             out, caches, added = kind.mixer(
                 normed,
                 None if past is None else past[i],
@@ -85,12 +92,12 @@ class Decoder:
             if i == last_layer and keep is not None:
                 # Nothing after this point mixes tokens: the rest runs on the tokens whose logits are asked for.
                 out, hidden = (shapes.last_tokens(x, keep) for x in (out, hidden))
-            out = self._post_norm(out, weight, name, 0)
-            normed, hidden = ops.skip_rms_norm(out, hidden, self._norm(weight, f"{name}.ffn_norm"), epsilon)
-            out = self._feed_forwards[i](normed, weight, f"{self._prefix}{name}.feed_forward")
-            out = self._post_norm(out, weight, name, 1)
-            next_norm = "embedding_norm" if i == last_layer else f"layers.{i + 1}.operator_norm"
-            normed, hidden = ops.skip_rms_norm(out, hidden, self._norm(weight, next_norm), epsilon)
+            out = self._normed(out, self._name(i, norms.after_mixer), weight)
+            normed, hidden = self._joined(out, hidden, self._name(i, norms.feed_forward), weight)
+            out = self._feed_forwards[i](normed, weight, f"{self._prefix}{name}.{self._member.feed_forward}")
+            out = self._normed(out, self._name(i, norms.after_feed_forward), weight)
+            following = self._member.final_norm if i == last_layer else self._name(i + 1, self._norms[i + 1].mixer)
+            normed, hidden = self._joined(out, hidden, following, weight)
         return normed, present, columns
 
     def _shared(self, call: Call) -> Callable[[str], Any]:
@@ -103,14 +110,26 @@ class Decoder:
 
         return shared
 
-    def _norm(self, weight: Weight, name: str) -> torch.Tensor:
-        return weight(f"{self._prefix}{name}.weight")
+    def _name(self, layer: int, norm: str | None) -> str | None:
+        return None if norm is None else f"layers.{layer}.{norm}"
 
-    def _post_norm(self, out: torch.Tensor, weight: Weight, layer: str, which: int) -> torch.Tensor:
-        norm = self._post_norms[which]
+    def _normed(self, x: torch.Tensor, norm: str | None, weight: Weight) -> torch.Tensor:
+        """Apply the norm of this name, if there is one."""
+        return x if norm is None else ops.rms_norm(x, weight(f"{self._prefix}{norm}.weight"), self._epsilon)
+
+    def _joined(
+        self, out: torch.Tensor, hidden: torch.Tensor, norm: str | None, weight: Weight
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Add a block's output to the residual stream. Return what the next block takes, and the stream."""
+        out = scaled(out, self._factors.residual)
         if norm is None:
-            return out
-        return ops.rms_norm(out, self._norm(weight, f"{layer}.{norm}"), self._config.norm_eps)
+            return (out + hidden,) * 2
+        return ops.skip_rms_norm(out, hidden, weight(f"{self._prefix}{norm}.weight"), self._epsilon)
+
+
+def scaled(x: torch.Tensor, factor: float) -> torch.Tensor:
+    """Multiply by a factor. It is no node where the factor is 1."""
+    return x if factor == 1 else x * factor
 
 
 def language_model(
@@ -140,4 +159,4 @@ def language_model(
     hidden, present, columns = decoder.layers(enter(tokens, weight), call, past, num_logits_to_keep, weight)
     if num_logits_to_keep is None:
         return shapes.named(hidden), present, columns
-    return ops.linear(hidden, weight("lm_head.weight")), present, columns
+    return decoder.head(hidden, weight), present, columns

@@ -13,7 +13,7 @@ import onnx_ir as ir
 import torch
 from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from optimum_lfm2.caches import CacheTensor, Kept, Window, cache_tensors
+from optimum_lfm2.caches import CONV, CacheTensor, Kept, Window, cache_tensors
 from optimum_lfm2.errors import Lfm2Error
 from optimum_lfm2.fields import Field
 from optimum_lfm2.graph.call import Call, Rotary
@@ -101,6 +101,40 @@ class LayerKind:
 
 
 @dataclass(frozen=True)
+class LayerNorms:
+    """The names of a layer's norms in the checkpoint. None stands for a norm that the layer does not have.
+
+    Attributes:
+        mixer: the norm before the mixer.
+        feed_forward: the norm before the feed-forward.
+        after_mixer, after_feed_forward: norms after these blocks, before the residual is added.
+    """
+
+    mixer: str | None
+    feed_forward: str | None
+    after_mixer: str | None = None
+    after_feed_forward: str | None = None
+
+
+@dataclass(frozen=True)
+class Factors:
+    """What a model multiplies by.
+
+    Attributes:
+        embedding: the embedding.
+        residual: the output of each block, before the residual is added.
+        logits: the logits.
+    """
+
+    embedding: float = 1.0
+    residual: float = 1.0
+    logits: float = 1.0
+
+
+LFM2_NORMS = LayerNorms("operator_norm", "ffn_norm")
+
+
+@dataclass(frozen=True)
 class Head:
     """What follows the final norm of an encoder.
 
@@ -131,8 +165,12 @@ class Member:
         fields: the fields of config.json that the member adds, or whose values differ from other members'. Each says
             what it may hold.
         check: raises `Lfm2Error` for a config.json, as a mapping, for which the member's graph is wrong.
-        post_norms: takes a configuration and returns the names of two norms of a layer, or None where it has none. The
-            first follows the mixer and the second the feed-forward, before the residual is added.
+        norms: takes a configuration and a layer's name in `layer_types`, and returns the names of the layer's norms.
+        final_norm: the name of the norm after the last layer.
+        epsilon: takes a configuration and returns what norms add to the mean square.
+        feed_forward: the name of the feed-forward's module in transformers' layer.
+        factors: takes a configuration and returns what the model multiplies by.
+        kernel: takes a configuration and returns the number of columns that convolutions see.
         checkpoint: the class that reads the stored weights.
         in_8_bits: endings of the names of linear layers that have 8 bits in every quantised file (`Scheme.in_8_bits`).
         check_scheme: raises `Lfm2Error` for a quantisation that the member's operators cannot compute.
@@ -147,10 +185,17 @@ class Member:
             whether `models` has the same model, so that nobody has to run the checkpoint's own code.
         mend: corrects, in place, what transformers reads of a configuration otherwise than its checkpoint was trained.
             Returns a sentence on each correction.
+        title: what messages call the model.
+        min_onnxruntime: the first release of onnxruntime that has the member's operators. None for those of any release
+            that this package takes.
         genai_type: the model type in `genai_config.json`. None if onnxruntime-genai cannot run the member.
         transformers_js: whether Transformers.js (4.3.1) has the model.
         growing: the record for a graph whose sliding layers keep the keys and values of all columns. Some runtimes have
             no other cache. None for a member whose attention keeps all columns anyway.
+        packed: the record for a graph with one conv state a layer, where the Hub's has several. onnxruntime-genai takes
+            one. None for a member that has one anyway.
+        written: changes the contents of a folder's config.json to what other runtimes and releases read.
+        yields: whether Optimum's own configuration for the model type goes before ours, should it have one.
         text: the field of config.json that has the configuration of the decoder, which is another member. None if the
             decoder is all there is.
         tower: the vision tower, a `graph.tower.Tower`. None for a model of text alone.
@@ -165,7 +210,12 @@ class Member:
     rotary: Callable[[PreTrainedModel], Mapping[str, Rotary]]
     fields: Mapping[str, Field] = field(default_factory=dict)
     check: Callable[[Mapping[str, Any]], None] = lambda config: None
-    post_norms: Callable[[PretrainedConfig], tuple[str, str] | None] = lambda config: None
+    norms: Callable[[PretrainedConfig, str], LayerNorms] = lambda config, layer_type: LFM2_NORMS
+    final_norm: str = "embedding_norm"
+    epsilon: Callable[[PretrainedConfig], float] = lambda config: config.norm_eps
+    feed_forward: str = "feed_forward"
+    factors: Callable[[PretrainedConfig], Factors] = lambda config: Factors()
+    kernel: Callable[[PretrainedConfig], int] = lambda config: config.conv_L_cache
     checkpoint: type[Checkpoint] = Checkpoint
     in_8_bits: tuple[str, ...] = ()
     check_scheme: Callable[[Scheme, PretrainedConfig], None] = lambda scheme, config: None
@@ -177,9 +227,14 @@ class Member:
     export_type: str | None = None
     own_code: Callable[[str], bool] = lambda name: False
     mend: Callable[[PretrainedConfig], list[str]] = lambda config: []
+    title: str = "LFM2"
+    min_onnxruntime: str | None = None
     genai_type: str | None = None
     transformers_js: bool = True
     growing: Member | None = None
+    packed: Member | None = None
+    written: Callable[[dict[str, Any]], dict[str, Any]] = lambda config: config
+    yields: bool = False
     text: str | None = None
     tower: Any = None
     other_spellings: tuple[str, ...] = ()
@@ -190,7 +245,13 @@ class Member:
         return (self.model_type, *self.other_spellings)
 
     def with_caches(self, caches: Iterable[CacheTensor]) -> Member:
-        """Return the record for a graph with these cache tensors: `growing` if it has no windows."""
+        """Return the record for a graph with these cache tensors.
+
+        It is `growing` if they have no windows, and `packed` if a layer has one conv state.
+        """
+        caches = list(caches)
+        if self.packed and any(tensor.role == CONV for tensor in caches):
+            return self.packed
         windows = any(isinstance(tensor.state, Window) for tensor in caches)
         return self if self.growing is None or windows else self.growing
 
@@ -243,7 +304,7 @@ class Member:
         if self.encodes:
             known, what = [self.task(architectures), "feature-extraction"], (architectures or [self.model_type])[0]
         else:  # a decoder's head is tied to its embedding, or its tensors are missed
-            known, what = self.tasks, "LFM2"
+            known, what = self.tasks, self.title
         if task not in known:
             raise Lfm2Error(f"--task {task}: {what} is exported for {', '.join(dict.fromkeys(known))}.")
 
@@ -269,6 +330,24 @@ class Member:
     def kinds(self, config: PretrainedConfig) -> list[LayerKind]:
         """Return the kind of each layer."""
         return [self.kind(config, layer_type) for layer_type in config.layer_types[: config.num_hidden_layers]]
+
+    def cuts(self, config: PretrainedConfig) -> list[tuple[str, tuple[int, ...]]]:
+        """Return the names of the norms that all values go through, in order: those before blocks, and the last one.
+
+        With each come the layers whose mixers lie between the norm before it and it.
+        """
+        cuts: list[tuple[str, tuple[int, ...]]] = []
+        waiting: list[int] = []
+        for layer, layer_type in enumerate(config.layer_types[: config.num_hidden_layers]):
+            norms = self.norms(config, layer_type)
+            if norms.mixer:
+                cuts.append((f"layers.{layer}.{norms.mixer}", tuple(waiting)))
+                waiting = []
+            waiting.append(layer)
+            if norms.feed_forward:
+                cuts.append((f"layers.{layer}.{norms.feed_forward}", tuple(waiting)))
+                waiting = []
+        return [*cuts, (self.final_norm, tuple(waiting))]
 
     def cache_tensors(self, config: PretrainedConfig, names: str = "hub") -> list[CacheTensor]:
         """Return the cache tensors of a model, in the order of the graph's inputs.

@@ -51,6 +51,7 @@ class SlidingCall:
         value: torch.Tensor,
         past: tuple[torch.Tensor, ...] | None,
         config: PretrainedConfig,
+        scale: float | None = None,
     ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
         """Compute attention over the window and the new tokens.
 
@@ -61,13 +62,15 @@ class SlidingCall:
             query: (batch_size, sequence_length, heads * head_dim), rotated.
             key, value: (batch_size, sequence_length, kv_heads * head_dim), the key rotated.
             past: keys and values, (batch_size, kv_heads, window, head_dim) each, or None for an empty window.
+            config: the model's configuration.
+            scale: the factor of the scores; None for `head_dim ** -0.5`.
 
         Returns:
             The context, of the shape of `query`. The next window, shaped as `past`. The new keys and values,
             (batch_size, kv_heads, sequence_length, head_dim) each.
         """
         heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, head_dim(config)
-        group = heads // kv_heads
+        group, factor = heads // kv_heads, dim**-0.5 if scale is None else scale
 
         new = [shapes.resized(rows, (0, 0, kv_heads, dim)).transpose(1, 2) for rows in (key, value)]
         if past is None:
@@ -76,7 +79,7 @@ class SlidingCall:
             keys, values = (torch.cat(pair, dim=2) for pair in zip(past, new, strict=True))
 
         # (batch_size, kv_heads, blocks, group * block, head_dim)
-        split = shapes.resized(shapes.picked(query * dim**-0.5, self.tokens, axis=1), (0, 0, 0, kv_heads, group, dim))
+        split = shapes.resized(shapes.picked(query * factor, self.tokens, axis=1), (0, 0, 0, kv_heads, group, dim))
         blocks = shapes.resized(split.permute(0, 3, 1, 4, 2, 5), (0, 0, 0, -1, dim))
         scores = blocks @ shapes.picked(keys, self.seen, axis=2).transpose(3, 4) + self.bias
         context = scores.softmax(-1) @ shapes.picked(values, self.seen, axis=2)

@@ -14,7 +14,7 @@ from transformers import GenerationConfig, PretrainedConfig
 
 from optimum_lfm2 import compat
 from optimum_lfm2.errors import Lfm2Error
-from optimum_lfm2.families import MODEL_TYPES, member_of
+from optimum_lfm2.families import CLAIMED, member_of
 from optimum_lfm2.graph.member import Member
 from optimum_lfm2.loading.companions import generation_settings
 from optimum_lfm2.loading.config_check import loaded_config
@@ -41,7 +41,7 @@ def is_ours(model_name_or_path: str | Path, **kwargs: Any) -> bool:
         config, _ = PretrainedConfig.get_config_dict(model_name_or_path, **where)
     except Exception:  # whatever loads the model says what is wrong with it
         return False
-    return config.get("model_type") in MODEL_TYPES
+    return config.get("model_type") in CLAIMED
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import onnxruntime
+from packaging import version
+
 from optimum_lfm2 import compat
 from optimum_lfm2.errors import Lfm2Error
 from optimum_lfm2.families import MEMBERS, member_of
 from optimum_lfm2.fields import ropes
+from optimum_lfm2.graph.member import Member
 from optimum_lfm2.loading.config_check import check_fields
 
 
@@ -28,6 +32,7 @@ def check_architecture(config: Mapping[str, Any], file: str = "config.json") -> 
             its weights are quantised already; or `check_fields` refuses it.
     """
     compat.check_model_type(config.get("model_type", ""))
+    check_onnxruntime(member_of(config))
     check_fields(config, file)
     _check_classes(config)
     _check_quantized(config)
@@ -49,6 +54,16 @@ def check_architecture(config: Mapping[str, Any], file: str = "config.json") -> 
                 f"the prompt's length. Use {', '.join(ROPE_TYPES)}."
             )
     member.check(config)
+
+
+def check_onnxruntime(member: Member) -> None:
+    """Raise `Lfm2Error` where the installed onnxruntime lacks an operator of the member's graph."""
+    needed, installed = member.min_onnxruntime, onnxruntime.__version__
+    if needed and version.parse(installed) < version.parse(needed):
+        raise Lfm2Error(
+            f"{member.title} needs onnxruntime {needed}, which has the operator LinearAttention, and {installed} is "
+            "installed. Upgrade it: pip install --upgrade onnxruntime."
+        )
 
 
 def _check_text(text: Mapping[str, Any] | None, file: str) -> None:

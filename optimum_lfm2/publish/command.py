@@ -16,6 +16,7 @@ from optimum_lfm2.publish.folder import Outcome, publish
 from optimum_lfm2.publish.job import Job
 from optimum_lfm2.publish.kinds import Kind, kind_of
 from optimum_lfm2.publish.precisions import Published
+from optimum_lfm2.registration import claim
 from optimum_lfm2.report import loading, megabytes, text_table
 
 
@@ -31,6 +32,7 @@ def run_publish(args: Namespace, config: Mapping[str, Any]) -> None:
     """
     with reported():
         job = Job.read(args, config)
+        claim(config["model_type"])
         with quiet():
             outcome = publish(job)
         print(_summary(job, outcome, kind_of(member_of(config))), flush=True)

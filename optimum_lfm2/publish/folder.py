@@ -109,7 +109,7 @@ def _save_configuration(job: Job, folder: Path) -> PretrainedConfig:
     maybe_save_preprocessors(job.model, folder)
     if not (folder / TOKENIZER).is_file():
         raise Lfm2Error(f"{job.model} has no tokenizer, and every runtime needs one. Copy {TOKENIZER} there.")
-    write_sidecars(folder, source, source.member.model_type, source.task)
+    write_sidecars(folder, source, source.member, source.task)
     return source.config
 
 
@@ -200,6 +200,8 @@ def _write_precision(job: Job, model: Any, precision: Precision, folder: Path) -
         if config.scheme is not None:
             # Builds of onnxruntime for the browser have no kernel for the fused embedding (see `EMBEDDINGS`).
             options["embedding"] = "portable"
+        if config.use_past:
+            config.read_options(options)  # Optimum makes dummy inputs before it hands them on
         given = {"dtype": precision.dtype, "input_shapes": dict(TRACED), "model_kwargs": dict(options)}
         convert.export(part, config, path, **given)
         differences = config.validate(part, path, job.atol)

@@ -31,11 +31,13 @@ class Cut:
 
     Attributes:
         name: the name of the norm's module in transformers' model.
+        layers: the layers whose mixers lie between the cut before this one and this one.
         normed: the output of the norm, (batch_size, sequence_length, hidden_size).
         hidden: its input, the residual stream, of the same shape.
     """
 
     name: str
+    layers: tuple[int, ...]
     normed: ir.Value
     hidden: ir.Value
 
@@ -45,12 +47,12 @@ class Cut:
         return [self.normed, self.hidden]
 
 
-def find_cuts(graph: ir.Graph, norms: Sequence[str]) -> list[Cut]:
+def find_cuts(graph: ir.Graph, norms: Mapping[str, tuple[int, ...]]) -> list[Cut]:
     """Find the norms at which a graph is cut.
 
     Args:
         graph: the exported graph.
-        norms: the names of their modules, in order.
+        norms: the names of their modules, in order, each with `Cut.layers`.
 
     Raises:
         Lfm2Error: the graph lacks one of them, or has them in another order.
@@ -60,7 +62,8 @@ def find_cuts(graph: ir.Graph, norms: Sequence[str]) -> list[Cut]:
         if "SimplifiedLayerNormalization" in node.op_type:
             weight = next((value.name for value in node.inputs if value is not None and value.is_initializer()), "")
             if (name := weight.removesuffix(WEIGHT)) in norms:
-                cuts.append(Cut(name, node.outputs[0], node.inputs[0] if len(node.outputs) == 1 else node.outputs[3]))
+                hidden = node.inputs[0] if len(node.outputs) == 1 else node.outputs[3]
+                cuts.append(Cut(name, norms[name], node.outputs[0], hidden))
     if [cut.name for cut in cuts] != list(norms):
         missing = sorted(set(norms) - {cut.name for cut in cuts}) or ["the order of its norms"]
         raise Lfm2Error(f"The graph lacks {missing[0]}, so it cannot be compared with transformers.")
@@ -80,9 +83,9 @@ def split(graph: ir.Graph, cuts: Sequence[Cut], caches: Sequence[CacheTensor]) -
     for before, after in zip([None, *cuts], [*cuts, None], strict=True):
         inputs = [*graph.inputs, *(before.values if before else ())]
         outputs = after.values if after else [graph.outputs[0]]
-        if after and after.name.endswith("ffn_norm"):
-            layer = int(after.name.split(".")[-2])
-            names = [name for tensor in caches if tensor.layer == layer for name in (tensor.present, tensor.columns)]
+        if after and after.layers:
+            own = [tensor for tensor in caches if tensor.layer in after.layers]
+            names = [name for tensor in own for name in (tensor.present, tensor.columns)]
             outputs = [*outputs, *(value for value in graph.outputs if value.name in names)]
         yield ir.convenience.extract(graph, inputs, outputs)
 

@@ -13,6 +13,7 @@ import torch
 from optimum_lfm2 import compat
 from optimum_lfm2.caches import flatten, unflatten
 from optimum_lfm2.errors import Lfm2Error
+from optimum_lfm2.families import member_of
 from optimum_lfm2.loading.models import materialize_buffers
 from optimum_lfm2.validation.export_config import ExportConfig
 from optimum_lfm2.validation.pieces import Cut, Values
@@ -24,12 +25,13 @@ from optimum_lfm2.validation.together import run_together
 PLACE: ContextVar[tuple[Values, int, torch.Tensor]] = ContextVar("place")
 
 
-def norm_names(model: Any) -> list[str]:
-    """Return the names of the norms between a model's blocks, in the order in which they run."""
+def norm_names(model: Any) -> dict[str, tuple[int, ...]]:
+    """Return the names of the norms between a model's blocks, in the order in which they run.
+
+    With each come the layers whose mixers lie between the norm before it and it.
+    """
     prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
-    layers = range(model.config.num_hidden_layers)
-    names = [f"layers.{layer}.{norm}" for layer in layers for norm in ("operator_norm", "ffn_norm")]
-    return [f"{prefix}{name}" for name in (*names, "embedding_norm")]
+    return {f"{prefix}{name}": layers for name, layers in member_of(model.config).cuts(model.config)}
 
 
 class Reference:

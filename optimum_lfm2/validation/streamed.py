@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from optimum_lfm2.families import member_of
 from optimum_lfm2.graph.experts import expert_blocks
 from optimum_lfm2.weights.blocks import Scheme, module_blocks, rounded
 from optimum_lfm2.weights.checkpoint import stored_tensors, tied_names
@@ -83,7 +84,7 @@ def streamed(model: Any, weights: Mapping[str, Any]) -> Iterator[None]:
 def loans(model: Any, weights: Mapping[str, Any]) -> list[Loan]:
     """Return a loan for each unit of a model: the embedding, the layers, the final norm, the head."""
     decoder = model.base_model
-    units = [decoder.embed_tokens, *decoder.layers, decoder.embedding_norm]
+    units = [decoder.embed_tokens, *decoder.layers, getattr(decoder, member_of(model.config).final_norm)]
     units += [head for head in model.children() if decoder is not model and head is not decoder]
     names = {module: name for name, module in model.named_modules()}
     return [Loan(unit, names[unit], weights) for unit in units]

@@ -180,6 +180,16 @@ class Checkpoint(Mapping[str, torch.Tensor]):
         return len(self._stored)
 
 
+def tensor_shape(path: Path, name: str) -> tuple[int, ...]:
+    """Return the shape of a tensor of a file, as the file's header has it.
+
+    Raises:
+        Lfm2Error: the file is not complete.
+    """
+    with _opened(path) as file:
+        return tuple(file.get_slice(name).get_shape())
+
+
 def is_finite(tensor: torch.Tensor) -> bool:
     """Return whether all values of a tensor of any shape are finite numbers.
 

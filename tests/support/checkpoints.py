@@ -10,8 +10,9 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, Lfm2Config, Lfm2ForCausalLM, Lfm2Model, PreTrainedModel
+from transformers import AutoConfig, Lfm2Config, Lfm2Model, PreTrainedModel
 
+from optimum_lfm2 import compat
 from optimum_lfm2.families.bidirectional import MODELS
 
 
@@ -112,6 +113,71 @@ LFM3_CHECKPOINTS: dict[str, dict] = {
 }
 CHECKPOINTS |= {name: LFM3 | options for name, options in LFM3_CHECKPOINTS.items()}
 
+# And for Granite 4.0 H, on top of BASE but for what its configuration does not have.
+MAMBA, GRANITE_ATTENTION = "mamba", "attention"
+GRANITE = {
+    "layer_types": [MAMBA, GRANITE_ATTENTION, MAMBA, MAMBA, GRANITE_ATTENTION],
+    "num_local_experts": 0,
+    "shared_intermediate_size": 96,
+    "mamba_n_heads": 8,
+    "mamba_d_state": 24,
+    "mamba_chunk_size": 16,
+    "embedding_multiplier": 12.0,
+    "residual_multiplier": 0.7,
+    "attention_multiplier": 0.4,
+    "logits_scaling": 3.0,
+    "tie_word_embeddings": True,
+    "pad_token_id": 0,
+}
+
+GRANITE_CHECKPOINTS: dict[str, dict] = {
+    "granite": {},
+    "granite_no_factors": {
+        "embedding_multiplier": 1.0,
+        "residual_multiplier": 1.0,
+        "attention_multiplier": 0.25,
+        "logits_scaling": 1.0,
+        "rms_norm_eps": 0.1,
+    },
+    "granite_rope": {
+        "position_embedding_type": "rope",
+        "rope_theta": 500.0,
+        "attention_bias": True,
+        "embedding_multiplier": 3.0,
+    },
+    "granite_biases": {"mamba_proj_bias": True, "mamba_conv_bias": False, "tie_word_embeddings": False},
+    "granite_groups": {"mamba_n_groups": 2, "num_key_value_heads": 1},
+    "granite_wide": {"mamba_expand": 3, "mamba_n_heads": 6, "mamba_d_head": 32, "mamba_d_conv": 3},
+    "granite_attention_first": {
+        "layer_types": [GRANITE_ATTENTION, MAMBA, GRANITE_ATTENTION, MAMBA, MAMBA],
+        "hidden_size": 48,
+        "embedding_multiplier": 3.0,
+    },
+    "granite_all_mamba": {"layer_types": [MAMBA] * 5},
+}
+CHECKPOINTS |= {name: GRANITE | options for name, options in GRANITE_CHECKPOINTS.items()}
+
+# And for Olmo-Hybrid, which needs a layer of each kind.
+DELTA = "linear_attention"
+OLMO = {
+    "layer_types": [DELTA, ATTENTION, DELTA, DELTA, ATTENTION],
+    "linear_num_key_heads": 4,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 12,
+    "linear_value_head_dim": 20,
+    "pad_token_id": 0,
+}
+
+OLMO_CHECKPOINTS: dict[str, dict] = {
+    "olmo": {},
+    "olmo_rope": {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}, "attention_bias": True},
+    "olmo_eigenvalues_from_0_on": {"linear_allow_neg_eigval": False, "linear_conv_kernel_dim": 2, "rms_norm_eps": 0.1},
+    "olmo_heads_in_groups": {"linear_num_key_heads": 2, "tie_word_embeddings": True, "num_key_value_heads": 1},
+    "olmo_default_heads": {f"linear_{name}": None for name in ("num_key_heads", "key_head_dim", "value_head_dim")},
+    "olmo_attention_first": {"layer_types": [ATTENTION, ATTENTION, DELTA, ATTENTION, DELTA], "hidden_size": 48},
+}
+CHECKPOINTS |= {name: OLMO | options for name, options in OLMO_CHECKPOINTS.items()}
+
 
 # Encoders, on top of BASE. Each name begins with its task's class.
 ENCODERS: dict[str, dict] = {
@@ -206,14 +272,22 @@ def _vary(model: PreTrainedModel) -> None:
 
 
 def _model(name: str, options: dict) -> PreTrainedModel:
-    if name not in MOE_CHECKPOINTS and name not in LFM3_CHECKPOINTS:
-        return Lfm2ForCausalLM(Lfm2Config(**options))
-    member = "Lfm2Moe" if name in MOE_CHECKPOINTS else "Lfm3"
+    member = next((member for member, table in TABLES.items() if name in table), "Lfm2")
     if not hasattr(transformers, f"{member}Config"):
         pytest.skip(f"transformers {transformers.__version__} has no {member}")
-    if member == "Lfm3":
+    if member == "GraniteMoeHybrid" and options.get("mamba_n_groups", 1) > 1 and not compat.TRANSFORMERS_5:
+        pytest.skip("transformers 4 norms the groups of Mamba-2 together")
+    if member not in ("Lfm2", "Lfm2Moe"):
         del options["block_multiple_of"]
     return getattr(transformers, f"{member}ForCausalLM")(getattr(transformers, f"{member}Config")(**options))
+
+
+TABLES = {
+    "Lfm2Moe": MOE_CHECKPOINTS,
+    "Lfm3": LFM3_CHECKPOINTS,
+    "GraniteMoeHybrid": GRANITE_CHECKPOINTS,
+    "OlmoHybrid": OLMO_CHECKPOINTS,
+}
 
 
 def prompts(lengths: list[int], vocab_size: int = 256, seed: int = 1) -> list[torch.Tensor]:
