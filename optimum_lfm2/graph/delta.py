@@ -77,7 +77,9 @@ def delta_net(
     normed = ops.rms_norm(by_head, cast(weight(f"{name}.o_norm.weight"), torch.float32), OUT_EPSILON)
     out = shapes.resized(normed, (0, 0, widths[2])) * ops.silu(cast(gate, torch.float32))
     out = ops.linear(cast(out, hidden.dtype), weight(f"{name}.o_proj.weight"))
-    parts = (present,) if packed else shapes.rows(present, *widths)
+    # torch's own split, since a node of ours with several outputs must have one that is read, and a graph without cache
+    # reads none of these.
+    parts = (present,) if packed else present.split(widths, dim=1)
     return out, (*parts, recurrent), ()
 
 

@@ -72,24 +72,6 @@ def parts(x: torch.Tensor, *widths: int) -> tuple[torch.Tensor, ...]:
     return _Parts.apply(x, widths)
 
 
-class _Rows(Node):
-    @staticmethod
-    def forward(ctx, x, heights):
-        return tuple(part.contiguous() for part in x.split(list(heights), dim=1))
-
-    @staticmethod
-    def symbolic(g, x, heights):
-        def split(g, x):
-            return tuple(g.op("Split", x, constant(g, list(heights)), axis_i=1, outputs=len(heights)))
-
-        return typed(*[None] * len(heights))(split)(g, x)
-
-
-def rows(x: torch.Tensor, *heights: int) -> tuple[torch.Tensor, ...]:
-    """Split the axis after the batch axis: (batch_size, height, ...) → (batch_size, heights[i], ...) each."""
-    return _Rows.apply(x, heights)
-
-
 class _Pad(Node):
     @staticmethod
     def forward(ctx, x, axis, before, after):
