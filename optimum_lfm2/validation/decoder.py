@@ -116,6 +116,7 @@ def validate(
         raise Lfm2Error(f"The file is wrong and was not kept: its outputs are {', '.join(names)}.")
     cuts = find_cuts(file.graph, norm_names(model))
     calls = config.validation_inputs(shapes or {})
+    axes = token_axes(config)
     with tqdm(total=len(cuts) + 2, desc="Comparing with transformers", disable=None, leave=False) as bar:
         gold = Reference(config, model, cuts, calls).compute()
         bar.update()
@@ -124,7 +125,7 @@ def validate(
             exact = config.scheme is not None
             piece = Piece(graph, file, path.parent, gold[0], model.dtype, exact)
             for inputs, values in zip(calls, gold, strict=True):
-                for name, difference in _compare(config, model, cuts, piece, inputs, values).items():
+                for name, difference in _compare(config, model, cuts, piece, inputs, values, axes).items():
                     differences[name] = max(difference, differences.get(name, 0.0))
             del piece
             bar.update()
@@ -132,7 +133,7 @@ def validate(
     if missing := [name for name in expected if name not in differences]:
         raise Lfm2Error(f"The file is wrong and was not kept: {missing[0]} could not be compared with transformers.")
     judge(differences, atol)
-    _check_whole(config, file, path, calls, gold)
+    _check_whole(config, file, path, calls, gold, axes)
     source: Any = getattr(model, "source", None)
     if source and source.trusted:
         compare_trusted(config, model, source, calls)
@@ -140,7 +141,13 @@ def validate(
 
 
 def _compare(
-    config: ExportConfig, model: Any, cuts: Sequence[Cut], piece: Piece, inputs: Mapping[str, Any], gold: Values
+    config: ExportConfig,
+    model: Any,
+    cuts: Sequence[Cut],
+    piece: Piece,
+    inputs: Mapping[str, Any],
+    gold: Values,
+    axes: Mapping[str, int],
 ) -> dict[str, float]:
     """Return the `relative_error` of each output of a piece, by the name of its module or output."""
     scales = gold | {
@@ -152,7 +159,7 @@ def _compare(
     differences = {}
     for name, values in piece.run(_feeds(config, inputs), gold).items():
         rounding = gold[name] * (precision if name in residuals else 0)
-        error = relative_error(values - gold[name], scales[name], rounding, _token_axis(config, name))
+        error = relative_error(values - gold[name], scales[name], rounding, axes.get(name, 1))
         differences[labels.get(name, name)] = error
     return differences
 
@@ -190,7 +197,12 @@ def judge(differences: Mapping[str, float], atol: float) -> None:
 
 
 def _check_whole(
-    config: ExportConfig, file: ir.Model, path: Path, calls: Sequence[Mapping[str, Any]], gold: Sequence[Values]
+    config: ExportConfig,
+    file: ir.Model,
+    path: Path,
+    calls: Sequence[Mapping[str, Any]],
+    gold: Sequence[Values],
+    axes: Mapping[str, int],
 ) -> None:
     """Run the whole file, and compare the median token of each output. Quantised operators keep activations in float.
 
@@ -213,7 +225,7 @@ def _check_whole(
     for inputs, values in zip(calls, gold, strict=True):
         feeds = {name: tensor.numpy() for name, tensor in _feeds(config, inputs).items()}
         for name, own in outputs_of(session, feeds, values).items():
-            axis = _token_axis(config, name)
+            axis = axes.get(name, 1)
             error, length = (_lengths(x, axis) for x in (own - values[name], values[name]))
             known = ~length.isnan()
             median = float((error[known] / length[known].clamp(min=torch.finfo(torch.float32).tiny)).median())
@@ -224,15 +236,15 @@ def _check_whole(
                 )
 
 
-def _token_axis(config: ExportConfig, name: str) -> int:
-    """Return the axis of a value that counts tokens.
+def token_axes(config: ExportConfig) -> dict[str, int]:
+    """Return the axis that counts tokens, by output. A value that is not among them has its tokens on axis 1.
 
-    It is 0 for an output with one vector a row, and 1 for all else but caches, which say it themselves.
+    It is 0 for an output with one vector a row. Caches say it themselves.
     """
+    axes = {name: 0 for name, shape in config.output_shapes().items() if shape and len(shape) == 2}
     for tensor in config.cache_tensors:
-        if name in (tensor.present, tensor.columns):
-            return tensor.state.token_axis or 0
-    return 0 if len(config.output_shapes().get(name, (0, 0, 0))) == 2 else 1
+        axes |= dict.fromkeys((tensor.present, tensor.columns), tensor.state.token_axis or 0)
+    return axes
 
 
 def _lengths(values: torch.Tensor, axis: int) -> torch.Tensor:
