@@ -16,7 +16,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 import pytest
-from checkpoints import ATTENTION, CONV, SLIDING, make_checkpoint
+from checkpoints import ATTENTION, CONV, DELTA, GRANITE_ATTENTION, MAMBA, SLIDING, make_checkpoint
 from embedding import make_embedding
 from pictures import make_vl_checkpoint
 
@@ -75,6 +75,12 @@ def makers() -> dict:
         "encoder": (lambda folder: make_embedding(folder / "embedding"), KWARGS[:2]),
         "lfm2_vl": (lambda folder: make_vl_checkpoint(folder / "vl"), KWARGS[:2]),
     }
+    named = {"model_kwargs": {"cache_names": "genai"}}
+    mamba = {**TINY, "layer_types": [MAMBA, GRANITE_ATTENTION, MAMBA], "mamba_n_heads": 4}
+    made["granite"] = (lambda folder: make_checkpoint("granite", folder, **mamba), [*KWARGS[:2], named])
+    if "olmo_hybrid" not in compat.STAND_INS:
+        own = {**TINY, "layer_types": [DELTA, ATTENTION, DELTA]}
+        made["olmo"] = (lambda folder: make_checkpoint("olmo", folder, **own), [KWARGS[0], KWARGS[3], named])
     if "lfm2_moe" not in compat.STAND_INS:
         made["lfm2_moe"] = (lambda folder: make_checkpoint("moe", folder, **TINY, num_experts=4), KWARGS)
     if "lfm3" not in compat.STAND_INS:

@@ -12,7 +12,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from checkpoints import ATTENTION, CONV, SLIDING, gold_tokens, make_checkpoint, prompts
+from checkpoints import ATTENTION, CONV, DELTA, SLIDING, gold_tokens, make_checkpoint, prompts
 
 
 EXPORTS = Path(__file__).parents[1] / "exports"
@@ -22,6 +22,7 @@ TINY |= {"num_key_value_heads": 1}
 MEMBERS = {
     "lfm2_moe": ("moe", TINY | {"layer_types": [CONV, ATTENTION, CONV], "num_experts": 4}),
     "lfm3": ("lfm3", TINY | {"layer_types": [CONV, SLIDING, ATTENTION]}),
+    "olmo_hybrid": ("olmo", TINY | {"layer_types": [DELTA, ATTENTION, DELTA]}),
 }
 
 
