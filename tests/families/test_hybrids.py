@@ -12,14 +12,22 @@ from typing import Any
 import onnx_ir as ir
 import pytest
 import torch
-from checkpoints import changed_copy, gold_tokens, make_checkpoint, prompts
+from checkpoints import (
+    ATTENTION,
+    DELTA,
+    GRANITE_ATTENTION,
+    MAMBA,
+    changed_copy,
+    gold_tokens,
+    make_checkpoint,
+    prompts,
+)
 from optimum.exporters.onnx import main_export
 from optimum.onnxruntime import ORTModelForCausalLM
 from test_modeling import (  # noqa: F401  tests and fixtures, which run here over the checkpoints below
     GREEDY,
     NEW,
     decode,
-    either,
     model,
     pad,
     test_a_mask_with_holes,
@@ -46,6 +54,11 @@ from optimum_lfm2.registration import claim, register_members
 from optimum_lfm2.validation.decoder import errors_as_they_are
 
 
+# Two layers, where an export is of one of them.
+SMALL = {
+    "granite": {"num_hidden_layers": 2, "layer_types": [MAMBA, GRANITE_ATTENTION]},
+    "olmo": {"num_hidden_layers": 2, "layer_types": [DELTA, ATTENTION]},
+}
 needs_olmo = pytest.mark.skipif("olmo_hybrid" in compat.STAND_INS, reason="this transformers has no Olmo-Hybrid")
 
 
@@ -61,8 +74,20 @@ def exported(name, exported):
 
 
 @pytest.fixture(scope="module")
+def small(name, made_once) -> Path:
+    """A checkpoint of two layers."""
+    return made_once(f"small-{name}", lambda place: make_checkpoint(name, place, **SMALL[name])) / name
+
+
+@pytest.fixture(scope="module")
 def gold_model(name, gold_model):
     return lambda _: gold_model(name)
+
+
+@pytest.fixture
+def either(model):  # noqa: F811
+    """With io-binding alone. `test_io_binding_can_change_in_the_middle` has both."""
+    return model
 
 
 @pytest.fixture(scope="module")
@@ -111,10 +136,10 @@ STATES = {
 
 
 @pytest.mark.parametrize("names", ["hub", "genai"])
-def test_half_precision_and_names(name, names, checkpoint, tmp_path):
+def test_half_precision_and_names(name, names, small, tmp_path):
     """The state of a recurrence is float32 in every file. Under genai's names Olmo-Hybrid has one conv state."""
     with errors_as_they_are():
-        main_export(str(checkpoint(name)), tmp_path, dtype="fp16", model_kwargs={"cache_names": names})
+        main_export(str(small), tmp_path, dtype="fp16", model_kwargs={"cache_names": names})
     assert signature(tmp_path / "model.onnx", 0) == STATES[name, names]
     half, rows = ORTModelForCausalLM.from_pretrained(tmp_path), prompts([9, 1, 30])
     batch = half(**pad(rows, "left")).logits
@@ -122,10 +147,10 @@ def test_half_precision_and_names(name, names, checkpoint, tmp_path):
         torch.testing.assert_close(batch[i, 30 - len(row) :], half(row[None]).logits[0], atol=0.02, rtol=0)
 
 
-@pytest.mark.parametrize("variant", ["q4", "q8"])
-def test_quantised(name, variant, checkpoint, tmp_path):
+@pytest.mark.parametrize("options", [{"variant": "q8"}, {"variant": "q4s", "dtype": "fp16"}], ids=str)
+def test_quantised(options, small, tmp_path):
     with errors_as_they_are():
-        main_export(str(checkpoint(name)), tmp_path, variant=variant)
+        main_export(str(small), tmp_path, **options)
 
 
 # A change of the graph's code, and the member whose validation sees it.
@@ -195,10 +220,13 @@ MUTANTS = {
 }
 
 
-@pytest.mark.parametrize("mutant", MUTANTS)
+@pytest.mark.parametrize(
+    "mutant",
+    [pytest.param(name, marks=pytest.mark.once) if name.startswith("granite") else name for name in MUTANTS],
+)
 def test_validation_sees_a_mistake(mutant, tmp_path, monkeypatch):
     name, change = MUTANTS[mutant]
-    source = make_checkpoint(name, tmp_path / "source")
+    source = make_checkpoint(name, tmp_path / "source", **SMALL[name])
     change(monkeypatch)
     with pytest.raises(Lfm2Error, match="differs from transformers"), errors_as_they_are():
         main_export(str(source), tmp_path / "wrong")
@@ -226,24 +254,24 @@ def refused(source: Path, out: Path, message: str, **changes: Any) -> None:
     ids=str,
 )
 def test_what_granite_refuses(changes, message, tmp_path):
-    refused(make_checkpoint("granite", tmp_path / "source"), tmp_path / "out", message, **changes)
+    refused(make_checkpoint("granite", tmp_path / "source", **SMALL["granite"]), tmp_path / "out", message, **changes)
 
 
 @needs_olmo
 def test_what_olmo_refuses(tmp_path):
-    source = make_checkpoint("olmo", tmp_path / "source")
+    source = make_checkpoint("olmo", tmp_path / "source", **SMALL["olmo"])
     refused(source, tmp_path / "out", "linear_num_key_heads 3 does not divide it", linear_num_key_heads=3)
 
 
-def test_options_and_an_old_onnxruntime(name, checkpoint, tmp_path, monkeypatch):
+def test_options_and_an_old_onnxruntime(name, small, tmp_path, monkeypatch):
     with pytest.raises(Lfm2Error, match="is the sum of all tokens"):
-        main_export(str(checkpoint(name)), tmp_path, model_kwargs={"rollback": "columns"})
+        main_export(str(small), tmp_path, model_kwargs={"rollback": "columns"})
     title = {"granite": "Granite 4.0 H", "olmo": "Olmo-Hybrid"}[name]
     with pytest.raises(Lfm2Error, match=f"{title} has no variant q3"):
-        main_export(str(checkpoint(name)), tmp_path, variant="q3")
+        main_export(str(small), tmp_path, variant="q3")
     monkeypatch.setattr(supported.onnxruntime, "__version__", "1.25.0")
     with pytest.raises(Lfm2Error, match=f"{title} needs onnxruntime 1.25.1"):
-        main_export(str(checkpoint(name)), tmp_path)
+        main_export(str(small), tmp_path)
 
 
 def apart(tensors: dict[str, torch.Tensor], parts: tuple[int, ...] | int) -> None:
@@ -263,8 +291,8 @@ def joined(tensors: dict[str, torch.Tensor]) -> None:
 
 
 @needs_olmo
-def test_kernels_apart_joined_and_in_the_thirds_of_transformers_524(checkpoint, tmp_path):
-    source = checkpoint("olmo")  # as transformers saves it
+def test_kernels_apart_joined_and_in_the_thirds_of_transformers_524(tmp_path):
+    source = make_checkpoint("olmo", tmp_path / "source", **SMALL["olmo"])  # as transformers saves it
     main_export(str(source), tmp_path / "out", do_validation=False)
     expected = (tmp_path / "out" / "model.onnx_data").read_bytes()
     whole = changed_copy(source, tmp_path / "joined", joined)

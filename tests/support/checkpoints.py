@@ -130,28 +130,31 @@ GRANITE = {
     "pad_token_id": 0,
 }
 
+# These have several knobs each, since transformers computes their golds slowly.
 GRANITE_CHECKPOINTS: dict[str, dict] = {
     "granite": {},
-    "granite_no_factors": {
-        "embedding_multiplier": 1.0,
-        "residual_multiplier": 1.0,
-        "attention_multiplier": 0.25,
-        "logits_scaling": 1.0,
-        "rms_norm_eps": 0.1,
-    },
-    "granite_rope": {
+    "granite_rope_and_biases": {
         "position_embedding_type": "rope",
         "rope_theta": 500.0,
         "attention_bias": True,
+        "mamba_proj_bias": True,
+        "mamba_conv_bias": False,
+        "tie_word_embeddings": False,
         "embedding_multiplier": 3.0,
     },
-    "granite_biases": {"mamba_proj_bias": True, "mamba_conv_bias": False, "tie_word_embeddings": False},
     "granite_groups": {"mamba_n_groups": 2, "num_key_value_heads": 1},
-    "granite_wide": {"mamba_expand": 3, "mamba_n_heads": 6, "mamba_d_head": 32, "mamba_d_conv": 3},
-    "granite_attention_first": {
+    "granite_wide_without_factors": {
         "layer_types": [GRANITE_ATTENTION, MAMBA, GRANITE_ATTENTION, MAMBA, MAMBA],
         "hidden_size": 48,
-        "embedding_multiplier": 3.0,
+        "mamba_expand": 3,
+        "mamba_n_heads": 6,
+        "mamba_d_head": 24,
+        "mamba_d_conv": 3,
+        "embedding_multiplier": 1.0,
+        "residual_multiplier": 1.0,
+        "attention_multiplier": 12**-0.5,
+        "logits_scaling": 1.0,
+        "rms_norm_eps": 0.1,
     },
     "granite_all_mamba": {"layer_types": [MAMBA] * 5},
 }
@@ -170,11 +173,23 @@ OLMO = {
 
 OLMO_CHECKPOINTS: dict[str, dict] = {
     "olmo": {},
-    "olmo_rope": {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}, "attention_bias": True},
-    "olmo_eigenvalues_from_0_on": {"linear_allow_neg_eigval": False, "linear_conv_kernel_dim": 2, "rms_norm_eps": 0.1},
-    "olmo_heads_in_groups": {"linear_num_key_heads": 2, "tie_word_embeddings": True, "num_key_value_heads": 1},
-    "olmo_default_heads": {f"linear_{name}": None for name in ("num_key_heads", "key_head_dim", "value_head_dim")},
-    "olmo_attention_first": {"layer_types": [ATTENTION, ATTENTION, DELTA, ATTENTION, DELTA], "hidden_size": 48},
+    "olmo_rope": {
+        "rope_parameters": {"rope_type": "default", "rope_theta": 500.0},
+        "attention_bias": True,
+        "linear_allow_neg_eigval": False,
+        "rms_norm_eps": 0.1,
+    },
+    "olmo_heads_in_groups": {
+        "linear_num_key_heads": 2,
+        "linear_conv_kernel_dim": 2,
+        "tie_word_embeddings": True,
+        "num_key_value_heads": 1,
+    },
+    "olmo_default_heads": {
+        **{f"linear_{name}": None for name in ("num_key_heads", "key_head_dim", "value_head_dim")},
+        "layer_types": [ATTENTION, ATTENTION, DELTA, ATTENTION, DELTA],
+        "hidden_size": 48,
+    },
 }
 CHECKPOINTS |= {name: OLMO | options for name, options in OLMO_CHECKPOINTS.items()}
 
