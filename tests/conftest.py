@@ -81,15 +81,23 @@ def checkpoint(made_once: Callable[..., Path]) -> Callable[..., Path]:
 
 @pytest.fixture(scope="session")
 def exported(checkpoint: Callable[[str], Path], made_once: Callable[..., Path]) -> Callable[..., Path]:
-    """`exported(name, **options)` gives the folder of an export by `main_export(**options)`. Never write to it."""
+    """`exported(name, **options)` gives the folder of an export by `main_export(**options)`. Never write to it.
+
+    An export without options is validated.
+    """
 
     @cache
     def exported(name: str, **options: object) -> Path:
         from optimum.exporters.onnx import main_export
 
-        source, options = str(checkpoint(name)), {"do_validation": False, **options}
+        from optimum_lfm2.validation.decoder import errors_as_they_are
+
+        def make(folder: Path) -> None:
+            with errors_as_they_are():
+                main_export(str(checkpoint(name)), folder, **{"do_validation": not options, **options})
+
         path = "-".join(["export", name, *(f"{key}={value}" for key, value in sorted(options.items()))])
-        return made_once(path, lambda folder: main_export(source, folder, **options))
+        return made_once(path, make)
 
     return exported
 

@@ -24,6 +24,8 @@ from optimum_lfm2.loading.tasks_manager import Lfm2TasksManager
 
 Tensors = dict[str, torch.Tensor]
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+# transformers 5.24 uses a second head, and tests/loading/test_ties.py looks at it.
+UNUSED_ON_4 = pytest.mark.skipif(compat.KEEPS_BOTH_HEADS, reason="this transformers uses a second head")
 LAYER = "model.layers.0.feed_forward.w1"
 
 
@@ -54,7 +56,9 @@ def deeper(tensors: Tensors) -> None:
         pytest.param(adapted, "model.layers.0.conv.in_proj.lora_A.default.weight", 1, "merge_and_unload", id="lora"),
         pytest.param(lambda t: t.update({f"{LAYER}.bias": torch.ones(96)}), f"{LAYER}.bias", 0, "no such", id="bias"),
         pytest.param(deeper, "model.layers.5.conv.conv.weight", 7, "no such", id="a layer too many"),
-        pytest.param(lambda t: t.update({HEAD: t[EMBEDDING] + 1}), HEAD, 0, "ties", id="a second head"),
+        pytest.param(
+            lambda t: t.update({HEAD: t[EMBEDDING] + 1}), HEAD, 0, "ties", id="a second head", marks=UNUSED_ON_4
+        ),
     ],
 )
 def test_tensors_that_nobody_reads(change, first, more, says, checkpoint, tmp_path, said):
