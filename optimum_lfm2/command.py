@@ -20,7 +20,8 @@ from optimum.exporters.tasks import TasksManager
 from optimum_lfm2.errors import Lfm2Error
 from optimum_lfm2.export import options
 from optimum_lfm2.export.staging import staged
-from optimum_lfm2.families import CLAIMED, member_of
+from optimum_lfm2.families import CLAIMED
+from optimum_lfm2.graph.member import Member
 from optimum_lfm2.report import WITH_PAST, loading, megabytes, size_with_weights, text_table
 from optimum_lfm2.validation.decoder import errors_as_they_are, noted_differences
 from optimum_lfm2.weights.blocks import SCHEMES
@@ -52,7 +53,7 @@ def run_export(command: Any, original: Callable[[Any], None], config: Mapping[st
         original(command)
         return
     with reported():
-        options.check(command.args, config)
+        member = options.check(command.args, config)
         with (
             staged(command.args.output) as folder,
             _arguments(command, folder),
@@ -61,15 +62,17 @@ def run_export(command: Any, original: Callable[[Any], None], config: Mapping[st
             noted_differences() as differences,
         ):
             original(command)
-        print(_summary(command.args, config, {path.relative_to(folder): x for path, x in differences.items()}))
+        found = {path.relative_to(folder): difference for path, difference in differences.items()}
+        print(_summary(command.args, member, config.get("architectures"), found))
 
 
-def _summary(args: Any, config: Mapping[str, Any], differences: Mapping[Path, float]) -> str:
+def _summary(args: Any, member: Member, architectures: list[str] | None, differences: Mapping[Path, float]) -> str:
     """Return what the command says at its end.
 
     Args:
         args: the arguments.
-        config: the checkpoint's `config.json`.
+        member: the record of the model's member.
+        architectures: as in the checkpoint's `config.json`.
         differences: for each file, relative to the output, the largest difference that its check found.
     """
     files = {args.output / name: difference for name, difference in differences.items()}
@@ -83,12 +86,12 @@ def _summary(args: Any, config: Mapping[str, Any], differences: Mapping[Path, fl
     ]
     task = TasksManager.map_from_synonym(args.task)
     if task == "auto":
-        task = member_of(config).task(config.get("architectures"))
+        task = member.task(architectures)
     lines = [text_table(rows)]
     if code := loading(task, args.output):
         lines += ["Load it in Python:", code]
     # A decoder without its head predicts no tokens that could be compared.
-    if member_of(config).encodes or task.removesuffix(WITH_PAST) != "feature-extraction":
+    if member.encodes or task.removesuffix(WITH_PAST) != "feature-extraction":
         checkpoint = shlex.quote(args.model) if Path(args.model).is_dir() else "CHECKPOINT"
         cost = "Measure what the rounding of the weights costs:" if args.variant in SCHEMES else "Measure its quality:"
         evaluate = f"optimum-cli lfm2 evaluate {shlex.quote(str(args.output))} --reference {checkpoint} --text FILE"

@@ -384,7 +384,8 @@ class Lfm2OnnxConfig(TextDecoderOnnxConfig):
         ((model, config),) = models_and_onnx_configs.values()  # it has read --model-kwargs
         write_sidecars(Path(path), getattr(model, "source", None), self.member, config.task)
         if config.task == "text-generation" and config.use_past:
-            write_genai_config(Path(path), "", Path(path, onnx_files_subpaths[0]), config._config, config.cache_tensors)
+            decoder = Path(path, onnx_files_subpaths[0])
+            write_genai_config(Path(path), "", decoder, config._config, self.member, config.cache_tensors)
         return models_and_onnx_configs, onnx_files_subpaths
 
 

@@ -47,8 +47,9 @@ def _check_config(path: Path, model_types: Collection[str]) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError):
         return {}  # it may be anybody's, so Optimum says what is wrong
     if isinstance(written, dict) and written.get("model_type") in list(model_types):
-        if member_of(written).in_parts:  # whether a graph is an encoder's, its layout says
-            member_of(written).check_loader(ORTLfm2ForCausalLM.__name__, path.parent)
+        member = member_of(written)
+        if member.in_parts:  # whether a graph is an encoder's, its layout says
+            member.check_loader(ORTLfm2ForCausalLM.__name__, path.parent)
         check_fields(written, str(path))
         config = loaded_config(path.parent)
         return {"config": config} if has_null_quantization(written) else {}
@@ -103,7 +104,7 @@ def _checking_folders(original: Callable[..., Any], model_types: Collection[str]
 def _dispatching(original: Callable[..., Any], model_types: Collection[str]) -> Callable[..., Any]:
     @wraps(original)
     def method(cls: type, *args: Any, **kwargs: Any) -> Any:
-        config = kwargs.get("config", args[1] if len(args) > 1 else None)
+        config: Any = kwargs.get("config", args[1] if len(args) > 1 else None)
         ours = getattr(config, "model_type", None) in model_types
         if ours and original.__name__ == "_export" and issubclass(cls, ORTModelForCausalLM):
             mend(config)  # transformers read it, and `save_pretrained` writes it beside the graph

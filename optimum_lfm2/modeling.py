@@ -160,9 +160,9 @@ class ORTLfm2ForCausalLM(AssistedGeneration, compat.GenerationWithoutExperts, OR
             cache = self._graph.new_cache(input_ids.shape[0])
         ids = self._entered(input_ids.to(torch.int64), cache, kwargs)
 
-        prompt = request is not None and request.is_prompt(total)
-        rows = self._rows.in_chunks(request.chunk) if prompt and request.chunk else self._rows
-        if prompt and request.ends_apart:
+        prompt = request if request is not None and request.is_prompt(total) else None
+        rows = self._rows.in_chunks(prompt.chunk) if prompt is not None and prompt.chunk else self._rows
+        if prompt is not None and prompt.ends_apart:
             logits = rows.run_to_last(ids, attention_mask, cache, self.use_io_binding)
         elif isinstance(keep, int):
             logits = rows.run(ids, attention_mask, cache, keep, self.use_io_binding)

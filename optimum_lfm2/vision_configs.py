@@ -137,7 +137,7 @@ class Lfm2VlOnnxConfig(Lfm2OnnxConfig):
         declare_external_data(folder, [folder / name for name in onnx_files_subpaths], {})
         _, decoder = models_and_onnx_configs[f"{ONNX_FOLDER}/{DECODER}"]
         text, embedding = (folder / ONNX_FOLDER / f"{part}.onnx" for part in (DECODER, EMBEDDING))
-        write_genai_config(folder, ONNX_FOLDER, text, model.config, decoder.cache_tensors, embedding)
+        write_genai_config(folder, ONNX_FOLDER, text, model.config, self.member, decoder.cache_tensors, embedding)
         return models_and_onnx_configs, onnx_files_subpaths
 
 

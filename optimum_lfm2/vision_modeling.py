@@ -132,9 +132,9 @@ class ORTLfm2VlForConditionalGeneration(ORTLfm2ForCausalLM):
         pictures = kwargs.get(PICTURES)
         assert cache is not None
         if pictures is None:
-            cache.forget_pictures()
+            cache.record.forget_pictures()
             return ids
-        return cache.number_pictures(pictures.numbered, pictures.features, self._text_config.vocab_size)
+        return cache.record.number_pictures(pictures.numbered, pictures.features, self._text_config.vocab_size)
 
     def _numbered(self, ids: torch.Tensor, features: torch.Tensor, new: int) -> Pictures:
         """Number the picture tokens: the i-th becomes vocab_size + i, the feature that takes its place.

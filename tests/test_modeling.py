@@ -121,7 +121,7 @@ def test_chat_goes_on_from_the_returned_cache(either, gold, gold_model):
     turn, reply = gold(9)
     out = either.generate(turn[None], return_dict_in_generate=True, **GREEDY)
     assert isinstance(out.past_key_values, Lfm2Cache)
-    assert out.past_key_values.recording is None, "only assisted generation pays for going back"
+    assert not out.past_key_values.record.recording, "only assisted generation pays for going back"
     chat = torch.cat([out.sequences[0], prompts([11], seed=5)[0]])
     expected = gold_tokens(gold_model("hybrid"), chat, NEW)
     again = either.generate(chat[None], past_key_values=copy.deepcopy(out.past_key_values), **GREEDY)

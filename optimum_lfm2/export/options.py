@@ -18,6 +18,7 @@ from optimum_lfm2.errors import Lfm2Error
 from optimum_lfm2.export.model_kwargs import ExportOptions
 from optimum_lfm2.export.output import check_output
 from optimum_lfm2.families import CLAIMED, MODEL_TYPES, member_of
+from optimum_lfm2.graph.member import Member
 from optimum_lfm2.loading.source import check_dtype
 from optimum_lfm2.loading.supported import check_architecture
 from optimum_lfm2.weights.blocks import SCHEMES
@@ -27,8 +28,8 @@ OPSETS = range(18, 21)  # below 18 torch writes older forms of some operators; i
 TEXT_SHAPES = ("batch_size", "sequence_length")
 
 
-def check(args: Namespace, config: Mapping[str, Any]) -> None:
-    """Refuse options that would fail, give a wrong file, or have no effect.
+def check(args: Namespace, config: Mapping[str, Any]) -> Member:
+    """Refuse options that would fail, give a wrong file, or have no effect. Return the record of the model's member.
 
     Args:
         args: the parsed arguments of `optimum-cli export onnx`.
@@ -37,21 +38,22 @@ def check(args: Namespace, config: Mapping[str, Any]) -> None:
     Raises:
         Lfm2Error: an option is refused. One line says why, and what to do instead.
     """
-    check_model(args.model, config)
-    check_output(Path(args.output), member_of(config).in_parts)
+    member = check_model(args.model, config)
+    check_output(Path(args.output), member.in_parts)
     _check_library(args)
-    _check_task(args, config)
+    _check_task(args, member, config.get("architectures"))
     _check_precision(args)
     _check_computation(args)
-    _check_variant(args, config)
+    _check_variant(args, member)
     _check_rewrites(args)
     _check_inputs(args, config)
     if args.pad_token_id is not None:
         raise Lfm2Error("--pad_token_id: the graph takes padding from attention_mask alone. Leave it out.")
+    return member
 
 
-def check_model(model: str, config: Mapping[str, Any]) -> None:
-    """Refuse a checkpoint that cannot be exported with any options.
+def check_model(model: str, config: Mapping[str, Any]) -> Member:
+    """Refuse a checkpoint that cannot be exported with any options. Return the record of its member.
 
     Args:
         model: the folder or id that the user gave, for the message.
@@ -65,7 +67,7 @@ def check_model(model: str, config: Mapping[str, Any]) -> None:
             f"{model} is of the type {model_type}, which this version of optimum-lfm2 does not export. "
             f"It exports {', '.join(MODEL_TYPES)}."
         )
-    check_architecture(config)
+    return check_architecture(config)
 
 
 def heeding_options(export: Callable[..., Any]) -> Callable[..., Any]:
@@ -114,11 +116,11 @@ def _check_library(args: Namespace) -> None:
         raise Lfm2Error(f"--library-name {args.library_name}: it is a model of transformers. Leave the option out.")
 
 
-def _check_task(args: Namespace, config: Mapping[str, Any]) -> None:
+def _check_task(args: Namespace, member: Member, architectures: list[str] | None) -> None:
     task = TasksManager.map_from_synonym(args.task)
     if task != "auto":
-        member_of(config).check_task(task, config.get("architectures"))
-    if args.monolith and member_of(config).in_parts:
+        member.check_task(task, architectures)
+    if args.monolith and member.in_parts:
         raise Lfm2Error("--monolith means one file, and this model has three. Leave it out.")
     if args.monolith and task.endswith("-with-past"):
         raise Lfm2Error(
@@ -139,11 +141,10 @@ def _check_computation(args: Namespace) -> None:
         )
 
 
-def _check_variant(args: Namespace, config: Mapping[str, Any]) -> None:
-    member = member_of(config)
+def _check_variant(args: Namespace, member: Member) -> None:
     task = member.tasks[0] if member.in_parts else "text-generation"
     constructor = TasksManager.get_exporter_config_constructor(
-        "onnx", model_type=config["model_type"], task=task, library_name="transformers"
+        "onnx", model_type=member.model_type, task=task, library_name="transformers"
     )
     constructor.func.check_variant(args.variant, member.title)
     ExportOptions.read(args.model_kwargs, args.variant in SCHEMES, member.options)

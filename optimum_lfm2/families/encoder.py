@@ -65,7 +65,7 @@ LAYER_KINDS = {
 
 MEMBER = Member(
     model_type="lfm2",
-    architectures={spelled(model.__name__): task for task, model in MODELS.items()},
+    architectures={spelled(model.__name__) or model.__name__: task for task, model in MODELS.items()},
     spelled=spelled,
     models={task: model._from_config for task, model in MODELS.items()},
     heads=HEADS,

@@ -45,7 +45,7 @@ def short_conv(
 
     mixed = (shapes.picked(columns, shared.windows, axis=1) * weight(f"{name}.conv.weight", kernel=True)).sum(2)
     if config.conv_bias:
-        mixed = mixed + bias("conv")
+        mixed = mixed + weight(f"{name}.conv.bias")
 
     out = ops.linear(output_gate * mixed, weight(f"{name}.out_proj.weight"), bias("out_proj"))
     return out, (shapes.columns_at(columns, shared.kept),), (gated.transpose(1, 2),)

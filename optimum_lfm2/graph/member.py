@@ -266,6 +266,11 @@ class Member:
         return self.text is not None
 
     @property
+    def decodes(self) -> bool:
+        """Whether the member is a decoder of text and nothing else."""
+        return not self.encodes and not self.in_parts
+
+    @property
     def options(self) -> tuple[str, ...] | None:
         """The options of `--model-kwargs` that have an effect; None means all. An encoder has no caches."""
         return ("embedding",) if self.encodes else None

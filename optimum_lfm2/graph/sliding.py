@@ -122,7 +122,7 @@ def sliding_call(call: Call, rotary: Rotary, config: PretrainedConfig) -> Slidin
     )
 
 
-def masked_attention_call(call: Call, rotary: Rotary, window: int) -> AttentionCall:
+def masked_attention_call(call: Call, rotary: Rotary | None, window: int) -> AttentionCall:
     """Compute what all layers of sliding attention share, for caches that keep all columns.
 
     Such a layer is full attention whose bias also hides the columns outside the window. So it costs as much time and

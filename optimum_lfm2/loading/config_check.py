@@ -108,7 +108,7 @@ def check_fields(config: Mapping[str, Any], name: str = "config.json") -> None:
         if missing := [needed for needed in ROPE_NEEDS.get(rope_type, ()) if needed not in rope]:
             raise Lfm2Error(f"{field} in {name} has no {missing[0]}, which {rope_type} needs. Copy it again.")
         low, high = (rope.get(f"{side}_freq_factor") for side in ("low", "high"))
-        if None not in (low, high) and low >= high:
+        if low is not None and high is not None and low >= high:
             raise Lfm2Error(f"{field} in {name} has low_freq_factor {low} from high_freq_factor {high} on.")
     _check_layers(config, name)
     _check_heads(config, name)

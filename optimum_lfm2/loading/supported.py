@@ -20,8 +20,8 @@ from optimum_lfm2.loading.config_check import check_fields
 ROPE_TYPES = ("default", "linear", "yarn", "llama3", "proportional")
 
 
-def check_architecture(config: Mapping[str, Any], file: str = "config.json") -> None:
-    """Refuse what the graph would compute wrongly.
+def check_architecture(config: Mapping[str, Any], file: str = "config.json") -> Member:
+    """Refuse what the graph would compute wrongly, and return the record of the model's member.
 
     Args:
         config: the checkpoint's `config.json`, or the part of it that describes its decoder.
@@ -32,11 +32,11 @@ def check_architecture(config: Mapping[str, Any], file: str = "config.json") -> 
             its weights are quantised already; or `check_fields` refuses it.
     """
     compat.check_model_type(config.get("model_type", ""))
-    check_onnxruntime(member_of(config))
-    check_fields(config, file)
-    _check_classes(config)
-    _check_quantized(config)
     member = member_of(config)
+    check_onnxruntime(member)
+    check_fields(config, file)
+    _check_classes(config, member)
+    _check_quantized(config)
     if member.text is not None:  # the field of the decoder's configuration
         _check_text(config.get(member.text), f"{member.text} of {file}")
     known = member.layer_kinds
@@ -54,6 +54,7 @@ def check_architecture(config: Mapping[str, Any], file: str = "config.json") -> 
                 f"the prompt's length. Use {', '.join(ROPE_TYPES)}."
             )
     member.check(config)
+    return member
 
 
 def check_onnxruntime(member: Member) -> None:
@@ -69,16 +70,15 @@ def check_onnxruntime(member: Member) -> None:
 def _check_text(text: Mapping[str, Any] | None, file: str) -> None:
     """Refuse the decoder of a model that has other parts too."""
     text = {"model_type": "lfm2", **(text or {})}
-    known = [member.model_type for member in MEMBERS if not member.in_parts and not member.encodes]
-    if text["model_type"] not in known or member_of(text).encodes:
+    known = [member.model_type for member in MEMBERS if member.decodes]
+    if text["model_type"] not in known or not member_of(text).decodes:
         raise Lfm2Error(
             f"model_type in the {file} is {text['model_type']}; it has to be {' or '.join(known)}, of a decoder."
         )
     check_architecture(text, f"the {file}")
 
 
-def _check_classes(config: Mapping[str, Any]) -> None:
-    member = member_of(config)
+def _check_classes(config: Mapping[str, Any], member: Member) -> None:
     known = tuple(member.architectures)
     names = config.get("architectures") or []
     if unknown := [name for name in names if (member.spelled(name) or name) not in known]:

@@ -16,7 +16,7 @@ from optimum_lfm2.errors import read_object
 from optimum_lfm2.families import member_of
 from optimum_lfm2.file_names import DECODER, EMBEDDING, VISION
 from optimum_lfm2.graph.member import Member
-from optimum_lfm2.publish.kinds import Kind, kind_of
+from optimum_lfm2.publish.kinds import kind_of
 from optimum_lfm2.publish.precisions import PRECISIONS, Published
 from optimum_lfm2.publish.table import Column, file_table
 from optimum_lfm2.report import megabytes, repository
@@ -90,29 +90,24 @@ def write_card(folder: Path, files: list[Published], old: Path, model: str, opti
     if license_ is not None and _is_of(license_, model):
         shutil.copyfile(license_, folder / LICENSE)
     data = _data(model, before, _load(_checkpoint_file(model, CARD, hub)), options)
-    data.pipeline_tag = _task(folder)
-    data.tags = _tags(_member(folder))
-    if any(_javascript_reads(file, _member(folder)) for file in files):
+    config = read_object(folder / CONFIG_NAME)
+    member = member_of(config)
+    task = member.task(config.get("architectures"))
+    data.pipeline_tag = task
+    data.tags = _tags(member)
+    if any(_javascript_reads(file, member) for file in files):
         data.library_name = JAVASCRIPT  # the Hub shows how to load this layout under this library's name
         data.tags = [*data.tags, JAVASCRIPT]
     name = options.repo_id or _repo_id(before) or old.resolve().name
-    kind = kind_of(_member(folder))
-    values = _values(folder, files, name, data, kind)
-    values |= kind.values(folder, files, kind.preferred(files), _task(folder))
+    values = _values(folder, files, name, data, member)
+    kind = kind_of(member)
+    values |= kind.values(folder, files, kind.preferred(files), task)
     if values.get("pooled"):
         data.library_name, data.pipeline_tag = SENTENCE_TRANSFORMERS, "sentence-similarity"
         data.tags = [*data.tags, SENTENCE_TRANSFORMERS]
     text = TEMPLATES.get_template(kind.template).render(values, card_data=data.to_yaml())
     ModelCard(text).save(folder / CARD)
     return Card(name, data.license)
-
-
-def _member(folder: Path) -> Member:
-    return member_of(read_object(folder / CONFIG_NAME))
-
-
-def _task(folder: Path) -> str:
-    return _member(folder).task(read_object(folder / CONFIG_NAME).get("architectures"))
 
 
 def _tags(member: Member) -> list[str]:
@@ -175,12 +170,12 @@ def _data(model: str, before: ModelCard | None, own: ModelCard | None, options: 
     return ModelCardData(**fields)
 
 
-def _values(folder: Path, files: list[Published], name: str, data: ModelCardData, kind: Kind) -> dict[str, Any]:
+def _values(folder: Path, files: list[Published], name: str, data: ModelCardData, member: Member) -> dict[str, Any]:
     """Return the values that the template asks for."""
     tokenizer = read_object(folder / "tokenizer_config.json")
+    kind = kind_of(member)
     chosen = kind.preferred(files)
     online = "/" in name  # an id on the Hub, not the name of a folder
-    member = _member(folder)
     read = [file for file in files if _javascript_reads(file, member)]
     unknown = ["onnxruntime-genai 0.18"] * (member.genai_type is None) + ["Transformers.js 4.3.1"] * (
         not member.transformers_js

@@ -10,11 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from optimum_lfm2.command import quiet, reported
-from optimum_lfm2.families import member_of
 from optimum_lfm2.file_names import ONNX_FOLDER
 from optimum_lfm2.publish.folder import Outcome, publish
 from optimum_lfm2.publish.job import Job
-from optimum_lfm2.publish.kinds import Kind, kind_of
 from optimum_lfm2.publish.precisions import Published
 from optimum_lfm2.registration import claim
 from optimum_lfm2.report import loading, megabytes, text_table
@@ -35,14 +33,14 @@ def run_publish(args: Namespace, config: Mapping[str, Any]) -> None:
         claim(config["model_type"])
         with quiet():
             outcome = publish(job)
-        print(_summary(job, outcome, kind_of(member_of(config))), flush=True)
+        print(_summary(job, outcome), flush=True)
     for line in outcome.failed:
         print(f"optimum-cli: error: {line}", file=sys.stderr)
     if outcome.failed:
         raise SystemExit(1)
 
 
-def _summary(job: Job, outcome: Outcome, kind: Kind) -> str:
+def _summary(job: Job, outcome: Outcome) -> str:
     """Return the table of the folder's files, and what to do with them."""
     files, card = outcome.files, outcome.card
     measured = any(file.quality for file in files)
@@ -50,7 +48,7 @@ def _summary(job: Job, outcome: Outcome, kind: Kind) -> str:
     lines = [f"\n{job.output} has:", text_table([title, *(_row(file, measured) for file in files)])]
     if not measured:
         lines.append("Checked against transformers. What rounding costs is not measured: --text FILE does that.")
-    chosen = kind.preferred(files).path.name
+    chosen = job.kind.preferred(files).path.name
     if code := loading(job.task, job.output, subfolder=ONNX_FOLDER, file_name=chosen):
         lines += ["Load it in Python:", code]
     name = card.name if "/" in card.name else f"YOU/{Path(job.model).resolve().name}-ONNX"

@@ -14,19 +14,17 @@ import torch
 from optimum.exporters.onnx import convert
 from optimum.exporters.tasks import TasksManager
 from optimum.utils.save_utils import maybe_save_preprocessors
-from transformers import AutoTokenizer, PretrainedConfig
+from transformers import AutoTokenizer
 
 from optimum_lfm2.configs import DTYPES
 from optimum_lfm2.errors import Lfm2Error, read_object
 from optimum_lfm2.export.staging import staged
-from optimum_lfm2.families import member_of
 from optimum_lfm2.file_names import DECODER, EMBEDDING, ONNX_FOLDER
 from optimum_lfm2.loading.source import Source
 from optimum_lfm2.loading.tasks_manager import Lfm2TasksManager
 from optimum_lfm2.metadata import CHECKPOINT, COMPARED, DIFFERENCE, QUALITY, TEXT
 from optimum_lfm2.publish.card import Card, write_card
 from optimum_lfm2.publish.job import LEAST_COSINE, Job
-from optimum_lfm2.publish.kinds import kind_of
 from optimum_lfm2.publish.precisions import (
     LAYOUTS,
     PRECISIONS,
@@ -74,25 +72,27 @@ def publish(job: Job) -> Outcome:
             failed. The folder stays as it was.
     """
     with staged(job.output) as folder:
-        config = _save_configuration(job, folder)
+        source = _save_configuration(job, folder)
         checkpoint = fingerprint(find_tensors(job.model, cache_dir=job.cache_dir))
         _check_output(job, folder, checkpoint)
         text = _read_text(job, folder)
         failed = _write_files(job, folder, checkpoint)
         if text is not None:
-            failed += _measure(job, folder, text)
+            failed += _measure(job, folder, text, Path(job.text or "").name)
         if not published(folder):
             raise Lfm2Error("\n".join(failed))
         files = published(job.output, folder)
         _declare_external_data(job, folder, files)
-        chosen = kind_of(member_of(config)).preferred(files)
+        chosen = job.kind.preferred(files)
         parts = chosen.by_part or {DECODER: chosen.path}
-        write_genai_config(folder, ONNX_FOLDER, parts[DECODER], config, chosen.caches, parts.get(EMBEDDING))
+        write_genai_config(
+            folder, ONNX_FOLDER, parts[DECODER], source.config, source.member, chosen.caches, parts.get(EMBEDDING)
+        )
         card = write_card(folder, files, job.output, job.model, job.card, cache_dir=job.cache_dir)
     return Outcome(published(job.output), card, failed)
 
 
-def _save_configuration(job: Job, folder: Path) -> PretrainedConfig:
+def _save_configuration(job: Job, folder: Path) -> Source:
     """Write config.json, generation_config.json, and the files of tokenizer and processor, for every runtime."""
     source = Source.open(job.model, cache_dir=job.cache_dir)
     if job.task.removesuffix(WITH_PAST) != source.task:
@@ -110,7 +110,7 @@ def _save_configuration(job: Job, folder: Path) -> PretrainedConfig:
     if not (folder / TOKENIZER).is_file():
         raise Lfm2Error(f"{job.model} has no tokenizer, and every runtime needs one. Copy {TOKENIZER} there.")
     write_sidecars(folder, source, source.member, source.task)
-    return source.config
+    return source
 
 
 def _check_output(job: Job, folder: Path, checkpoint: str) -> None:
@@ -208,25 +208,27 @@ def _write_precision(job: Job, model: Any, precision: Precision, folder: Path) -
         yield path, {DIFFERENCE: repr(max(differences.values())), COMPARED: config.COMPARISON}
 
 
-def _measure(job: Job, folder: Path, text: list[torch.Tensor]) -> list[str]:
-    """Compare each file with the checkpoint in float32 and note the result in it. Return a line per failure."""
+def _measure(job: Job, folder: Path, text: list[torch.Tensor], name: str) -> list[str]:
+    """Compare each file with the checkpoint in float32 on a text of this name. Return a line per failure.
+
+    The result is noted in the file.
+    """
     failed: list[str] = []
     files = published(folder)
     if not files:
         return failed
     model = _load(job, "fp32")
-    kind = kind_of(model.source.member)
-    compare = kind.comparison(model)
+    compare = job.kind.comparison(model)
     for file in files:
         try:
             quality = compare(file.path, text)
-            if isinstance(quality, Similarity) and file.precision in kind.measured:
+            if isinstance(quality, Similarity) and file.precision in job.kind.measured:
                 _check_similarity(quality)
         except Lfm2Error as error:
             failed.append(_removed(file.precision, folder, error))
             continue
-        annotate(file.path, {QUALITY: json.dumps(quality.as_dict()), TEXT: job.text.name})
-        print(f"{file.precision}: compared with the checkpoint on {job.text.name}", flush=True)
+        annotate(file.path, {QUALITY: json.dumps(quality.as_dict()), TEXT: name})
+        print(f"{file.precision}: compared with the checkpoint on {name}", flush=True)
     return failed
 
 

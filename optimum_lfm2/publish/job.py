@@ -12,9 +12,8 @@ from optimum_lfm2.caches import CACHE_NAMES
 from optimum_lfm2.errors import Lfm2Error
 from optimum_lfm2.export.options import check_atol, check_model
 from optimum_lfm2.export.output import check_no_checkpoint
-from optimum_lfm2.families import member_of
 from optimum_lfm2.publish.card import CardOptions
-from optimum_lfm2.publish.kinds import kind_of
+from optimum_lfm2.publish.kinds import Kind, kind_of
 from optimum_lfm2.publish.precisions import DEFAULT, PRECISIONS
 from optimum_lfm2.quality.evaluate import read_text
 from optimum_lfm2.report import WITH_PAST
@@ -38,6 +37,7 @@ class Job:
         chunks, length: the largest number of chunks of that text, and the tokens of a chunk.
         cache_dir: the folder of the Hub's cache; None is its default.
         card: what the user wants the model card to say.
+        kind: what a folder of such a model is like.
         task: what the files are for: `text-generation-with-past`, `image-text-to-text` or the task of an encoder's
             head.
     """
@@ -52,6 +52,7 @@ class Job:
     length: int
     cache_dir: str | None
     card: CardOptions
+    kind: Kind
     task: str
 
     @classmethod
@@ -61,9 +62,8 @@ class Job:
         Raises:
             Lfm2Error: the request cannot work. It is refused before any work.
         """
-        check_model(args.model, config)
+        member = check_model(args.model, config)
         check_no_checkpoint(Path(args.output))
-        member = member_of(config)
         kind = kind_of(member)
         if unknown := sorted(set(args.precisions or ()) - PRECISIONS.keys()):
             raise Lfm2Error(f"--precisions {' '.join(unknown)} is not known. Choose among {', '.join(PRECISIONS)}.")
@@ -91,5 +91,6 @@ class Job:
             args.length,
             args.cache_dir,
             CardOptions(args.repo_id, args.base_model, args.license),
+            kind,
             f"{TASK}{WITH_PAST}" if TASK in member.tasks else member.task(config.get("architectures")),
         )

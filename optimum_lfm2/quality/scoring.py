@@ -99,7 +99,7 @@ class OnnxModel:
         self._session = open_session(path)
         self._inputs = {value.name: value for value in self._session.get_inputs()}
         self._path = path
-        self._embedding = open_session(_embedding_of(path)) if EMBEDS in self._inputs else None
+        self._embedding: Any = open_session(_embedding_of(path)) if EMBEDS in self._inputs else None
         if "logits" not in (output.name for output in self._session.get_outputs()):
             raise Lfm2Error(f"{path} has no output named logits. Export it for text-generation.")
 
@@ -191,8 +191,8 @@ def _embedding_of(decoder: Path) -> Path:
 def _transformers_model(folder: Path) -> Model:
     try:
         if is_ours(folder):
-            in_parts = member_of(loaded_config(folder)).in_parts
-            task = Lfm2TasksManager.infer_task_from_model(str(folder)) if in_parts else "text-generation"
+            member = member_of(loaded_config(folder))
+            task = Lfm2TasksManager.infer_task_from_model(str(folder)) if member.in_parts else "text-generation"
             return reference_model(Lfm2TasksManager.get_model_from_task(task, str(folder), torch_dtype=torch.float32))
         return _WholeModel(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval())
     except Lfm2Error:

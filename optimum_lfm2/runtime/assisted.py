@@ -48,7 +48,7 @@ class AssistedGeneration:
             kwargs[UNTIL] = kwargs.get("stopping_criteria")
         elif request.ends_apart:
             raise Lfm2Error("An assistant_model takes no padding on the right. Cut input_ids after its last token.")
-        recorded = cache.recording is not None
+        recorded = cache.record.recording
         cache.activate_past_recording()
         try:
             return super()._assisted_decoding(input_ids, *args, **kwargs)  # type: ignore[misc]

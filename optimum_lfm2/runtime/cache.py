@@ -13,6 +13,7 @@ from optimum_lfm2.caches import GROWS
 from optimum_lfm2.errors import Lfm2Error
 from optimum_lfm2.runtime.files import FileIdentity
 from optimum_lfm2.runtime.layout import GraphLayout
+from optimum_lfm2.runtime.record import Record
 from optimum_lfm2.runtime.rollback import Rollback
 
 
@@ -56,7 +57,7 @@ class Lfm2Cache(Rollback, Cache):
                 self.spare[cache.past] = torch.empty_like(self.tensors[cache.past])
         # For graphs that are wrong on masked tokens: a cache for each row, without its masked tokens.
         self.alone: list[Lfm2Cache] | None = None
-        self.pending = self.recording = self.columns = self.features = None
+        self.record = Record()
         # Set while rows change places within the buffers: an interrupt then leaves nothing to go on from.
         self.broken = False
         # What a session prepared for these very buffers: dropped when they are replaced, or another session comes.
@@ -131,9 +132,7 @@ class Lfm2Cache(Rollback, Cache):
         chosen = beam_idx.tolist()
         if chosen == list(range(self.batch_size)):
             return
-        self.recording = None if self.recording is None else []
-        if self.pending is not None:
-            self.pending = self.pending[beam_idx.to(self.pending.device)]
+        self.record.select(beam_idx)
         if self.alone is not None:
             self.alone = [copy.deepcopy(self.alone[i]) for i in chosen]
             self.batch_size = len(chosen)
@@ -204,9 +203,7 @@ class Lfm2Cache(Rollback, Cache):
             "layers": [],
             "bindings": {},
             "bound_to": None,
-            "pending": None,
-            "recording": None,
-            "columns": None,
+            "record": Record(features=self.record.features),
         }
         twin.__dict__ = {**self.__dict__, **fresh, **changes}
         return twin
@@ -225,8 +222,7 @@ class Lfm2Cache(Rollback, Cache):
         }
         spare = {name: torch.empty_like(tensors[name]) for name in self.spare}
         changes = {"tensors": tensors, "spare": spare, "capacity": self.length, "bindings": {}, "bound_to": None}
-        features = None if self.pending is None else self.features
-        return {**self.__dict__, **changes, "recording": None, "columns": None, "features": features}
+        return {**self.__dict__, **changes, "record": self.record.copied()}
 
     def __deepcopy__(self, memo: dict) -> Lfm2Cache:
         twin = object.__new__(Lfm2Cache)

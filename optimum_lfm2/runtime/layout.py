@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +13,7 @@ from transformers import PretrainedConfig
 from optimum_lfm2.caches import LOGITS_TO_KEEP, CacheTensor, read_cache_tensors
 from optimum_lfm2.errors import Lfm2Error
 from optimum_lfm2.families import member_of
+from optimum_lfm2.graph.member import Member
 from optimum_lfm2.metadata import ANY_PADDING, IN_PLACE
 
 
@@ -21,6 +22,7 @@ class GraphLayout:
     """The signature of an LFM2 graph, whoever exported it.
 
     Attributes:
+        member: the record of the model's member, for a graph with these caches.
         caches: the cache tensors in the order of the inputs; empty for a graph without them.
         shapes: of each cache input by name, without the batch: None for the axis that grows.
         dtypes: of each cache input by name.
@@ -30,6 +32,7 @@ class GraphLayout:
         in_place: whether keys and values may lie in buffers longer than the sequence, shared by past and present.
     """
 
+    member: Member
     caches: tuple[CacheTensor, ...]
     shapes: dict[str, tuple[int | None, ...]]
     dtypes: dict[str, torch.dtype]
@@ -56,8 +59,9 @@ class GraphLayout:
     @classmethod
     def read(cls, session: InferenceSession, config: PretrainedConfig) -> GraphLayout:
         """Read a session. Raise `Lfm2Error` for an encoder, and for a graph whose caches are not LFM2's."""
-        if (member := member_of(config)).encodes:
-            member.check_loader("ORTLfm2ForCausalLM", f"A model of the class {', '.join(config.architectures)}")
+        member = member_of(config)
+        if member.encodes:
+            member.check_loader("ORTLfm2ForCausalLM", f"A model of the class {', '.join(config.architectures or ())}")
         inputs = {value.name: value for value in session.get_inputs()}
         inputs |= {value.name: value for value in session.get_overridable_initializers()}
         outputs = {value.name: value for value in session.get_outputs()}
@@ -69,9 +73,11 @@ class GraphLayout:
         caches = read_cache_tensors({name: value.shape for name, value in inputs.items()}, outputs)
         metadata = session.get_modelmeta().custom_metadata_map
         width = outputs["logits"].shape[-1]
+        member = member.with_caches(caches)
         return cls(
+            member=member,
             caches=tuple(caches),
-            shapes=_fixed(caches, config),
+            shapes=_fixed(caches, member.cache_tensors(config)),
             dtypes={c.past: TypeHelper.ort_type_to_torch_type(inputs[c.past].type) for c in caches},
             inputs=tuple(inputs),
             outputs=tuple(outputs),
@@ -94,8 +100,7 @@ class GraphLayout:
         if not self.caches:
             return
         declared = {(c.layer, c.role): c for c in self.caches}
-        member = member_of(config).with_caches(self.caches)
-        expected = {(c.layer, c.role): c for c in member.cache_tensors(config)}
+        expected = {(c.layer, c.role): c for c in self.member.cache_tensors(config)}
         if missing := expected.keys() - declared.keys():
             raise Lfm2Error(
                 f"{path} has no input {expected[min(missing)].past}, which its config.json asks for. "
@@ -109,12 +114,12 @@ class GraphLayout:
                 raise disagree(f"{cache.past} of shape", shape, wanted.axes)
 
 
-def _fixed(caches: Sequence[CacheTensor], config: PretrainedConfig) -> dict[str, tuple[int | None, ...]]:
+def _fixed(caches: Sequence[CacheTensor], described: Iterable[CacheTensor]) -> dict[str, tuple[int | None, ...]]:
     """Return the sizes after the batch, by the name of the input.
 
-    The configuration gives those that the graph leaves open, as genai's builder does.
+    `described`, the caches by the configuration, gives those that the graph leaves open, as genai's builder does.
     """
-    expected = {(c.layer, c.role): c.axes for c in member_of(config).with_caches(caches).cache_tensors(config)}
+    expected = {(c.layer, c.role): c.axes for c in described}
     known = ((cache, expected.get((cache.layer, cache.role), cache.axes)) for cache in caches)
     return {
         cache.past: tuple(size or default for size, default in zip(cache.axes, axes, strict=True))

@@ -87,7 +87,7 @@ class EmbeddedSession(GraphSession):
         pictured = ids >= self._first
         embeds = self._embedding.run({"input_ids": ids.masked_fill(pictured, 0)}, "inputs_embeds")
         if bool(pictured.any()):
-            features = self.features if cache is None or cache.features is None else cache.features
+            features = self.features if cache is None or cache.record.features is None else cache.record.features
             if features is None:
                 raise Lfm2Error("The cache has lost the features of its pictures. Start without it.")
             embeds[pictured] = features[ids[pictured] - self._first].to(embeds.device)

@@ -44,11 +44,11 @@ class RowRunner:
         if cache is None:
             return self._run(ids, mask, None, keep, io_binding)
         self._graph.check_cache(cache)
-        new, pending = ids.shape[1], cache.pending is not None
+        new, pending = ids.shape[1], cache.record.pending is not None
         keep = min(keep or new, new) if pending else keep
         with cache.unchanged_on_failure(several_tokens=pending or new > 1):
-            ids = cache.take_pending(ids)
-            before = ids.shape[1] - keep if cache.recording is not None and keep > 1 else 0
+            ids = cache.record.take_pending(ids)
+            before = ids.shape[1] - keep if cache.record.recording and keep > 1 else 0
             if before > RUN_AGAIN:
                 self._run_recorded(ids[:, :before], mask[:, : before - ids.shape[1]], cache, 1, io_binding)
                 ids = ids[:, before:]
@@ -57,7 +57,7 @@ class RowRunner:
     def _run_recorded(
         self, ids: torch.Tensor, mask: torch.Tensor, cache: Lfm2Cache, keep: int, io_binding: bool
     ) -> torch.Tensor:
-        if cache.recording is None:
+        if not cache.record.recording:
             return self._run(ids, mask, cache, keep, io_binding)
         with cache.recorded(ids, mask):
             return self._run(ids, mask, cache, keep, io_binding)
@@ -78,7 +78,7 @@ class RowRunner:
             return self._run_padding_first(ids, mask, visible, None, io_binding)
         self._graph.check_cache(cache)
         with cache.unchanged_on_failure(several_tokens=True):
-            ids = cache.take_pending(ids)
+            ids = cache.record.take_pending(ids)
             visible = (mask[:, cache.length :] != 0).to(torch.int64)
             with cache.recorded(ids, mask):
                 return self._run_to_last(ids, mask, visible, cache, io_binding)
@@ -143,8 +143,8 @@ class RowRunner:
         self, ids: torch.Tensor, mask: torch.Tensor, cache: Lfm2Cache | None, keep: int, io_binding: bool
     ) -> torch.Tensor:
         batch, sequence = ids.shape
-        several_calls = cache is not None and (cache.length > 0 or sequence > (self._chunk or PREFILL_CHUNK))
-        if batch == 1 or sequence == 1 or not several_calls:
+        one_call = cache is None or (cache.length == 0 and sequence <= (self._chunk or PREFILL_CHUNK))
+        if cache is None or batch == 1 or sequence == 1 or one_call:
             return self._run_in_chunks(ids, mask, cache, keep, io_binding)
         # GroupQueryAttention takes several rows with several new tokens on an empty cache only.
         cache.reserve(cache.length + sequence)  # so that the rows stay views of one buffer
@@ -186,8 +186,8 @@ class RowRunner:
         logits: torch.Tensor | None = None
         for i in range(batch):
             row_cache = None if own is None else own[i]
-            if row_cache is not None:
-                row_cache.features = cache.features
+            if cache is not None and row_cache is not None:
+                row_cache.record.features = cache.record.features
             if row_cache is not None and int((mask[i, :past] != 0).sum()) != row_cache.length:
                 raise Lfm2Error(
                     "attention_mask hides cached tokens that it showed before: this graph cannot forget them."

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from onnxruntime import InferenceSession, IOBinding
@@ -98,28 +100,30 @@ class GraphSession:
         sequence = total - cache.length
         cache.reserve(cache.length + sequence)
         # A single token stays or goes: the states before and after it are at hand.
-        columns = self._columns(batch, sequence) if cache.recording is not None and sequence > 1 else None
+        columns = self._columns(batch, sequence) if cache.record.recording and sequence > 1 else None
         binding = self._prepared(cache, keep, columns is not None)
         inputs = {name: tensor.to(self._device) for name, tensor in inputs.items()}  # they must outlive the run
         for name, tensor in inputs.items():
             self._bind(binding.bind_input, name, tensor)
         kept = (min(keep, sequence) or sequence) if self._layout.keeps_logits else sequence
-        logits = torch.empty((batch, kept, self._layout.vocab_size), dtype=self._logits_dtype, device=self._device)
+        shape: Any = (batch, kept, self._layout.vocab_size)  # a graph that runs in place declares its vocabulary
+        logits = torch.empty(shape, dtype=self._logits_dtype, device=self._device)
         self._bind(binding.bind_output, "logits", logits)
-        for state in self._layout.states if columns else ():
-            self._bind(binding.bind_output, state.columns, columns[state.past])
+        if columns is not None:
+            for state in self._layout.states:
+                self._bind(binding.bind_output, state.columns, columns[state.past])
         binding.synchronize_inputs()
         self._session.run_with_iobinding(binding)
         binding.synchronize_outputs()
         cache.swap()
-        cache.columns = columns
+        cache.record.columns = columns
         return logits
 
     def _columns(self, batch: int, sequence: int) -> dict[str, torch.Tensor] | None:
         """Return buffers for the columns that a call adds to each state, or None if the graph does not give them."""
         if not self._layout.gives_columns:
             return None
-        sizes = self._layout.shapes
+        sizes: Any = self._layout.shapes  # those of states are numbers
         return {
             name: torch.empty(
                 (batch, sizes[name][0], sequence, *sizes[name][2:]),
@@ -180,8 +184,8 @@ class GraphSession:
                 cache.tensors[tensor.past] = outputs[tensor.present]
             cache.capacity = inputs["attention_mask"].shape[1]
             cache.bindings.clear()
-            if cache.recording is not None and self._layout.gives_columns:
-                cache.columns = {state.past: outputs[state.columns] for state in self._layout.states}
+            if cache.record.recording and self._layout.gives_columns:
+                cache.record.columns = {state.past: outputs[state.columns] for state in self._layout.states}
         return outputs["logits"]
 
 

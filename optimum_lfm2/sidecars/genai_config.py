@@ -17,9 +17,9 @@ from transformers import Lfm2Config, PretrainedConfig
 
 from optimum_lfm2.caches import CacheTensor, ConvState, head_dim
 from optimum_lfm2.errors import Lfm2Error, read_object
-from optimum_lfm2.families import member_of
 from optimum_lfm2.file_names import GENAI_DECODER
 from optimum_lfm2.graph.editing import graph_cache_tensors
+from optimum_lfm2.graph.member import Member
 from optimum_lfm2.loading.config_check import check_fields
 from optimum_lfm2.sidecars.genai_decoder import write_decoder
 from optimum_lfm2.sidecars.genai_vision import write_pictures
@@ -42,6 +42,7 @@ def write_genai_config(
     subfolder: str,
     decoder: Path,
     config: PretrainedConfig,
+    member: Member,
     caches: Iterable[CacheTensor],
     embedding: Path | None = None,
 ) -> bool:
@@ -52,6 +53,7 @@ def write_genai_config(
         subfolder: the subfolder in which the ONNX files lie or will lie.
         decoder: the decoder's file.
         config: the model's configuration.
+        member: the record of the model's member.
         caches: the decoder's cache tensors.
         embedding: the embedding's file of a model that takes pictures.
 
@@ -60,14 +62,15 @@ def write_genai_config(
         that onnxruntime-genai does not support.
     """
     caches = list(caches)
-    if member_of(config).with_caches(caches).genai_type is None or not (folder / TOKENIZER).is_file():
+    genai_type = member.with_caches(caches).genai_type
+    if genai_type is None or not (folder / TOKENIZER).is_file():
         return False
     pictures = {} if embedding is None else write_pictures(folder, decoder, embedding, config)
     if pictures is None:
         return False
     write_decoder(decoder, folder / subfolder)
     generation = _read(folder / "generation_config.json")
-    contents = genai_config(PurePosixPath(subfolder, GENAI_DECODER).as_posix(), config, caches, generation)
+    contents = genai_config(PurePosixPath(subfolder, GENAI_DECODER).as_posix(), genai_type, config, caches, generation)
     contents["model"] |= pictures
     text = json.dumps(contents, indent=2) + "\n"
     (folder / GENAI_CONFIG).write_text(text, encoding="utf-8")
@@ -75,12 +78,17 @@ def write_genai_config(
 
 
 def genai_config(
-    filename: str, config: PretrainedConfig, caches: Sequence[CacheTensor], generation: Mapping[str, Any]
+    filename: str,
+    genai_type: str,
+    config: PretrainedConfig,
+    caches: Sequence[CacheTensor],
+    generation: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Build the contents of `genai_config.json`.
 
     Args:
         filename: the decoder's graph, relative to the folder.
+        genai_type: what onnxruntime-genai calls the model.
         config: the model's configuration.
         caches: the graph's cache tensors.
         generation: the checkpoint's `generation_config.json`. Its special tokens and sampling settings take
@@ -96,7 +104,7 @@ def genai_config(
         present[f"present_{tensor.role.name}_names"] = _template(tensor.present, tensor.layer)
 
     model: dict[str, Any] = {
-        "type": member_of(config).with_caches(caches).genai_type,
+        "type": genai_type,
         **_special_tokens(decoder, generation),
         "context_length": decoder.max_position_embeddings,
         "vocab_size": decoder.vocab_size,

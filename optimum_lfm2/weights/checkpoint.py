@@ -238,12 +238,14 @@ def find_tensors(model_name_or_path: str, **hub: Any) -> dict[str, Path]:
             return dict.fromkeys(file.keys(), single)
     if (index := found(SAFE_WEIGHTS_INDEX_NAME)) is not None:
         weight_map = _weight_map(index)
-        shards = {shard: found(shard) for shard in sorted(set(weight_map.values()))}
-        for shard, path in shards.items():
+        shards: dict[str, Path] = {}
+        for shard in sorted(set(weight_map.values())):
+            path = found(shard)
             if path is None:
                 raise Lfm2Error(
                     f"{model_name_or_path} has no file {shard}, which {index.name} names. Download or copy it again."
                 )
+            shards[shard] = path
         return {name: shards[shard] for name, shard in weight_map.items()}
     if other := next((name for name in OTHER_WEIGHTS if found(name) is not None), None):
         raise Lfm2Error(

@@ -17,6 +17,7 @@ from optimum_lfm2.command import _summary
 from optimum_lfm2.compat import TRANSFORMERS_5
 from optimum_lfm2.configs import Lfm2OnnxConfig
 from optimum_lfm2.export.model_kwargs import VALUES, ExportOptions
+from optimum_lfm2.families import member_of
 from optimum_lfm2.publish.kinds import ENCODES
 from optimum_lfm2.publish.precisions import DEFAULT, PRECISIONS
 
@@ -123,7 +124,7 @@ def test_export_onnx_says_what_it_wrote(variant, checkpoint, tmp_path, monkeypat
 def test_the_class_that_loads_an_export(config, task, loads, tmp_path):
     (tmp_path / "model.onnx").write_bytes(b"0" * 10**6)
     args = Namespace(model="me/lfm2", output=tmp_path, task=task, variant="default")
-    said = _summary(args, config, {Path("model.onnx"): 1e-6})
+    said = _summary(args, member_of(config), config.get("architectures"), {Path("model.onnx"): 1e-6})
     assert said.startswith(f"{tmp_path / 'model.onnx'}  1.00 MB")
     assert ("from_pretrained" in said) == (loads is not None)
     assert loads is None or f" {loads}.from_pretrained(" in said

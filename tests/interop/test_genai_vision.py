@@ -13,6 +13,7 @@ from pictures import asked, drawn, gold_vl_model, gold_vl_tokens, joined, proces
 from transformers import AutoConfig, AutoTokenizer
 
 from optimum_lfm2 import ORTLfm2VlForConditionalGeneration
+from optimum_lfm2.families import member_of
 from optimum_lfm2.file_names import DECODER, EMBEDDING
 from optimum_lfm2.graph.siglip2 import PROCESSOR
 from optimum_lfm2.publish.precisions import DEFAULT, published
@@ -78,7 +79,7 @@ def test_every_precision_gives_our_tokens(precision, vl_hub_folder, tmp_path):
     (chosen,) = (file for file in published(folder) if file.precision == precision)
     written = AutoConfig.from_pretrained(folder)
     decoder, embedding = (chosen.by_part[part] for part in (DECODER, EMBEDDING))
-    assert write_genai_config(folder, "onnx", decoder, written, chosen.caches, embedding)
+    assert write_genai_config(folder, "onnx", decoder, written, member_of(written), chosen.caches, embedding)
     pixels, tokenizer = drawn(), AutoTokenizer.from_pretrained(folder)
     prompt = tokenizer.decode(asked(QUESTION, [], tokenizer)).replace("user\n", "user\n<image>")
     ids, tokens, _ = run(without_end(folder), prompt, og.Images.open(str(write_png(tmp_path / "picture.png", pixels))))

@@ -38,7 +38,7 @@ def without_config(export: Path, folder: Path) -> Path:
 def test_a_configuration_is_read_from_genai_config_and_the_graph(name, exported, gold_model, tmp_path):
     folder = without_config(exported(name), tmp_path / "model")
     config = gold_model(name).config
-    content = genai_config("model.onnx", config, member_of(config).cache_tensors(config), {})
+    content = genai_config("model.onnx", "lfm2", config, member_of(config).cache_tensors(config), {})
     (folder / GENAI_CONFIG).write_text(json.dumps(content), encoding="utf-8")
     for cls in (ORTModelForCausalLM, ORTLfm2ForCausalLM):
         model = cls.from_pretrained(folder)

@@ -61,7 +61,7 @@ def test_the_cache_by_either_name(name, model):
     torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
     assert cache.get_seq_length() == 5
     cache.batch_repeat_interleave(2)
-    assert cache.recording is None, "to repeat rows is not to record"
+    assert not cache.record.recording, "to repeat rows is not to record"
 
 
 def test_two_different_caches(model):

@@ -87,7 +87,7 @@ def test_a_chat_of_candidates_right_and_wrong(way, name, exported, gold_model, m
     assert first.sequences[0, 36:].tolist() == gold
     cache = first[compat.CACHE]
     assert cache.get_seq_length() == 75
-    assert cache.recording is None
+    assert not cache.record.recording
 
     turn = torch.tensor([chat])
     whole = torch.cat([mask, torch.ones(1, len(chat) - 36, dtype=torch.int64)], dim=1)
@@ -186,8 +186,8 @@ class TestPromptLookup:
         assert (most, sizes_, longest) == (1, sizes or 2, 8)
         assert (sorted(options["ends"]), options["stops"]) == ([7, 300], None)
         assert options["replays"] == (rollback == "replay")
-        assert cache.recording is not None, "it recorded before, too"
-        cache.pending = torch.tensor([[9, 9]])
+        assert cache.record.recording, "it recorded before, too"
+        cache.record.pending = torch.tensor([[9, 9]])
         assert options["pending"]() == 2
         model.generate(torch.full((1, 510), 9), **settings | {"max_new_tokens": 20})
         assert told[1][2] == 512, "no candidate goes beyond the model's positions"

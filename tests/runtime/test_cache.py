@@ -86,7 +86,7 @@ def test_rows_are_reordered_repeated_and_selected(io_binding, model):
     cache.reorder_cache(torch.tensor([3, 0, 1, 2]))
     cache.batch_select_indices(torch.tensor([0, 1, 3]))
     assert cache.batch_size == 3
-    assert cache.recording is None
+    assert not cache.record.recording
     together = step(model, cache, 20, rows=3)
     torch.testing.assert_close(together, torch.stack([alone[1], alone[0], alone[1]]), atol=1e-5, rtol=0)
 
@@ -96,7 +96,7 @@ def test_a_cache_that_is_reset(model):
     cache, ids = model(torch.stack(prompts([9, 9]))).past_key_values, torch.stack(prompts([5, 5], seed=2))
     cache.activate_past_recording()
     cache.reset()
-    assert (cache.get_seq_length(), cache.batch_size, cache.recording, cache.made_by) == (0, 2, None, None)
+    assert (cache.get_seq_length(), cache.batch_size, cache.record.recording, cache.made_by) == (0, 2, False, None)
     torch.testing.assert_close(model(ids, past_key_values=cache).logits, model(ids).logits)
 
 

@@ -123,14 +123,14 @@ def test_features_are_dropped_when_nothing_goes_back(model, gold):
     cache = model._graph.new_cache(1)
     model(first[None], cache=cache, **a)
     model(torch.tensor([[9]]), cache=cache)
-    assert cache.features is None
+    assert cache.record.features is None
     cache.activate_past_recording()
     for count in (6, 12):
         model(first[None], cache=cache, **a)
-        assert len(cache.features) == count
+        assert len(cache.record.features) == count
     cache.stop_recording()
     model(torch.tensor([[9]]), cache=cache)
-    assert cache.features is None
+    assert cache.record.features is None
 
 
 def test_ids_that_lost_their_features(model, gold):
@@ -140,7 +140,7 @@ def test_ids_that_lost_their_features(model, gold):
     cache.activate_past_recording()
     model(first[None], cache=cache, **shown(tiles, gold.config, 1))
     cache.crop(-3)
-    cache.features = None
+    cache.record.features = None
     with pytest.raises(Lfm2Error, match="lost the features"):
         model(torch.tensor([[9]]), cache=cache)
 

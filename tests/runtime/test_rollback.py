@@ -12,7 +12,7 @@ from optimum.onnxruntime import ORTModelForCausalLM
 
 from optimum_lfm2 import compat
 from optimum_lfm2.errors import Lfm2Error
-from optimum_lfm2.runtime import rollback
+from optimum_lfm2.runtime import record
 from optimum_lfm2.runtime import rows as rows_module
 
 
@@ -84,15 +84,15 @@ def test_rows_go_on_as_if_nothing_had_been_taken_back(count, masks, batch, name,
 
 
 def test_into_calls_that_are_joined(name, model, gold_model, monkeypatch):
-    monkeypatch.setattr(rollback, "MOST_POINTS", 3)
+    monkeypatch.setattr(record, "MOST_POINTS", 3)
     (text,) = prompts([14])
     cache = model._graph.new_cache(1)
     cache.activate_past_recording()
     for i in range(0, 14, 2):
         model(text[None, i : i + 2], past_key_values=cache)
-    assert len(cache.recording) == 3
+    assert len(cache.record.points) == 3
     cache.crop(-7)
-    assert (cache.pending is None) == model.layout.gives_columns, "the columns of all calls are joined"
+    assert (cache.record.pending is None) == model.layout.gives_columns, "the columns of all calls are joined"
     (gold,) = continued(gold_model, name, [torch.cat([text[:7], torch.tensor([20])])])
     logits = model(torch.tensor([[20]]), past_key_values=cache).logits[0, -1]
     torch.testing.assert_close(logits, gold, atol=1e-4, rtol=0)
@@ -102,7 +102,7 @@ def test_into_calls_that_are_joined(name, model, gold_model, monkeypatch):
 def test_over_several_calls_and_into_a_prompt_of_several_chunks(back, name, model, gold_model, monkeypatch):
     """As a drafting model does: tokens one by one. There are more calls than points; a copy goes on too."""
     monkeypatch.setattr(rows_module, "PREFILL_CHUNK", 4)
-    monkeypatch.setattr(rollback, "MOST_POINTS", 3)
+    monkeypatch.setattr(record, "MOST_POINTS", 3)
     (text,) = prompts([17])
     cache = model._graph.new_cache(1)
     cache.activate_past_recording()
@@ -213,7 +213,7 @@ def test_before_rows_were_taken_apart(exported, gold_model):
 
 def test_calls_with_columns_and_without_are_joined(exported, gold_model, monkeypatch):
     """A call of several chunks leaves none. To activate recording again forgets nothing."""
-    monkeypatch.setattr(rollback, "MOST_POINTS", 2)
+    monkeypatch.setattr(record, "MOST_POINTS", 2)
     monkeypatch.setattr(rows_module, "PREFILL_CHUNK", 4)
     model, (text,) = ORTModelForCausalLM.from_pretrained(exported("hybrid", model_kwargs=ROLLBACK)), prompts([12])
     cache = model._graph.new_cache(1)
@@ -248,7 +248,7 @@ def test_what_cannot_be_taken_back_says_why(exported):
     for back in (2, -1):
         with pytest.raises(Lfm2Error, match="activate_past_recording"):
             cache.crop(back)
-    assert cache.recording is None, "to crop is not to record"
+    assert not cache.record.recording, "to crop is not to record"
     cache.activate_past_recording()
     model(torch.tensor([[9, 8]]), past_key_values=cache)
     with pytest.raises(Lfm2Error, match=r"crop\(-6\) takes back more tokens than the 5"):
@@ -293,11 +293,11 @@ def test_the_file_that_gives_columns(checkpoint, exported, cli, tmp_path):
     for use_io_binding in (True, False):
         model = ORTModelForCausalLM.from_pretrained(tmp_path, use_io_binding=use_io_binding)
         cache = model(torch.tensor([[9, 8]])).past_key_values
-        assert cache.columns is None, "they are of use to a cache that records"
+        assert cache.record.columns is None, "they are of use to a cache that records"
         cache.activate_past_recording()
         model(torch.tensor([[7, 6, 5]]), past_key_values=cache)
         cache.crop(-2)
-        assert (cache.get_seq_length(), cache.pending) == (3, None), "nothing is run again"
+        assert (cache.get_seq_length(), cache.record.pending) == (3, None), "nothing is run again"
     assert not usual.gives_columns
     assert given.outputs[: len(usual.outputs)] == usual.outputs
     assert given.outputs[len(usual.outputs) :] == tuple(f"columns_conv.{i}" for i in (0, 1, 3))
