@@ -1,7 +1,7 @@
 """What Optimum asks of the export of LFM2-VL: one file for each part of the model.
 
 `vision_encoder` makes features of pictures, `embed_tokens` embeddings of token ids, and `decoder_model_merged` takes
-both as `inputs_embeds`. Names, inputs and outputs are those that Transformers.js reads (4.3.1). Pixels, features and
+both as `inputs_embeds`. Names, inputs and outputs are those that Transformers.js reads (4.3.2). Pixels, features and
 embeddings are float32 in every precision.
 """
 

@@ -30,7 +30,7 @@ class Precision:
         weights: how the model card describes the weights.
         vision: the same for a vision encoder, which never has 4 bits.
         use: what the precision is good for, in words.
-        is_dtype: whether Transformers.js (4.3.1) knows the precision as a dtype. Other files it loads by their name.
+        is_dtype: whether Transformers.js (4.3.2) knows the precision as a dtype. Other files it loads by their name.
     """
 
     suffix: str

@@ -75,7 +75,7 @@ class Scheme:
 
 
 # How the graph reads an embedding. `fused` is the operator `GatherBlockQuantized`. `portable` uses operators that every
-# build of onnxruntime has; the browser builds lack `GatherBlockQuantized` (Transformers.js 4.3.1, onnxruntime-web 1.31
+# build of onnxruntime has; the browser builds lack `GatherBlockQuantized` (Transformers.js 4.3.2, onnxruntime-web 1.31
 # in its asyncify build). Both read the same bytes, which are the head's where embedding and head are tied. `float`
 # leaves the embedding unquantised.
 EMBEDDINGS = ("fused", "portable", "float")

@@ -168,7 +168,7 @@ def test_a_picture_that_needs_no_resizing_is_read_as_transformers_reads_it(shown
 @browser
 @pytest.mark.parametrize("name", RESIZED)
 def test_a_resized_picture_is_bilinear_without_antialias(shown, name):
-    """docs/vision.md says so of Transformers.js 4.3.1. transformers smooths a picture before it shrinks it."""
+    """docs/vision.md says so of Transformers.js 4.3.2. transformers smooths a picture before it shrinks it."""
     pixels = torch.from_numpy(drawn(*SIZES[name]) / 127.5 - 1).float().permute(2, 0, 1)[None]
 
     def difference(antialias):
