@@ -17,7 +17,7 @@ from optimum_lfm2.validation.decoder import validated
 from optimum_lfm2.families import CLAIMED
 from optimum_lfm2.dispatch import dispatch
 from optimum_lfm2.modeling import ORTLfm2ForCausalLM
-from optimum_lfm2.vision_modeling import ORTLfm2VlForConditionalGeneration
+from optimum_lfm2.vision_modeling import ORTLfm2VlForConditionalGeneration, ORTLfm3VlForConditionalGeneration
 from optimum_lfm2.registration import claim, register_members
 
 
@@ -38,4 +38,11 @@ read_tokenizers_of_5(is_ours)
 mend_pictures_in_text()
 
 __version__ = "0.1.0"
-__all__ = ["Lfm2OnnxConfig", "Lfm2VlOnnxConfig", "ORTLfm2ForCausalLM", "ORTLfm2VlForConditionalGeneration", "claim"]
+__all__ = [
+    "Lfm2OnnxConfig",
+    "Lfm2VlOnnxConfig",
+    "ORTLfm2ForCausalLM",
+    "ORTLfm2VlForConditionalGeneration",
+    "ORTLfm3VlForConditionalGeneration",
+    "claim",
+]

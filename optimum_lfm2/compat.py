@@ -90,15 +90,21 @@ def complete_transformers() -> None:
 
 
 # Model types that some supported release lacks, and the first release that has each. Goes when all of them have all.
-LATER_MODELS = {"lfm2_moe": "5.0", "lfm3": "5.23", "olmo_hybrid": "5.3"}
+LATER_MODELS = {"lfm2_moe": "5.0", "lfm3": "5.23", "lfm3_vl": "5.23", "olmo_hybrid": "5.3"}
+
+
+# The classes that their configurations are like where this transformers lacks them, if not `Lfm2Config`.
+LIKENESSES: dict[str, type[PretrainedConfig]] = {"lfm3_vl": Lfm2VlConfig, "lfm3_vl_vision": PretrainedConfig}
+# Types of configurations that are a part of others.
+PARTS = {"lfm3_vl_vision": "5.23"}
 
 
 def _stand_in(name: str) -> type[PretrainedConfig]:
     """Make a config class for a model that this transformers lacks. To run an export, its config is enough."""
-    return type("StandInConfig", (Lfm2Config,), {"model_type": name, "__module__": __name__})
+    return type("StandInConfig", (LIKENESSES.get(name, Lfm2Config),), {"model_type": name, "__module__": __name__})
 
 
-STAND_INS = {name: _stand_in(name) for name in LATER_MODELS if name not in CONFIG_MAPPING}
+STAND_INS = {name: _stand_in(name) for name in (*LATER_MODELS, *PARTS) if name not in CONFIG_MAPPING}
 
 
 # transformers 4.57 writes the type `lfm2_vl` this way, and no release up to 5.24 reads it. Goes when they do.
@@ -167,8 +173,9 @@ def vl_model(config: PretrainedConfig, **options: Any) -> PreTrainedModel:
 def check_model_type(model_type: str) -> None:
     """Raise `Lfm2Error` where this transformers has no model of a type that we export."""
     if model_type in STAND_INS:
+        first = (LATER_MODELS | PARTS)[model_type]
         raise Lfm2Error(
-            f"{model_type} is a model of transformers {LATER_MODELS[model_type]}, and {transformers.__version__} is "
+            f"{model_type} is a model of transformers {first}, and {transformers.__version__} is "
             'installed. Install transformers 5 as README.md tells under "Install"; what it exports runs here too.'
         )
 

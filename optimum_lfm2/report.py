@@ -12,10 +12,11 @@ from transformers.utils import CONFIG_NAME
 from optimum_lfm2.compat import TRANSFORMERS_5
 
 
-# The class that loads a file, and the file's first output, by the task of the export.
+# The class that loads a file, and the file's first output, by the task of the export. None stands for the class that
+# the member's record names.
 LOADERS = {
-    "text-generation": ("ORTLfm2ForCausalLM", "logits"),
-    "image-text-to-text": ("ORTLfm2VlForConditionalGeneration", "logits"),
+    "text-generation": (None, "logits"),
+    "image-text-to-text": (None, "logits"),
     "feature-extraction": ("ORTModelForFeatureExtraction", "last_hidden_state"),
     "fill-mask": ("ORTModelForMaskedLM", "logits"),
     "token-classification": ("ORTModelForTokenClassification", "logits"),
@@ -43,19 +44,20 @@ def text_table(rows: Iterable[Sequence[str]]) -> str:
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
 
-def loading(task: str, folder: str | Path, **names: str) -> str | None:
+def loading(task: str, folder: str | Path, own: str = "ORTLfm2ForCausalLM", **names: str) -> str | None:
     """Return the lines of Python that load an export, indented by two spaces.
 
     Args:
         task: the task of the export. With past it has a class of its own for text alone: None is returned for others.
         folder: the exported folder.
+        own: the class of this package for the member (`Member.loader`).
         names: `subfolder` and `file_name`, where the folder has several files.
     """
     plain = task.removesuffix(WITH_PAST)
     if plain not in LOADERS or (task != plain and plain != "text-generation"):
         return None
-    name = LOADERS[plain][0]
-    package = "optimum_lfm2" if "Lfm2" in name else "optimum.onnxruntime"
+    name = LOADERS[plain][0] or own
+    package = "optimum_lfm2" if name == own else "optimum.onnxruntime"
     # On transformers 5, optimum-onnx 0.1.0 cannot be imported before us.
     first = "  import optimum_lfm2\n" if package != "optimum_lfm2" and TRANSFORMERS_5 else ""
     given = ", ".join([json.dumps(str(folder)), *(f"{key}={json.dumps(value)}" for key, value in names.items())])

@@ -88,7 +88,7 @@ def _replace_placeholders(graph: ir.Graph, weights: Mapping[str, torch.Tensor]) 
 
 def _read(weights: Mapping[str, torch.Tensor], placeholder: ir.Value, kernel: bool) -> ir.TensorProtocol:
     weight = read_parameter(weights, placeholder)
-    return TorchTensor(weight[:, 0].T.contiguous() if kernel else weight)
+    return TorchTensor(weight.flatten(1).T.contiguous() if kernel else weight)
 
 
 def _leave_out_statistics(graph: ir.Graph) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from inspect import Parameter, Signature
+from math import prod
 from typing import Any
 
 import torch
@@ -52,7 +53,7 @@ class GraphPatcher:
 
     def _placeholder(self, *names: str, kernel: bool = False) -> torch.Tensor:
         rows, *others = self._shapes[names[0]]
-        shape = (others[1], rows) if kernel else (sum(self._shapes[name][0] for name in names), *others)
+        shape = (prod(others), rows) if kernel else (sum(self._shapes[name][0] for name in names), *others)
         dtype = self._parameters[names[0]].dtype
         return ops.parameter([self._tied[name] for name in names], shape, dtype, kernel)
 

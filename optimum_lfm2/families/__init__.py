@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from optimum_lfm2.families import encoder, granite, lfm2, lfm2_moe, lfm2_vl, lfm3, olmo_hybrid
+from optimum_lfm2.families import encoder, granite, lfm2, lfm2_moe, lfm2_vl, lfm3, lfm3_vl, olmo_hybrid
 from optimum_lfm2.graph.member import Member
 
 
@@ -18,6 +18,7 @@ MEMBERS: tuple[Member, ...] = (
     lfm2_moe.MEMBER,
     lfm3.MEMBER,
     lfm2_vl.MEMBER,
+    lfm3_vl.MEMBER,
     granite.MEMBER,
     olmo_hybrid.MEMBER,
 )

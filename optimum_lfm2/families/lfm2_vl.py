@@ -5,12 +5,9 @@ The reference is transformers' `modeling_lfm2_vl.py`. The tower is in `graph/sig
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 from optimum_lfm2 import compat
-from optimum_lfm2.errors import Lfm2Error
 from optimum_lfm2.families import lfm2
 from optimum_lfm2.fields import FLAG, SIZE, Field
 from optimum_lfm2.graph.member import published
@@ -54,18 +51,6 @@ class VlCheckpoint(Checkpoint):
         return super()._stored_name(name)
 
 
-def check_vision(config: Mapping[str, Any]) -> None:
-    """Raise `Lfm2Error` for a vision tower whose graph would be wrong."""
-    tower = config.get("vision_config") or {}
-    for field, rule in TOWER.fields.items():
-        if field in tower and not rule.takes(tower[field]):
-            raise Lfm2Error(
-                f"{field} in the vision_config of config.json is {tower[field]!r}; it has to be {rule}. "
-                "Correct it, or copy the file again."
-            )
-    TOWER.check(tower)
-
-
 MEMBER = replace(
     lfm2.MEMBER,
     model_type="lfm2_vl",
@@ -73,10 +58,11 @@ MEMBER = replace(
     architectures={"Lfm2VlForConditionalGeneration": "image-text-to-text"},
     models={"image-text-to-text": compat.vl_model},
     min_transformers="4.57.0",
+    loader="ORTLfm2VlForConditionalGeneration",
     text="text_config",
     tower=TOWER,
     fields=FIELDS,
-    check=check_vision,
+    check=TOWER.check_config,
     checkpoint=VlCheckpoint,
     own_code=published(*PUBLISHED_CODE),
     genai_type="lfm2_vl",

@@ -7,15 +7,15 @@ They are written for the exporter: each call of `ops.py` or `shapes.py` becomes 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from transformers import PretrainedConfig
 
 from optimum_lfm2.caches import head_dim
 from optimum_lfm2.graph import ops, shapes
-from optimum_lfm2.graph.call import AttentionCall, ConvCall
+from optimum_lfm2.graph.call import ConvCall, Rotation
 from optimum_lfm2.graph.member import Mixed, Weight
-from optimum_lfm2.graph.sliding import SlidingCall
 
 
 def short_conv(
@@ -77,10 +77,27 @@ class AttentionParts:
 LFM2_PARTS = AttentionParts()
 
 
+class Attends(Protocol):
+    """What all attention layers of a call share: the angles of tokens, and which columns a token sees."""
+
+    @property
+    def rotation(self) -> Rotation | None: ...
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        past: tuple[torch.Tensor, ...] | None,
+        config: PretrainedConfig,
+        scale: float | None = None,
+    ) -> Mixed: ...
+
+
 def attention(
     hidden: torch.Tensor,
     past: tuple[torch.Tensor, ...] | None,
-    shared: AttentionCall | SlidingCall,
+    shared: Attends,
     weight: Weight,
     name: str,
     config: PretrainedConfig,

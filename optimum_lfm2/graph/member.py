@@ -22,7 +22,7 @@ from optimum_lfm2.weights.checkpoint import Checkpoint
 
 
 # Gives a parameter by its name in the checkpoint, or several joined along their first axis. With `kernel=True`, a
-# depthwise kernel stored as (width, 1, taps) comes as (taps, width).
+# depthwise kernel stored as (width, 1, taps) or (width, 1, rows, columns) comes as (taps, width).
 Weight = Callable[..., torch.Tensor]
 
 # Takes hidden states (batch_size, sequence_length, hidden_size), the weights and the name of the layer's feed-forward
@@ -198,6 +198,8 @@ class Member:
         yields: whether Optimum's own configuration for the model type goes before ours, should it have one.
         text: the field of config.json that has the configuration of the decoder, which is another member. None if the
             decoder is all there is.
+        text_type: the model type of the decoder where this field names none.
+        loader: the class of this package that loads exports of a model in parts.
         tower: the vision tower, a `graph.tower.Tower`. None for a model of text alone.
         other_spellings: other spellings of the model type, which some releases of transformers write.
     """
@@ -236,6 +238,8 @@ class Member:
     written: Callable[[dict[str, Any]], dict[str, Any]] = lambda config: config
     yields: bool = False
     text: str | None = None
+    text_type: str = "lfm2"
+    loader: str = "ORTLfm2ForCausalLM"
     tower: Any = None
     other_spellings: tuple[str, ...] = ()
 
@@ -284,15 +288,15 @@ class Member:
         """Raise `Lfm2Error` where a class cannot load exports of this member.
 
         Args:
-            name: the class: `ORTLfm2ForCausalLM` or `ORTLfm2VlForConditionalGeneration`.
+            name: the class, such as `ORTLfm2ForCausalLM`.
             where: the folder or id, for the message.
         """
         if self.encodes:
             is_, loaders = "is an encoder, which generates nothing", ENCODER_CLASSES
         elif self.in_parts:
-            is_, loaders = "takes pictures too", "optimum_lfm2.ORTLfm2VlForConditionalGeneration"
+            is_, loaders = "takes pictures too", f"optimum_lfm2.{self.loader}"
         else:
-            is_, loaders = "is a model of text alone", "optimum_lfm2.ORTLfm2ForCausalLM"
+            is_, loaders = "is a model of text alone", f"optimum_lfm2.{self.loader}"
         if name not in loaders:
             raise Lfm2Error(f"{where} {is_}. Load it with {loaders}.")
 

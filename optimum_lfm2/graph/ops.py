@@ -42,8 +42,8 @@ def parameter(names: Sequence[str], shape: tuple[int, ...], dtype: torch.dtype, 
         names: the names in the checkpoint.
         shape: the shape of the result.
         dtype: the dtype of the result.
-        kernel: whether the weight is a depthwise kernel. The checkpoint stores (width, 1, taps), the graph has
-            (taps, width).
+        kernel: whether the weight is a depthwise kernel. The checkpoint stores (width, 1, taps), or
+            (width, 1, rows, columns) of a grid. The graph has (taps, width).
     """
     return _Parameter.apply(tuple(names), kernel, shape, dtype)
 

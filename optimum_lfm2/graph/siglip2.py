@@ -19,7 +19,7 @@ from optimum_lfm2.fields import FLAG, SIZE, Field
 from optimum_lfm2.graph import ops, shapes
 from optimum_lfm2.graph import vision_ops as vision
 from optimum_lfm2.graph.member import Weight
-from optimum_lfm2.graph.tower import Pictures, ProcessorSettings, Tower
+from optimum_lfm2.graph.tower import Medium, Pictures, ProcessorSettings, Tower
 
 
 FIRST_PARAMETER = "embeddings.patch_embedding.weight"
@@ -201,6 +201,21 @@ def alone(pictures: Pictures) -> Iterator[dict[str, torch.Tensor]]:
         yield one | {name: one[name][:, :count] for name in ("pixel_values", "pixel_attention_mask")}
 
 
+def check_call(given: Mapping[str, torch.Tensor], config: PretrainedConfig) -> None:
+    """Raise `Lfm2Error` for tiles that do not fit each other or the model. As `Tower.check_call` says."""
+    pixels, mask, shapes = given.values()
+    width = config.vision_config.num_channels * config.vision_config.patch_size**2
+    tiles, patches = pixels.shape[:2]
+    fits = pixels.dim() == 3 and pixels.shape[2] == width
+    if not fits or tuple(mask.shape) != (tiles, patches) or tuple(shapes.shape) != (tiles, 2):
+        raise Lfm2Error(
+            f"pixel_values {tuple(pixels.shape)}, pixel_attention_mask {tuple(mask.shape)} and spatial_shapes "
+            f"{tuple(shapes.shape)} do not fit: give (tiles, patches, {width}), (tiles, patches) and (tiles, 2)."
+        )
+    if bool((shapes < 1).any()) or int(shapes.prod(1).max()) > patches:
+        raise Lfm2Error(f"spatial_shapes {shapes.tolist()} asks for more patches than pixel_values has, or none.")
+
+
 FIELDS = {
     "model_type": Field(str, values=("siglip2_vision_model",)),
     "hidden_size": SIZE,
@@ -262,9 +277,12 @@ TOWER = Tower(
     inputs=inputs,
     features=image_features,
     modules=("vision_tower", "multi_modal_projector"),
+    media=(Medium("picture", "image_token_id", ("pixel_values", "pixel_attention_mask", "spatial_shapes")),),
     sizes=sizes,
     sample=sample,
     alone=alone,
+    pieces=alone,
+    check_call=check_call,
     fields=FIELDS,
     check=check,
     processor=PROCESSOR,

@@ -53,25 +53,32 @@ ACTIVATIONS = {"gelu": _Gelu.apply, "gelu_pytorch_tanh": _TanhGelu.apply}
 
 class _Attention(Node):
     @staticmethod
-    def forward(ctx, query, key, value, bias, heads):
+    def forward(ctx, query, key, value, bias, heads, scale):
         return torch.zeros_like(query)
 
     @staticmethod
     @typed(3)
-    def symbolic(g, query, key, value, bias, heads):
+    def symbolic(g, query, key, value, bias, heads, scale):
         inputs = (query, key, value, none(g), none(g), bias)
-        return g.op("com.microsoft::MultiHeadAttention", *inputs, num_heads_i=heads)
+        scaled = {} if scale is None else {"scale_f": scale}
+        return g.op("com.microsoft::MultiHeadAttention", *inputs, num_heads_i=heads, **scaled)
 
 
 def attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor, heads: int
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    bias: torch.Tensor,
+    heads: int,
+    scale: float | None = None,
 ) -> torch.Tensor:
     """Attention of all patches to all: (tiles, patches, width) each → (tiles, patches, width).
 
     Args:
         bias: added to the scores, (tiles, 1, patches, patches).
+        scale: the factor of the scores; None for the width of a head to the power of -0.5.
     """
-    return _Attention.apply(query, key, value, bias, heads)
+    return _Attention.apply(query, key, value, bias, heads, scale)
 
 
 class _Divided(Node):
@@ -88,6 +95,22 @@ class _Divided(Node):
 def divided(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Quotient and remainder of integers that are not negative. The shapes are broadcast."""
     return _Divided.apply(x, y)
+
+
+class _Counted(Node):
+    @staticmethod
+    def forward(ctx, count):
+        return torch.arange(int(count))
+
+    @staticmethod
+    @typed(1)
+    def symbolic(g, count):
+        return g.op("Range", constant(g, 0), count, constant(g, 1))
+
+
+def counted(count: torch.Tensor) -> torch.Tensor:
+    """Return 0 to `count` - 1, int64 (count), for an int64 scalar."""
+    return _Counted.apply(count)
 
 
 class _Chosen(Node):

@@ -96,7 +96,7 @@ def materialize_buffers(model: PreTrainedModel) -> None:
     for module in list(model.modules()):
         for name, child in module.named_children():
             if any(child.get_buffer(own).is_meta for own in child._non_persistent_buffers_set):
-                setattr(module, name, type(child)(model.config))
+                setattr(module, name, type(child)(getattr(child, "config", model.config)))
 
 
 def _export_as(model: PreTrainedModel, name: str) -> None:

@@ -19,7 +19,13 @@ PREPROCESSOR = "preprocessor_config.json"
 PROCESSOR_CONFIG = "processor_config.json"
 PROCESSOR_CLASS = "processor_class"
 IMAGE_PROCESSOR = "image_processor"  # the key of its settings in PROCESSOR_CONFIG
-FILES = (PREPROCESSOR, PROCESSOR_CONFIG, "chat_template.jinja", "chat_template.json")
+FILES = (
+    PREPROCESSOR,
+    PROCESSOR_CONFIG,
+    "video_preprocessor_config.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,8 @@ def check_architecture(config: Mapping[str, Any], file: str = "config.json") -> 
     _check_classes(config, member)
     _check_quantized(config)
     if member.text is not None:  # the field of the decoder's configuration
-        _check_text(config.get(member.text), f"{member.text} of {file}")
+        text = {"model_type": member.text_type, **(config.get(member.text) or {})}
+        _check_text(text, f"{member.text} of {file}")
     known = member.layer_kinds
     unknown = sorted(set(config.get("layer_types") or ()) - known.keys())
     if unknown:
@@ -67,9 +68,8 @@ def check_onnxruntime(member: Member) -> None:
         )
 
 
-def _check_text(text: Mapping[str, Any] | None, file: str) -> None:
+def _check_text(text: Mapping[str, Any], file: str) -> None:
     """Refuse the decoder of a model that has other parts too."""
-    text = {"model_type": "lfm2", **(text or {})}
     known = [member.model_type for member in MEMBERS if member.decodes]
     if text["model_type"] not in known or not member_of(text).decodes:
         raise Lfm2Error(

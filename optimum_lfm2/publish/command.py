@@ -49,7 +49,7 @@ def _summary(job: Job, outcome: Outcome) -> str:
     if not measured:
         lines.append("Checked against transformers. What rounding costs is not measured: --text FILE does that.")
     chosen = job.kind.preferred(files).path.name
-    if code := loading(job.task, job.output, subfolder=ONNX_FOLDER, file_name=chosen):
+    if code := loading(job.task, job.output, job.loader, subfolder=ONNX_FOLDER, file_name=chosen):
         lines += ["Load it in Python:", code]
     name = card.name if "/" in card.name else f"YOU/{Path(job.model).resolve().name}-ONNX"
     lines += ["Upload it, with its model card README.md:", f"  hf upload {name} {shlex.quote(str(job.output))}"]

@@ -40,6 +40,7 @@ class Job:
         kind: what a folder of such a model is like.
         task: what the files are for: `text-generation-with-past`, `image-text-to-text` or the task of an encoder's
             head.
+        loader: the class of this package that loads them (`Member.loader`).
     """
 
     model: str
@@ -54,6 +55,7 @@ class Job:
     card: CardOptions
     kind: Kind
     task: str
+    loader: str
 
     @classmethod
     def read(cls, args: Namespace, config: Mapping[str, Any]) -> Job:
@@ -93,4 +95,5 @@ class Job:
             CardOptions(args.repo_id, args.base_model, args.license),
             kind,
             f"{TASK}{WITH_PAST}" if TASK in member.tasks else member.task(config.get("architectures")),
+            member.loader,
         )

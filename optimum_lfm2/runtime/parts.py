@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -94,23 +94,19 @@ class EmbeddedSession(GraphSession):
         return {"inputs_embeds": embeds}
 
 
-def picture_features(vision: Part, pixels: torch.Tensor, mask: torch.Tensor, shapes: torch.Tensor) -> torch.Tensor:
-    """Run the vision encoder tile by tile, so that memory does not grow with their number.
+def picture_features(vision: Part, pieces: Iterable[Mapping[str, torch.Tensor]]) -> torch.Tensor:
+    """Run the vision encoder piece by piece, so that memory does not grow with their number.
 
     Args:
-        pixels: float (tiles, patches, values).
-        mask: integers (tiles, patches), 0 on padding.
-        shapes: integers (tiles, 2), rows and columns of patches.
+        vision: its session.
+        pieces: the inputs of each run by their names: float pixels first, then integers.
 
     Returns:
         float32 (picture tokens, hidden_size).
     """
     features = []
-    for i, length in enumerate(shapes.prod(1).tolist()):
-        inputs = {
-            "pixel_values": pixels[i : i + 1, :length].float(),
-            "pixel_attention_mask": mask[i : i + 1, :length].to(torch.int64),
-            "spatial_shapes": shapes[i : i + 1].to(torch.int64),
-        }
+    for piece in pieces:
+        (name, pixels), *others = piece.items()
+        inputs = {name: pixels.float(), **{other: values.to(torch.int64) for other, values in others}}
         features.append(vision.run(inputs, "image_features"))
     return torch.cat(features)

@@ -14,7 +14,7 @@ from optimum_lfm2.errors import Lfm2Error, first_line, read_object
 from optimum_lfm2.families import MODEL_TYPES, member_of
 from optimum_lfm2.file_names import ONNX_FOLDER
 from optimum_lfm2.modeling import ORTLfm2ForCausalLM
-from optimum_lfm2.vision_modeling import ORTLfm2VlForConditionalGeneration
+from optimum_lfm2.vision_modeling import VISION_CLASSES
 
 
 TOKENIZER = "tokenizer.json"
@@ -46,10 +46,11 @@ def load_folder(folder: Path, file_name: str | None = None) -> Loaded:
         Lfm2Error: it is no export of ours, it lacks a file, or it holds several models and none is chosen.
     """
     config = _checked(folder)
-    sees = member_of(config).in_parts
+    member = member_of(config)
+    sees = member.in_parts
     where: dict[str, Any] = {} if file_name is None else _located(folder, file_name)
     if sees:
-        model = ORTLfm2VlForConditionalGeneration.from_pretrained(folder, **where)
+        model = VISION_CLASSES[member.loader].from_pretrained(folder, **where)
     else:
         model = ORTModelForCausalLM.from_pretrained(folder, **where)
     if not model.can_use_cache:

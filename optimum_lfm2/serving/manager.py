@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import itertools
 import json
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import GenerationConfig
 from transformers.cli.serving.utils import (
@@ -25,10 +25,9 @@ from optimum_lfm2.errors import Lfm2Error
 from optimum_lfm2.runtime.engine import Engine
 from optimum_lfm2.runtime.picking import Picker, can_share
 from optimum_lfm2.runtime.scheduler import FAILED, Limits, QueueFullError, Request, Scheduler, can_schedule
+from optimum_lfm2.runtime.vision_checks import unfilled
 from optimum_lfm2.serving.guard import GONE
-
-
-PICTURE = ("pixel_values", "spatial_shapes", "pixel_attention_mask")
+from optimum_lfm2.vision_modeling import VisionModel
 
 
 class GoneError(Exception):
@@ -260,25 +259,28 @@ class SharedManager(BaseGenerateManager):
 
     def _pictures(self, ids: torch.Tensor, inputs: Any) -> dict[str, Any]:
         """Return the further arguments of a request with pictures."""
-        if inputs.get("pixel_values") is None:
+        shown = self._model.shown(inputs) if isinstance(self._model, VisionModel) else {}
+        if not shown:
             return {}
-        pixels, shapes, mask = (inputs[name] for name in PICTURE)
-        places = ids == self._model.config.image_token_id
-        count, first = int(places.sum()), self._model.config.get_text_config().vocab_size
+        places = {medium: self._model.places(ids, medium) for medium in shown}
         digest = hashlib.blake2b(digest_size=6)
-        for tensor in (pixels, shapes, mask):
+        for tensor in itertools.chain.from_iterable(shown.values()):
             digest.update(tensor.numpy().tobytes())
         # Numbers that no token has, and no other pictures.
         key, base = ids.numpy().copy(), int.from_bytes(digest.digest(), "big") << 12
-        key[places.numpy()] = -(base + 1 + np.arange(count))
-        numbered = ids.clone()
-        numbered[places] = first + torch.arange(count)
+        numbered, first, seen = ids.clone(), self._model.config.get_text_config().vocab_size, 0
+        for own in places.values():
+            number = seen + torch.arange(int(own.sum()))
+            key[own.numpy()] = -(base + 1 + number.numpy())
+            numbered[own] = first + number
+            seen += len(number)
 
         def graph() -> Any:
-            features = self._model.get_image_features(pixels, shapes, mask)
-            if len(features) != count:
-                raise Lfm2Error(f"The prompt has {count} picture tokens, and the pictures fill {len(features)}.")
-            return self._model._graph.with_features(features)
+            features = self._model.features_of(shown)
+            for medium, rows in features.items():
+                if len(rows) != (count := int(places[medium].sum())):
+                    raise Lfm2Error(unfilled(medium, count, len(rows)))
+            return self._model._graph.with_features(torch.cat(list(features.values())))
 
         return {"key": key, "graph": graph, "read_ids": numbered}
 

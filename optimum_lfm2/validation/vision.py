@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from optimum_lfm2 import compat
+from optimum_lfm2.loading.models import materialize_buffers
 from optimum_lfm2.validation.decoder import judge, relative_error
 from optimum_lfm2.validation.export_config import ExportConfig
 from optimum_lfm2.validation.pieces import open_session, outputs_of
@@ -48,6 +49,7 @@ def vision_reference(config: ExportConfig, model: Any, pictures: Mapping[str, to
     inner = model.model
     with ExitStack() as stack:
         for name in config.member.tower.modules:
+            materialize_buffers(getattr(inner, name))
             loan = Loan(getattr(inner, name), f"model.{name}", weights)
             stack.callback(loan.give_back)
             loan.take()

@@ -14,7 +14,7 @@ from typing import Any
 import onnxruntime
 import pytest
 import torch
-from checkpoints import _vary, encoder_gold, gold_tokens, prompts
+from checkpoints import encoder_gold, gold_tokens, prompts, vary
 from optimum.exporters.onnx import main_export
 from optimum.onnxruntime import ORTModelForCausalLM
 from pictures import gold_vl_tokens, pictures
@@ -118,7 +118,7 @@ def make(name: str, work: Path, maker: Any) -> tuple[Path, Path]:
     gold = write(work / "gold", as_trained(config))
     torch.manual_seed(1)
     model = maker(AutoConfig.from_pretrained(gold)).eval().float()
-    _vary(model)
+    vary(model)
     for parameter, values in model.named_parameters():
         if parameter.endswith(("q_layernorm.weight", "q_norm.weight")):
             values.mul_(5)

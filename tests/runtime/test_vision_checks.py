@@ -7,22 +7,28 @@ import shutil
 
 import pytest
 import torch
-from transformers.models.siglip2.configuration_siglip2 import Siglip2VisionConfig
+from transformers import Lfm2VlConfig
 
 from optimum_lfm2.errors import Lfm2Error
-from optimum_lfm2.runtime.vision_checks import check_folder, check_pictures, check_type
+from optimum_lfm2.graph.siglip2 import TOWER
+from optimum_lfm2.runtime.vision_checks import check_folder, check_shown, check_type
 
 
-CONFIG = Siglip2VisionConfig(num_channels=3, patch_size=2)
+CONFIG = Lfm2VlConfig(vision_config={"num_channels": 3, "patch_size": 2})
+CLASS = "ORTLfm2VlForConditionalGeneration"
 
 
 @pytest.mark.parametrize(
     ("model_type", "says"),
-    [("llama", "of the type llama, and this class loads LFM2-VL"), ("lfm2", "text alone"), (None, "of the type None")],
+    [
+        ("llama", "of the type llama, which ORTLfm2VlForConditionalGeneration does not load"),
+        ("lfm2", "text alone"),
+        (None, "of the type None"),
+    ],
 )
 def test_types(model_type, says):
     with pytest.raises(Lfm2Error, match=says):
-        check_type(model_type, "folder")
+        check_type(model_type, CLASS, "folder")
 
 
 @pytest.mark.parametrize(
@@ -38,20 +44,25 @@ def test_folders(change, says, vl_checkpoint, tmp_path):
     folder = shutil.copytree(vl_checkpoint, tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())
     nested = {name: {**config[name], **value} if isinstance(value, dict) else value for name, value in change.items()}
-    check_folder(folder)
+    check_folder(folder, CLASS)
     (folder / "config.json").write_text(json.dumps(config | nested))
     with pytest.raises(Lfm2Error, match=says):
-        check_folder(folder)
+        check_folder(folder, CLASS)
     with pytest.raises(Lfm2Error, match="has no config"):
-        check_folder(tmp_path)
+        check_folder(tmp_path, CLASS)
 
 
 def pictures(tiles: int = 2, patches: int = 6, width: int = 12, shapes: tuple = ((2, 3), (1, 1))) -> tuple:
     return torch.zeros(tiles, patches, width), torch.tensor(shapes), torch.ones(tiles, patches, dtype=torch.int32)
 
 
+def check(pixels: object, shapes: object, mask: object) -> dict[str, torch.Tensor]:
+    (medium,) = TOWER.media
+    return check_shown(medium, (pixels, mask, shapes), TOWER, CONFIG)
+
+
 def test_pictures_that_fit():
-    check_pictures(*pictures(), CONFIG)
+    assert list(check(*pictures())) == list(TOWER.inputs(CONFIG))
 
 
 @pytest.mark.parametrize(
@@ -72,5 +83,5 @@ def test_pictures_that_fit():
 )
 def test_pictures_that_do_not_fit(values, says):
     with pytest.raises(Lfm2Error, match=says) as error:
-        check_pictures(*values, CONFIG)
+        check(*values)
     assert "\n" not in str(error.value)

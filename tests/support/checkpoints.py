@@ -234,7 +234,7 @@ def make_encoder(name: str, folder: Path, **changes: object) -> Path:
     labels = options.pop("num_labels", 2)
     torch.manual_seed(1)
     model = MODELS[task](Lfm2Config(**options, num_labels=labels)).eval()
-    _vary(model)
+    vary(model)
     config = model.config
     config.architectures = [
         {"token-classification": "Lfm2BidirP2ForTokenClassification"}.get(task, type(model).__name__)
@@ -254,7 +254,7 @@ def make_checkpoint(
     options = {**BASE, **CHECKPOINTS[name], **changes}
     torch.manual_seed(seed)
     model = _model(name, options).eval()
-    _vary(model)
+    vary(model)
     path = folder / name
     model.to(dtype).save_pretrained(path)
     return path
@@ -264,12 +264,13 @@ def make_headless(path: Path, **changes: object) -> Path:
     """Save a dense decoder without a head under `path`, as fine-tunes that make vectors of texts have it."""
     torch.manual_seed(1)
     model = Lfm2Model(Lfm2Config(**{**BASE, **changes})).eval()
-    _vary(model)
+    vary(model)
     model.save_pretrained(path)
     return path
 
 
-def _vary(model: PreTrainedModel) -> None:
+def vary(model: PreTrainedModel) -> None:
+    """Give the model random weights such that greedy text varies."""
     for parameter_name, parameter in model.named_parameters():
         if "embed" in parameter_name or "lm_head" in parameter_name:
             torch.nn.init.normal_(parameter, std=0.1)

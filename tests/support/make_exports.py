@@ -26,6 +26,38 @@ MEMBERS = {
 }
 
 
+PICTURES = "lfm3_vl"  # and `pictures.pt`, what a prompt of it shows
+
+
+def make_pictures(folder: Path) -> None:
+    """Write the export of a tiny LFM3-VL."""
+    import torch
+    from lfm3_pictures import VISION, as_videos, gold_lfm3_vl, make_lfm3_vl, row, shown
+    from optimum.exporters.onnx import main_export
+    from pictures import gold_vl_tokens
+
+    shutil.rmtree(folder, ignore_errors=True)
+    tower = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
+    tower |= {"num_key_value_heads": 1}
+    text = TINY | {"layer_types": [CONV, SLIDING, ATTENTION]}
+    with tempfile.TemporaryDirectory() as work:
+        checkpoint = make_lfm3_vl(
+            Path(work) / "checkpoint", text_config=text, vision_config=VISION | tower, projector_hidden_size=32
+        )
+        main_export(str(checkpoint), folder)
+        gold = gold_lfm3_vl(checkpoint)
+        prompt = row("", [])[:3]
+        pictures, film = [(1, 4, 6), (1, 2, 2)], [(2, 2, 4)]
+        places = torch.tensor([4] * 6 + [9, 4, 11] + [5] * 4 + [12, 13])
+        prompt = torch.cat([prompt.clamp(max=95), places])
+        given = shown(pictures, gold.config) | as_videos(shown(film, gold.config, 2))
+        tokens = gold_vl_tokens(gold, prompt, given, NEW)
+    for path in folder.glob("*token*"):
+        path.unlink()  # a vocabulary of this size has none
+    torch.save(given, folder / "pictures.pt")
+    (folder / "gold.json").write_text(json.dumps({"prompt": prompt.tolist(), "tokens": tokens}) + "\n")
+
+
 def main() -> None:
     # This import comes before Optimum's: transformers 5 needs it so.
     import optimum_lfm2  # noqa: F401
@@ -34,6 +66,7 @@ def main() -> None:
     from optimum.exporters.onnx import main_export
     from transformers import AutoModelForCausalLM
 
+    make_pictures(EXPORTS / PICTURES)
     for model_type, (name, options) in MEMBERS.items():
         folder = EXPORTS / model_type
         shutil.rmtree(folder, ignore_errors=True)

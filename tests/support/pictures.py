@@ -118,7 +118,9 @@ def pictures(tokens: Sequence[tuple[int, int]], config: Lfm2VlConfig, seed: int 
 
 
 def joined(parts: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """Return the tiles of several calls as those of one, padded to the longest."""
+    """Return the pictures of several calls as those of one. Tiles are padded to the longest."""
+    if "spatial_shapes" not in parts[0]:
+        return {name: torch.cat([part[name] for part in parts if name in part]) for one in parts for name in one}
     longest = max(part["pixel_values"].shape[1] for part in parts)
 
     def padded(x: torch.Tensor) -> torch.Tensor:
@@ -147,8 +149,12 @@ def row(text: str, tiles: Sequence[Sequence[tuple[int, int]]] = (), tokenizer=No
 def gold_vl_tokens(model: PreTrainedModel, ids: torch.Tensor, tiles: dict | None, new: int) -> list[int]:
     """Return transformers' greedy tokens after one unpadded row. It runs without a cache, so no cache can be wrong."""
     embeds = model.get_input_embeddings()(ids)[None]
-    if tiles is not None:
+    tiles = dict(tiles or {})
+    videos = [tiles.pop(name) for name in ("pixel_values_videos", "video_grid_thw") if name in tiles]
+    if tiles:
         embeds[0, ids == model.config.image_token_id] = picture_features(model, tiles)
+    if videos:
+        embeds[0, ids == model.config.video_token_id] = torch.cat(model.get_video_features(*videos).pooler_output)
     tokens: list[int] = []
     for _ in range(new):
         hidden = model.model.language_model(inputs_embeds=embeds, use_cache=False)[0]
