@@ -84,14 +84,20 @@ class VisionModel(ORTLfm2ForCausalLM):
         given = {medium: medium.given(arguments) for medium in self._tower.media}
         return {medium: values for medium, values in given.items() if any(value is not None for value in values)}
 
-    def features_of(self, shown: Mapping[Medium, Sequence[Any]]) -> dict[Medium, torch.Tensor]:
-        """Encode what `shown` returns: for each medium, float32 (tokens, hidden_size).
+    def checked(self, shown: Mapping[Medium, Sequence[Any]]) -> dict[Medium, Mapping[str, torch.Tensor]]:
+        """Return the inputs of the tower's graph by their names, for each medium that `shown` returns.
 
         Raises:
             Lfm2Error: its tensors do not fit each other or the model, or one is missing.
         """
-        checked = {medium: check_shown(medium, given, self._tower, self.config) for medium, given in shown.items()}
-        return {medium: picture_features(self._vision, self._tower.pieces(one)) for medium, one in checked.items()}
+        return {medium: check_shown(medium, given, self._tower, self.config) for medium, given in shown.items()}
+
+    def features_of(self, shown: Mapping[Medium, Sequence[Any]]) -> dict[Medium, torch.Tensor]:
+        """Encode what `shown` returns: for each medium, float32 (tokens, hidden_size). Errors are those of `checked`."""
+        return {
+            medium: picture_features(self._vision, self._tower.pieces(one))
+            for medium, one in self.checked(shown).items()
+        }
 
     def places(self, ids: torch.Tensor, medium: Medium) -> torch.Tensor:
         """Tell which ids are places of a medium: a bool tensor of their shape."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import itertools
 import json
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -264,8 +263,9 @@ class SharedManager(BaseGenerateManager):
             return {}
         places = {medium: self._model.places(ids, medium) for medium in shown}
         digest = hashlib.blake2b(digest_size=6)
-        for tensor in itertools.chain.from_iterable(shown.values()):
-            digest.update(tensor.numpy().tobytes())
+        for given in self._model.checked(shown).values():
+            for tensor in given.values():
+                digest.update(tensor.numpy().tobytes())
         # Numbers that no token has, and no other pictures.
         key, base = ids.numpy().copy(), int.from_bytes(digest.digest(), "big") << 12
         numbered, first, seen = ids.clone(), self._model.config.get_text_config().vocab_size, 0
