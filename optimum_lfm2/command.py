@@ -88,7 +88,7 @@ def _summary(args: Any, member: Member, architectures: list[str] | None, differe
     if task == "auto":
         task = member.task(architectures)
     lines = [text_table(rows)]
-    if code := loading(task, args.output, member_of(config).loader):
+    if code := loading(task, args.output, member.loader):
         lines += ["Load it in Python:", code]
     # A decoder without its head predicts no tokens that could be compared.
     if member.encodes or task.removesuffix(WITH_PAST) != "feature-extraction":

@@ -93,7 +93,7 @@ class VisionModel(ORTLfm2ForCausalLM):
         return {medium: check_shown(medium, given, self._tower, self.config) for medium, given in shown.items()}
 
     def features_of(self, shown: Mapping[Medium, Sequence[Any]]) -> dict[Medium, torch.Tensor]:
-        """Encode what `shown` returns: for each medium, float32 (tokens, hidden_size). Errors are those of `checked`."""
+        """Encode what `shown` returns: float32 (tokens, hidden_size) each. Errors are those of `checked`."""
         return {
             medium: picture_features(self._vision, self._tower.pieces(one))
             for medium, one in self.checked(shown).items()

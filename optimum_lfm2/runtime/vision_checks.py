@@ -50,8 +50,9 @@ def check_folder(folder: Path, name: str, subfolder: str = "") -> None:
     check_type(written.get("model_type"), name, folder)
     check_fields(written, str(path))
     member = member_of(written)
-    text = {"model_type": member.text_type, **(written.get(member.text) or {})}
-    check_fields(text, f"the {member.text} of {path}")
+    if member.text is not None:
+        text = {"model_type": member.text_type, **(written.get(member.text) or {})}
+        check_fields(text, f"the {member.text} of {path}")
     loaded_config(path.parent)
 
 
