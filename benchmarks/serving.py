@@ -23,23 +23,23 @@ from benchmarks.checkpoint import random_checkpoint
 from benchmarks.outside import Clocked
 from benchmarks.systems import ours
 from optimum_lfm2.runtime.picking import Picker
-from optimum_lfm2.runtime.scheduler import Limits, Request, Scheduler
+from optimum_lfm2.runtime.scheduler import Limits, ScheduledRequest, Scheduler
 from optimum_lfm2.runtime.threads import single_torch_thread
 
 
 SYSTEM, VARIANT = "ours-q4s", "q4s"
 
 
-def request(model: Any, ids: list[int], new: int) -> Request:
+def request(model: Any, ids: list[int], new: int) -> ScheduledRequest:
     """A greedy request that nothing ends before its last token."""
     prompt = torch.tensor(ids)
     config = GenerationConfig(max_new_tokens=new, do_sample=False, eos_token_id=None, pad_token_id=0)
     picker = Picker(model, prompt, config)
     picker._ends = frozenset()  # of the model's own settings
-    return Request(prompt, picker)
+    return ScheduledRequest(prompt, picker)
 
 
-def run(scheduler: Scheduler, requests: list[Request]) -> tuple[float, float]:
+def run(scheduler: Scheduler, requests: list[ScheduledRequest]) -> tuple[float, float]:
     """Seconds until the first request has a token, and until all have ended."""
     started, first = time.perf_counter(), 0.0
     for one in requests:

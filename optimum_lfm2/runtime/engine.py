@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 
 from optimum_lfm2.errors import Lfm2Error
-from optimum_lfm2.runtime.scheduler import CANCELLED, FAILED, Request, Scheduler
+from optimum_lfm2.runtime.scheduler import CANCELLED, FAILED, ScheduledRequest, Scheduler
 from optimum_lfm2.runtime.threads import single_torch_thread
 
 
@@ -32,7 +32,7 @@ class Engine:
         """Whether it takes requests."""
         return self._thread.is_alive() and not self._stopping
 
-    def submit(self, request: Request) -> None:
+    def submit(self, request: ScheduledRequest) -> None:
         """Let a request wait for its turn.
 
         Raises:

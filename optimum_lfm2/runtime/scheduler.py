@@ -52,7 +52,7 @@ class Limits:
     cache_memory: int = 512 * 2**20
 
 
-class Request:
+class ScheduledRequest:
     """A text to go on with.
 
     Args:
@@ -149,10 +149,10 @@ class Scheduler:
     def __init__(self, graph: GraphSession, layout: GraphLayout, device: torch.device, limits: Limits) -> None:
         self._graph, self._layout, self._limits = graph, layout, limits
         self._rows = SharedRows(layout, device, limits.rows)
-        self._running: list[Request] = []  # in the order of the rows
-        self._waiting: deque[Request] = deque()
+        self._running: list[ScheduledRequest] = []  # in the order of the rows
+        self._waiting: deque[ScheduledRequest] = deque()
         self._lock = threading.Lock()  # of those that wait
-        self._reading: tuple[Request, Lfm2Cache, int] | None = None
+        self._reading: tuple[ScheduledRequest, Lfm2Cache, int] | None = None
         self.prefixes = Prefixes(layout, limits.cache_memory)
 
     @property
@@ -170,7 +170,7 @@ class Scheduler:
         """Whether there is nothing to do."""
         return not (self._running or self._waiting or self._reading)
 
-    def check(self, request: Request) -> None:
+    def check(self, request: ScheduledRequest) -> None:
         """Raise `Lfm2Error` for a request that would never fit, and for one whose prompt is empty."""
         if not len(request.ids):
             raise Lfm2Error("The prompt is empty. Give one token at least.")
@@ -180,7 +180,7 @@ class Scheduler:
                 f"requests together may have {self._limits.tokens}. Ask for fewer."
             )
 
-    def submit(self, request: Request) -> None:
+    def submit(self, request: ScheduledRequest) -> None:
         """Let a request wait for its turn.
 
         Raises:
@@ -264,7 +264,7 @@ class Scheduler:
             self._reading = None
             self._fail(request, error)
 
-    def _note_point(self, request: Request, cache: Lfm2Cache, parting: int) -> None:
+    def _note_point(self, request: ScheduledRequest, cache: Lfm2Cache, parting: int) -> None:
         """Keep the states, where prompts part and where they cost little."""
         last, spacing = max(request.points, default=request.cached), self.prefixes.spacing
         if cache.length == parting or (spacing and cache.length - last >= spacing):
@@ -309,7 +309,7 @@ class Scheduler:
         rows.length += 1
         return found
 
-    def _fail(self, request: Request, error: Exception) -> None:
+    def _fail(self, request: ScheduledRequest, error: Exception) -> None:
         logger.error(f"A request failed: {type(error).__name__}: {error}")
         request.end(FAILED, error)
 

@@ -23,7 +23,7 @@ from transformers.cli.serving.utils import (
 from optimum_lfm2.errors import Lfm2Error
 from optimum_lfm2.runtime.engine import Engine
 from optimum_lfm2.runtime.picking import Picker, can_share
-from optimum_lfm2.runtime.scheduler import FAILED, Limits, QueueFullError, Request, Scheduler, can_schedule
+from optimum_lfm2.runtime.scheduler import FAILED, Limits, QueueFullError, ScheduledRequest, Scheduler, can_schedule
 from optimum_lfm2.runtime.vision_checks import unfilled
 from optimum_lfm2.serving.guard import GONE
 from optimum_lfm2.vision_modeling import VisionModel
@@ -252,7 +252,7 @@ class SharedManager(BaseGenerateManager):
         def end() -> None:
             stream.fail(request.error) if request.ended == FAILED else stream.end()  # type: ignore[arg-type]
 
-        request = Request(ids, picker, stream.take, end, **self._pictures(ids, inputs))
+        request = ScheduledRequest(ids, picker, stream.take, end, **self._pictures(ids, inputs))
         stream._on_cancel = request.cancel
         self.engine.submit(request)
 

@@ -15,7 +15,7 @@ from optimum_lfm2.errors import Lfm2Error
 from optimum_lfm2.runtime import scheduler as scheduler_module
 from optimum_lfm2.runtime.engine import Engine, StoppedError
 from optimum_lfm2.runtime.picking import Picker, can_share
-from optimum_lfm2.runtime.scheduler import Limits, QueueFullError, Request, Scheduler, can_schedule
+from optimum_lfm2.runtime.scheduler import Limits, QueueFullError, ScheduledRequest, Scheduler, can_schedule
 from optimum_lfm2.runtime.session import GraphSession
 
 
@@ -44,12 +44,12 @@ def make(model: ORTModelForCausalLM, graph: GraphSession | None = None, **limits
     return Scheduler(graph or model._graph, model.layout, model.device, Limits(**limits))
 
 
-def ask(model: ORTModelForCausalLM, ids: torch.Tensor, new: int = 12, seed: int = 0, **settings) -> Request:
+def ask(model: ORTModelForCausalLM, ids: torch.Tensor, new: int = 12, seed: int = 0, **settings) -> ScheduledRequest:
     config = GenerationConfig(**{**GREEDY, "max_new_tokens": new, **settings})
-    return Request(ids, Picker(model, ids, config, seed=seed))
+    return ScheduledRequest(ids, Picker(model, ids, config, seed=seed))
 
 
-def finish(scheduler: Scheduler, *requests: Request, most: int = 2000) -> None:
+def finish(scheduler: Scheduler, *requests: ScheduledRequest, most: int = 2000) -> None:
     for request in requests:
         scheduler.submit(request)
     for _ in range(most):
@@ -136,7 +136,7 @@ def test_stop_strings_end_a_row_where_transformers_ends_it(stop, load, exported,
     ids = tokenizer("Once upon a time there was a fox", return_tensors="pt")["input_ids"]
     settings = GREEDY | {"max_new_tokens": 40, "stop_strings": stop}
     gold = gold_model("trained").generate(ids, use_cache=False, tokenizer=tokenizer, **settings)[0, ids.shape[1] :]
-    request = Request(ids[0], Picker(model, ids[0], GenerationConfig(**settings), tokenizer))
+    request = ScheduledRequest(ids[0], Picker(model, ids[0], GenerationConfig(**settings), tokenizer))
     finish(make(model), request)
     assert request.tokens == gold.tolist()
     assert request.ended == ("length" if len(gold) == 40 else "stop")
