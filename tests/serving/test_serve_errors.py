@@ -1,0 +1,86 @@
+"""What `optimum-cli lfm2 serve` says to requests that are wrong, and when a model fails."""
+
+from __future__ import annotations
+
+import json
+import threading
+
+import pytest
+from servers import QUESTION, STORY, ask, openai, post
+
+from optimum_lfm2.runtime.scheduler import Scheduler
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "words"),
+    [
+        ("/v1/chat/completions", b"{", 400, "no JSON object"),
+        ("/v1/chat/completions", b"[]", 400, "no JSON object"),
+        ("/v1/chat/completions", {}, 400, "messages has to be"),
+        ("/v1/chat/completions", {"messages": "hello"}, 400, "messages has to be"),
+        ("/v1/chat/completions", {"messages": [{"content": "x"}]}, 400, "role"),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": 3}]}, 400, "content"),
+        ("/v1/chat/completions", {"messages": QUESTION, "model": "gpt"}, 404, "no model gpt. This server has tiny"),
+        ("/v1/chat/completions", {"messages": QUESTION, "temperature": -1}, 400, "temperature is -1"),
+        ("/v1/chat/completions", {"messages": QUESTION, "temperature": "hot"}, 400, "temperature is hot"),
+        ("/v1/chat/completions", {"messages": QUESTION, "top_p": 2}, 400, "top_p"),
+        ("/v1/chat/completions", {"messages": QUESTION, "max_tokens": 0}, 400, "max_tokens"),
+        ("/v1/chat/completions", {"messages": QUESTION, "max_tokens": 300}, 400, "asks for 300 tokens"),
+        ("/v1/chat/completions", {"messages": QUESTION, "n": 2}, 400, "n: this server cannot"),
+        ("/v1/chat/completions", {"messages": QUESTION, "logprobs": True}, 400, "logprobs"),
+        ("/v1/chat/completions", {"messages": QUESTION, "tool_choice": "required"}, 400, "tool_choice"),
+        ("/v1/chat/completions", {"messages": QUESTION, "nonsense": 1}, 400, "nonsense: no such field"),
+        ("/v1/chat/completions", {"messages": QUESTION, "logit_bias": {"x": 1}}, 400, "logit_bias has to be"),
+        ("/v1/chat/completions", {"messages": QUESTION, "stop": [1]}, 400, "stop has to be"),
+        ("/v1/chat/completions", {"messages": QUESTION, "tools": [{}]}, 400, "tools has to be"),
+        ("/v1/chat/completions", {"messages": QUESTION, "response_format": {"type": "xml"}}, 400, "response_format"),
+        (
+            "/v1/chat/completions",
+            {"messages": QUESTION, "response_format": {"type": "json_schema", "json_schema": {"schema": {"type": 3}}}},
+            400,
+            "schema",
+        ),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "word " * 1100}]}, 400, "may be given"),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x" * 2**20}]}, 413, "more than"),
+        (
+            "/v1/chat/completions",
+            {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}]},
+            400,
+            "cannot be read",
+        ),
+        ("/v1/completions", {"prompt": ["a", "b"]}, 400, "prompt has to be a text"),
+        ("/v1/responses", {"input": 3}, 400, "input has to be"),
+        ("/v1/nowhere", {}, 404, "This server has /v1/chat/completions"),
+        ("/reset", {}, 404, "This server has"),
+        ("/load_model", {"model": "x"}, 404, "This server has"),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_is_wrong_is_said_in_one_line(path, body, status, words, stream, served):
+    if stream and isinstance(body, dict):
+        body = {**body, "stream": True}
+    found, text = post(served[0], path, body)
+    error = json.loads(text)["error"]
+    assert (found, error["type"]) == (status, "invalid_request_error")
+    assert words in error["message"]
+    assert "\n" not in error["message"]
+
+
+def test_a_model_that_fails_harms_no_other_request(client, served, loaded, monkeypatch):
+    run = Scheduler._give_tokens
+    failing = threading.Event()
+
+    def fail(self):
+        if failing.is_set():
+            failing.clear()
+            raise RuntimeError('injected "error"')
+        run(self)
+
+    monkeypatch.setattr(Scheduler, "_give_tokens", fail)
+    failing.set()
+    with pytest.raises(openai.InternalServerError, match="injected"):
+        ask(client, STORY)
+    failing.set()
+    with pytest.raises(openai.APIError):
+        list(ask(client, STORY, stream=True))
+    assert ask(client).choices[0].message.content == "3 plus 4 is 7."
