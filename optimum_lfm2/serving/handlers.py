@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
 from contextlib import aclosing
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -16,25 +16,25 @@ from transformers import GenerationConfig
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
 from transformers.cli.serving.completion import CompletionHandler
 from transformers.cli.serving.response import ResponseHandler
-from transformers.cli.serving.utils import BaseHandler, Modality
+from transformers.cli.serving.utils import BaseHandler
 
 from optimum_lfm2.errors import Lfm2Error
+from optimum_lfm2.serving.checks import (
+    OURS,
+    RANGES,
+    called_functions,
+    check_biases,
+    check_choice,
+    check_messages,
+    check_pictures,
+    check_range,
+    check_stops,
+    check_tools,
+)
 from optimum_lfm2.serving.grammar_support import grammar_for
 from optimum_lfm2.serving.manager import Extras, GoneError
 
 
-# Fields beside OpenAI's that set what `generate` knows by the same name, and what each has to be.
-OURS = {"top_k": (int, 0, 10**6), "min_p": (float, 0, 1), "repetition_penalty": (float, 1e-3, 100)}
-RANGES = {
-    "temperature": (float, 0, 100),
-    "top_p": (float, 1e-6, 1),
-    "frequency_penalty": (float, -0.999, 2),
-    "seed": (int, 0, 2**63 - 1),
-    "max_tokens": (int, 1, 2**31),
-    "max_completion_tokens": (int, 1, 2**31),
-    "max_output_tokens": (int, 1, 2**31),
-    **OURS,
-}
 # Fields that cannot be honoured, and the values by which they ask for nothing.
 NOTHING: dict[str, tuple[Any, ...]] = {
     "n": (1,),
@@ -54,7 +54,6 @@ NOTHING: dict[str, tuple[Any, ...]] = {
     "prompt": (),
     "truncation": ("disabled",),
     "max_tool_calls": (),
-    "tool_choice": ("auto", "none"),
     "text": ({"format": {"type": "text"}},),
 }
 PROMPTED = {"prompt"}  # which is a field of its own for completions
@@ -120,8 +119,7 @@ class Served(BaseHandler):
                 raise Lfm2Error(f"{name}: this server cannot honour it. Leave it out.")
         if "logit_bias" in body:
             body["logit_bias"] = check_biases(body["logit_bias"])
-        if body.pop("tool_choice", None) == "none":
-            body.pop("tools", None)
+        check_choice(body)
 
     _reads_prompts = False
 
@@ -146,6 +144,7 @@ class Served(BaseHandler):
         if config.do_sample is False:
             config.temperature = config.top_p = config.top_k = config.min_p = None
         config.extras = Extras(seed=body.get("seed"))
+        config.called = called_functions(body)
         return config
 
     def _check_length(self, inputs: Any, config: Any, model: Any) -> None:
@@ -197,10 +196,9 @@ class Served(BaseHandler):
     def _prepare(self, model: Any, processor: Any, args: tuple[Any, ...]) -> None:
         inputs, config = self._inputs(args)
         self._check_length(inputs, config, model)
-        form = config.__dict__.pop("response_format", None)
-        if form is not None:
-            tokenizer = getattr(processor, "tokenizer", processor)
-            config.extras.processors += grammar_for(tokenizer, model.config.get_text_config().vocab_size, form)
+        form, called = (config.__dict__.pop(name, None) for name in ("response_format", "called"))
+        tokenizer, width = getattr(processor, "tokenizer", processor), model.config.get_text_config().vocab_size
+        config.extras.processors += grammar_for(tokenizer, width, inputs["input_ids"], form, called)
 
 
 class _Done:
@@ -271,72 +269,3 @@ class ServedResponses(Served, ResponseHandler):
     def get_processor_inputs_from_messages(messages: list[dict], modality: Any) -> list[dict]:
         check_pictures(messages, modality)
         return BaseHandler.get_processor_inputs_from_messages(messages, modality)
-
-
-def check_range(name: str, value: Any) -> None:
-    """Raise `Lfm2Error` for a number out of its range, and for what is none."""
-    kind, least, most = RANGES[name]
-    numbers = int if kind is int else (int, float)
-    if isinstance(value, bool) or not isinstance(value, numbers) or not least <= value <= most:
-        raise Lfm2Error(f"{name} is {str(value)[:60]}; it has to be a number from {least:g} to {most:g}.")
-
-
-def check_biases(biases: Any) -> dict[str, float]:
-    """Return the biases of tokens as floats, which transformers asks for. Raise `Lfm2Error` for what is none."""
-    try:
-        return {str(int(token)): float(bias) for token, bias in biases.items()}
-    except (AttributeError, TypeError, ValueError):
-        raise Lfm2Error('logit_bias has to be an object of numbers by tokens, such as {"7": -100}.') from None
-
-
-def check_stops(stop: Any) -> list[str]:
-    """Return the stop strings. Raise `Lfm2Error` for what is none."""
-    stops = [stop] if isinstance(stop, str) else stop or []
-    if not isinstance(stops, list) or not all(isinstance(one, str) and one for one in stops) or len(stops) > 16:
-        raise Lfm2Error("stop has to be a text, or a list of 16 texts at most.")
-    return stops
-
-
-def check_messages(messages: Any) -> None:
-    """Raise `Lfm2Error` for what is no list of messages."""
-    if not isinstance(messages, list) or not messages:
-        raise Lfm2Error("messages has to be a list of messages.")
-    for message in messages:
-        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-            raise Lfm2Error("Each of messages has to be an object with a role.")
-        content = message.get("content")
-        parts = content if isinstance(content, list) else []
-        if not isinstance(content, (str, list, type(None))) or not all(_is_part(part) for part in parts):
-            raise Lfm2Error(
-                "The content of a message has to be a text, or a list of parts of the types text and image_url."
-            )
-
-
-def _is_part(part: Any) -> bool:
-    if not isinstance(part, Mapping):
-        return False
-    if part.get("type") == "text":
-        return isinstance(part.get("text"), str)
-    return part.get("type") == "image_url"
-
-
-def check_tools(tools: Any) -> None:
-    """Raise `Lfm2Error` for what is no list of functions."""
-    functions = [tool.get("function") if isinstance(tool, Mapping) else None for tool in tools if tools]
-    if not all(isinstance(one, Mapping) and isinstance(one.get("name"), str) for one in functions):
-        raise Lfm2Error('tools has to be a list of {"type": "function", "function": {"name": ...}}.')
-
-
-def check_pictures(messages: list[dict], modality: Any) -> None:
-    """Raise `Lfm2Error` for a picture by an address, since none is fetched, and for one that the model cannot see."""
-    for message in messages:
-        content = message.get("content")
-        for part in content if isinstance(content, list) else ():
-            if part.get("type") not in ("image_url", "input_image"):
-                continue
-            url = part.get("image_url")
-            url = url.get("url") if isinstance(url, Mapping) else url
-            if not isinstance(url, str) or not url.startswith("data:image/"):
-                raise Lfm2Error("A picture comes with the request, as data:image/png;base64,... None is fetched.")
-            if modality == Modality.LLM:
-                raise Lfm2Error("This model takes no pictures.")

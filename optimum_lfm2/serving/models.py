@@ -29,7 +29,7 @@ class Models(ModelManager):
         self._created = int(time.time())
         for one in loaded.values():  # a folder of export onnx has no template of answers
             if getattr(one.tokenizer, "response_template", None) is None:
-                one.tokenizer.response_template = template_for(one.tokenizer.get_vocab())
+                one.tokenizer.response_template = template_for(one.tokenizer.get_vocab(), one.tokenizer.chat_template)
             if one.processor is not None:
                 one.processor.tokenizer = one.tokenizer
 

@@ -6,44 +6,59 @@ import json
 import threading
 
 import pytest
-from servers import QUESTION, STORY, ask, openai, post
+from servers import QUESTION, STORY, TOOL, ask, openai, post
 
 from optimum_lfm2.runtime.scheduler import Scheduler
+
+
+CHATS = "/v1/chat/completions"
+OTHER = {"type": "function", "function": {"name": "other"}}
+UNNAMED = {"type": "function", "function": {"name": "a b"}}
+ANY = {"type": "json_object"}
 
 
 @pytest.mark.parametrize(
     ("path", "body", "status", "words"),
     [
-        ("/v1/chat/completions", b"{", 400, "no JSON object"),
-        ("/v1/chat/completions", b"[]", 400, "no JSON object"),
-        ("/v1/chat/completions", {}, 400, "messages has to be"),
-        ("/v1/chat/completions", {"messages": "hello"}, 400, "messages has to be"),
-        ("/v1/chat/completions", {"messages": [{"content": "x"}]}, 400, "role"),
-        ("/v1/chat/completions", {"messages": [{"role": "user", "content": 3}]}, 400, "content"),
-        ("/v1/chat/completions", {"messages": QUESTION, "model": "gpt"}, 404, "no model gpt. This server has tiny"),
-        ("/v1/chat/completions", {"messages": QUESTION, "temperature": -1}, 400, "temperature is -1"),
-        ("/v1/chat/completions", {"messages": QUESTION, "temperature": "hot"}, 400, "temperature is hot"),
-        ("/v1/chat/completions", {"messages": QUESTION, "top_p": 2}, 400, "top_p"),
-        ("/v1/chat/completions", {"messages": QUESTION, "max_tokens": 0}, 400, "max_tokens"),
-        ("/v1/chat/completions", {"messages": QUESTION, "max_tokens": 300}, 400, "asks for 300 tokens"),
-        ("/v1/chat/completions", {"messages": QUESTION, "n": 2}, 400, "n: this server cannot"),
-        ("/v1/chat/completions", {"messages": QUESTION, "logprobs": True}, 400, "logprobs"),
-        ("/v1/chat/completions", {"messages": QUESTION, "tool_choice": "required"}, 400, "tool_choice"),
-        ("/v1/chat/completions", {"messages": QUESTION, "nonsense": 1}, 400, "nonsense: no such field"),
-        ("/v1/chat/completions", {"messages": QUESTION, "logit_bias": {"x": 1}}, 400, "logit_bias has to be"),
-        ("/v1/chat/completions", {"messages": QUESTION, "stop": [1]}, 400, "stop has to be"),
-        ("/v1/chat/completions", {"messages": QUESTION, "tools": [{}]}, 400, "tools has to be"),
-        ("/v1/chat/completions", {"messages": QUESTION, "response_format": {"type": "xml"}}, 400, "response_format"),
+        (CHATS, b"{", 400, "no JSON object"),
+        (CHATS, b"[]", 400, "no JSON object"),
+        (CHATS, {}, 400, "messages has to be"),
+        (CHATS, {"messages": "hello"}, 400, "messages has to be"),
+        (CHATS, {"messages": [{"content": "x"}]}, 400, "role"),
+        (CHATS, {"messages": [{"role": "user", "content": 3}]}, 400, "content"),
+        (CHATS, {"messages": QUESTION, "model": "gpt"}, 404, "no model gpt. This server has tiny"),
+        (CHATS, {"messages": QUESTION, "temperature": -1}, 400, "temperature is -1"),
+        (CHATS, {"messages": QUESTION, "temperature": "hot"}, 400, "temperature is hot"),
+        (CHATS, {"messages": QUESTION, "top_p": 2}, 400, "top_p"),
+        (CHATS, {"messages": QUESTION, "max_tokens": 0}, 400, "max_tokens"),
+        (CHATS, {"messages": QUESTION, "max_tokens": 300}, 400, "asks for 300 tokens"),
+        (CHATS, {"messages": QUESTION, "n": 2}, 400, "n: this server cannot"),
+        (CHATS, {"messages": QUESTION, "logprobs": True}, 400, "logprobs"),
+        (CHATS, {"messages": QUESTION, "tool_choice": "required"}, 400, "there are no tools"),
+        (CHATS, {"messages": QUESTION, "tools": [TOOL], "tool_choice": "maybe"}, 400, "tool_choice has to be"),
+        (CHATS, {"messages": QUESTION, "tools": [TOOL], "tool_choice": OTHER}, 400, "tool_choice has to be"),
+        (CHATS, {"messages": QUESTION, "tools": [UNNAMED], "tool_choice": "required"}, 400, "'a b' is no name"),
         (
-            "/v1/chat/completions",
+            CHATS,
+            {"messages": QUESTION, "tools": [TOOL], "tool_choice": "required", "response_format": ANY},
+            400,
+            "cannot both",
+        ),
+        (CHATS, {"messages": QUESTION, "nonsense": 1}, 400, "nonsense: no such field"),
+        (CHATS, {"messages": QUESTION, "logit_bias": {"x": 1}}, 400, "logit_bias has to be"),
+        (CHATS, {"messages": QUESTION, "stop": [1]}, 400, "stop has to be"),
+        (CHATS, {"messages": QUESTION, "tools": [{}]}, 400, "tools has to be"),
+        (CHATS, {"messages": QUESTION, "response_format": {"type": "xml"}}, 400, "response_format"),
+        (
+            CHATS,
             {"messages": QUESTION, "response_format": {"type": "json_schema", "json_schema": {"schema": {"type": 3}}}},
             400,
             "schema",
         ),
-        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "word " * 1100}]}, 400, "may be given"),
-        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x" * 2**20}]}, 413, "more than"),
+        (CHATS, {"messages": [{"role": "user", "content": "word " * 1100}]}, 400, "may be given"),
+        (CHATS, {"messages": [{"role": "user", "content": "x" * 2**20}]}, 413, "more than"),
         (
-            "/v1/chat/completions",
+            CHATS,
             {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}]},
             400,
             "cannot be read",

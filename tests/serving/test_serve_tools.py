@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shutil
 
 import pytest
 import torch
-from servers import CALL, QUESTION, STORY, TOOL, alone, ask, streamed
+from servers import CALL, QUESTION, STORY, TOOL, alone, ask, openai, serving, streamed
+from transformers import AutoTokenizer
 
 from optimum_lfm2.runtime.picking import Picker
 
@@ -89,3 +92,129 @@ def test_an_answer_by_a_json_schema(client):
         == answer.choices[0].message.content
     )
     assert ask(client, response_format={"type": "text"}).choices[0].message.content == "3 plus 4 is 7."
+
+
+# A call that is demanded
+
+CLOCK = {"type": "function", "function": {"name": "clock"}}
+NEEDY = {
+    "type": "function",
+    "function": {
+        "name": "walk",
+        "parameters": {
+            "type": "object",
+            "properties": {
+                "far": {"type": "boolean"},
+                "where": {"enum": ["north", "south"]},
+                "steps": {"$ref": "#/$defs/few"},
+            },
+            "required": ["where"],
+            "$defs": {"few": {"type": "integer", "minimum": 1, "maximum": 9}},
+        },
+    },
+}
+
+
+def one_call(message):
+    (call,) = message.tool_calls
+    return call.function.name, json.loads(call.function.arguments)
+
+
+def test_a_call_can_be_demanded(client):
+    """The model was never shown a tool, and yet it calls one, with arguments that follow the schema."""
+    demand = {"tools": [NEEDY, CLOCK], "tool_choice": "required", "parallel_tool_calls": False, "max_tokens": 60}
+    answer = ask(client, STORY, **demand)
+    assert answer.choices[0].finish_reason == "tool_calls"
+    name, arguments = one_call(answer.choices[0].message)
+    assert name in ("walk", "clock")
+    events = list(ask(client, STORY, stream=True, **demand))
+    (streamed_call,) = [call.function for event in events for call in event.choices[0].delta.tool_calls or ()]
+    assert (streamed_call.name, json.loads(streamed_call.arguments)) == (name, arguments)
+    named = {"type": "function", "function": {"name": "walk"}}
+    found = []
+    for seed in range(6):
+        choice = ask(client, STORY, **{**demand, "tool_choice": named}, temperature=3, seed=seed).choices[0]
+        name, arguments = one_call(choice.message)
+        assert name == "walk"
+        assert arguments["where"] in ("north", "south")
+        assert type(arguments.get("far", True)) is bool
+        assert arguments.get("steps", 1) in range(1, 10)
+        assert list(arguments) == [one for one in ("far", "where", "steps") if one in arguments]
+        found.append(json.dumps(arguments))
+    assert len(set(found)) > 2
+    flat = {"type": "function", **NEEDY["function"]}
+    said = client.responses.create(
+        model="tiny", input="?", tools=[flat], tool_choice={"type": "function", "name": "walk"}, max_output_tokens=200
+    )
+    assert {one.name for one in said.output if one.type == "function_call"} == {"walk"}
+
+
+# Reasoning, and calls in XML
+
+XML_TEMPLATE = (
+    "{{ bos_token }}{% if tools %}<|im_start|>system\n{{ tools | tojson }}\nWrite <tool_call><function=name>"
+    "<parameter=name>value</parameter></function></tool_call>.<|im_end|>\n{% endif %}{% for message in messages %}"
+    "<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% if enable_thinking | default(true) %}<think>\n"
+    "{% endif %}{% endif %}"
+)
+XML_CALLS = (
+    "Two cities.\n</think>\n\n<tool_call>\n<function=weather>\n<parameter=city>\nParis\n</parameter>\n"
+    "<parameter=days>\n2\n</parameter>\n</function>\n</tool_call>\n<tool_call>\n<function=weather>\n<parameter=city>\n12\n</parameter>\n"
+    "</function>\n</tool_call>"
+)
+
+
+@pytest.fixture(scope="module")
+def thinker(folder, tmp_path_factory, loaded):
+    """A client of a model that thinks first, and calls tools in XML."""
+    place = tmp_path_factory.mktemp("thinker")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(folder / name, place)
+    (place / "chat_template.jinja").write_text(XML_TEMPLATE)
+    own = dataclasses.replace(loaded, tokenizer=AutoTokenizer.from_pretrained(place))
+    with serving(own) as (address, *_):
+        yield openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0, timeout=120)
+
+
+def test_calls_in_xml_after_reasoning(thinker, says):
+    says(XML_CALLS)
+    expected = [("weather", {"city": "Paris", "days": 2}), ("weather", {"city": "12"})]
+    choice = ask(thinker, tools=[TOOL], max_tokens=250).choices[0]
+    assert choice.finish_reason == "tool_calls"
+    calls = [(one.function.name, json.loads(one.function.arguments)) for one in choice.message.tool_calls]
+    assert calls == expected, "values have the types of the schema"
+    assert choice.message.reasoning_content == "Two cities."
+    assert not choice.message.content
+    deltas = [event.choices[0].delta for event in ask(thinker, tools=[TOOL], stream=True, max_tokens=250)]
+    calls = [call.function for delta in deltas for call in delta.tool_calls or ()]
+    assert [(one.name, json.loads(one.arguments)) for one in calls] == expected
+    assert "".join(getattr(delta, "reasoning_content", None) or "" for delta in deltas).strip() == "Two cities."
+    assert not "".join(delta.content or "" for delta in deltas).strip()
+
+
+def test_a_schema_begins_after_the_reasoning(thinker, loaded, monkeypatch):
+    """The answer is JSON, and what is thought before it is free."""
+    ids = loaded.tokenizer("Hm, a fox.</think>", add_special_tokens=False)["input_ids"]
+    pick = Picker.pick
+
+    def thinks(self, logits):
+        written = self._length - self._prompt
+        if written < len(ids):
+            logits = torch.full_like(logits, -1.0)
+            logits[ids[written]] = 10
+        return pick(self, logits)
+
+    monkeypatch.setattr(Picker, "pick", thinks)
+    schema = {"type": "object", "properties": {"w": {"enum": ["fox", "bee"]}}, "required": ["w"]}
+    schema["additionalProperties"] = False
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    message = ask(thinker, STORY, response_format=form, max_tokens=60).choices[0].message
+    assert message.reasoning_content == "Hm, a fox."
+    assert json.loads(message.content)["w"] in ("fox", "bee")
+    monkeypatch.undo()
+    plain = {"extra_body": {"chat_template_kwargs": {"enable_thinking": False}}, "max_tokens": 60}
+    message = ask(thinker, STORY, response_format=form, **plain).choices[0].message
+    assert json.loads(message.content)["w"] in ("fox", "bee")
+    with pytest.raises(openai.BadRequestError, match="form of calls cannot be demanded"):
+        ask(thinker, tools=[TOOL], tool_choice="required")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from optimum_lfm2.sidecars.response_template import FIELD, TEMPLATE, write_response_template
+from optimum_lfm2.sidecars.response_template import FIELD, TEMPLATE, XML_TEMPLATE, write_response_template
 
 
 DEMO = Path(__file__).parents[2] / "demo" / "checkpoint"
@@ -50,6 +50,14 @@ def test_other_vocabularies_stay_as_they_are(tmp_path):
     assert (tmp_path / "tokenizer_config.json").read_bytes() == before
     (tmp_path / "tokenizer.json").unlink()
     write_response_template(tmp_path)  # a folder without a tokenizer
+
+
+def test_a_chat_template_in_xml_tells_the_form(folder):
+    (folder / "chat_template.jinja").write_text(
+        "<tool_call><function=f><parameter=a>1</parameter></function></tool_call>"
+    )
+    write_response_template(folder)
+    assert written(folder)[FIELD] == XML_TEMPLATE
 
 
 CALLS = '<|tool_call_start|>[f(a=1), g(b="x", c=[1, 2])]<|tool_call_end|>'
