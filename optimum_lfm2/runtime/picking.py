@@ -76,6 +76,7 @@ class Picker:
         self._tokenizer = tokenizer
         self._ids = torch.empty((1, prepared.max_length), dtype=torch.int64)
         self._ids[0, : len(ids)] = ids
+        self._text = self._ids.numpy()[0]  # the same memory
         self._length, self._prompt = len(ids), len(ids)
 
     def pick(self, logits: torch.Tensor) -> int:
@@ -93,13 +94,13 @@ class Picker:
             else:
                 chosen = scores.argmax(-1)
             token = int(chosen)
-        self._ids[0, self._length] = token
+        self._text[self._length] = token
         self._length += 1
         return token
 
     def ended(self) -> str | None:
         """Return why the text ends with the token that was picked last, or None if it goes on."""
-        if int(self._ids[0, self._length - 1]) in self._ends or self._at_stop_string():
+        if int(self._text[self._length - 1]) in self._ends or self._at_stop_string():
             return STOP
         return LENGTH if self._length - self._prompt >= self.max_new_tokens else None
 
@@ -111,7 +112,7 @@ class Picker:
         if not self._strings:
             return False
         longest = max(len(text.encode()) for text in self._strings) + 1
-        tail = self._ids[0, max(0, self._length - longest) : self._length].tolist()
+        tail = self._text[max(0, self._length - longest) : self._length].tolist()
         before, text = (
             self._tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
             for tokens in (tail[:-1], tail)

@@ -62,7 +62,7 @@ class ScheduledRequest:
         on_end: called once at the end.
         key: the prompt for comparison with others, int64 (length); by default the ids. The numbers of a picture's
             tokens have to depend on what it shows.
-        graph: makes the session that reads the prompt, where it has pictures. It is called when its turn comes.
+        graph: makes the session that reads pictures in the prompt. It is called when their turn comes.
         read_ids: what that session takes in the place of `ids`.
 
     Attributes:
@@ -100,9 +100,9 @@ class ScheduledRequest:
         """How many tokens it has at the end, if nothing ends it before."""
         return len(self.ids) + self.picker.max_new_tokens
 
-    def graph(self, plain: GraphSession) -> GraphSession:
-        """Return the session that reads the prompt: `plain`, where it has no pictures."""
-        if self._make_graph is None:
+    def graph(self, plain: GraphSession, start: int, end: int) -> GraphSession:
+        """Return the session that reads these tokens of the prompt: `plain`, where no picture is among them."""
+        if self._make_graph is None or torch.equal(self.ids[start:end], self.read_ids[start:end]):
             return plain
         if self._session is None:
             self._session = self._make_graph()
@@ -250,7 +250,7 @@ class Scheduler:
             end = parting
         ids, mask = request.read_ids[None, start:end], torch.ones((1, end), dtype=torch.int64)
         try:
-            logits = request.graph(self._graph).run(ids, mask, cache, 1, True)
+            logits = request.graph(self._graph, start, end).run(ids, mask, cache, 1, True)
             if end < length:
                 self._note_point(request, cache, parting)
                 return
@@ -278,7 +278,7 @@ class Scheduler:
         rows = self._rows
         if rows.length + 1 > max(request.columns for request in self._running):
             rows.compact()  # a longer row has left
-        ids = torch.tensor([[request.tokens[-1]] for request in self._running])
+        ids = torch.from_numpy(np.array([[request.tokens[-1]] for request in self._running], dtype=np.int64))
         try:
             logits = self._graph.run(ids, rows.new_mask(), rows, 1, True)[:, -1].cpu()
             found: list[torch.Tensor | Exception] = list(logits)

@@ -50,7 +50,9 @@ class SharedRows(Lfm2Cache):
             self._full[cache.past] = self._zeros(shape, self.layout.dtypes[cache.past])
             if not cache.grows:
                 self._other[cache.past] = torch.empty_like(self._full[cache.past])
-        self.mask = torch.zeros((self.most, capacity), dtype=torch.int64)
+        # numpy sees the same memory: right after a call of the graph its operations take a part of the time of torch's.
+        self._marks = np.zeros((self.most, capacity), dtype=np.int64)
+        self.mask = torch.from_numpy(self._marks)
         self.capacity = capacity
         self._show(len(self.counts))
 
@@ -160,7 +162,7 @@ class SharedRows(Lfm2Cache):
         """Return the mask of a call that gives each row one token: int64 (rows, length + 1)."""
         rows = len(self.counts)
         self.reserve(self.length + 1)
-        self.mask[:rows, self.length] = 1
+        self._marks[:rows, self.length] = 1
         return self.mask[:rows, : self.length + 1]
 
     def count_tokens(self) -> None:

@@ -5,21 +5,14 @@ from __future__ import annotations
 import io
 import json
 import os
-import random
 import shutil
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-import torchvision_python
 from checkpoints import gold_tokens
-from drawings import draw
-from patches import patches
-from pictures import gold_vl_model, gold_vl_tokens, write_png
-from transformers import AutoTokenizer
 
 from optimum_lfm2.errors import Lfm2Error
 from optimum_lfm2.serving.chat import Chat, Terminal
@@ -28,15 +21,6 @@ from optimum_lfm2.serving.folder import load_folder
 
 ROOT = Path(__file__).parents[2]
 TURNS = ["What is 3 plus 4?", "Where do bees live?", "Tell me a story about a fox."]
-# Threads that spin take the cores from other workers.
-ONE_THREAD = """
-import functools, onnxruntime
-options = onnxruntime.SessionOptions.__init__
-def init(self):
-    options(self)
-    self.intra_op_num_threads = 1
-onnxruntime.SessionOptions.__init__ = init
-"""
 STORY = "Ben put the silver key next to the well. Tell me a story."
 
 
@@ -277,46 +261,3 @@ def test_what_is_no_export_is_one_line(cli, exported, checkpoint, tmp_path):
 def test_an_export_without_caches_is_refused(exported):
     with pytest.raises(Lfm2Error, match="no cache inputs"):
         load_folder(exported("trained", task="text-generation"))
-
-
-@pytest.mark.skipif(not torchvision_python.is_installed(), reason="no torchvision")
-def test_pictures(exported, checkpoint, tmp_path):
-    """Two turns about two pictures. The second reads its own tokens and picture alone, and transformers reads all."""
-    shown = [draw(random.Random(seed), (128, 96)).pixels() for seed in (0, 5)]
-    for i, pixels in enumerate(shown):
-        write_png(tmp_path / f"{i}.png", pixels)
-    (tmp_path / "broken.png").write_bytes(b"none")
-    script = tmp_path / "chat.py"
-    script.write_text(ONE_THREAD + "from optimum.commands.optimum_cli import main; main()")
-    question = "Describe the picture."
-    lines = ["/picture broken.png", "/picture 0.png", question, "/picture 1.png", question, "/save chat.json"]
-    command = [sys.executable, ROOT / "tests/support/torchvision_python.py", script, "lfm2", "chat"]
-    folder = exported("trained_vision")
-    done = subprocess.run(
-        [*command, folder, "--max-new-tokens", "32"],
-        input="\n".join(lines),
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-    )
-    assert "broken.png is no picture that can be read" in done.stderr
-    assert done.stderr.count("\n") == 1
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    gold, model = [], gold_vl_model(checkpoint("trained_vision"))
-    text, tiles = tokenizer.bos_token, []
-    for pixels in shown:
-        tiles.append(patches(pixels[None]))
-        places = tokenizer.image_token * 12
-        picture = f"{tokenizer.image_start_token}{places}{tokenizer.image_end_token}"
-        text += f"<|im_start|>user\n{picture}{question}<|im_end|>\n<|im_start|>assistant\n"
-        ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"][0]
-        all_tiles = {name: torch.cat([one[name] for one in tiles]) for name in tiles[0]}
-        with torch.no_grad():
-            tokens = gold_vl_tokens(model, ids, all_tiles, 32)
-        gold.append(tokenizer.decode(tokens[: tokens.index(tokenizer.eos_token_id)]))
-        text += f"{gold[-1]}<|im_end|>\n"
-    assert done.stdout.splitlines() == gold
-    assert gold[0] != gold[1]
-    saved = json.loads((tmp_path / "chat.json").read_text())
-    assert saved[2]["content"][0] == {"type": "image", "path": "1.png"}
