@@ -214,10 +214,10 @@ class Scheduler:
     def _drop_cancelled(self) -> None:
         with self._lock:
             dropped = [request for request in self._waiting if request.cancelled]
-            for request in dropped:
-                self._waiting.remove(request)
         for request in dropped:
             request.end(CANCELLED)
+            with self._lock:
+                self._waiting.remove(request)
         if self._reading is not None and self._reading[0].cancelled:
             self._reading[0].end(CANCELLED)
             self._reading = None
@@ -234,11 +234,11 @@ class Scheduler:
         longest = max(one.columns for one in (*self._running, request))
         if self._running and (len(self._running) + 1) * longest > self._limits.tokens:
             return
-        with self._lock:
-            self._waiting.popleft()
         cache, parting = self.prefixes.resume(request.key, self._graph, len(request.ids))
         request.cached = cache.length
-        self._reading = request, cache, parting
+        self._reading = request, cache, parting  # before it leaves the queue: who looks from outside must not miss it
+        with self._lock:
+            self._waiting.popleft()
 
     def _read_chunk(self) -> None:
         if self._reading is None:
@@ -254,12 +254,12 @@ class Scheduler:
             if end < length:
                 self._note_point(request, cache, parting)
                 return
-            self._reading = None
             self.prefixes.keep(request.key, cache.tensors, request.points)
             request.take(logits[0, -1].cpu())
             if request.ended is None:
                 self._rows.enter(cache, max(one.columns for one in (*self._running, request)))
                 self._running.append(request)
+            self._reading = None
         except Exception as error:
             self._reading = None
             self._fail(request, error)

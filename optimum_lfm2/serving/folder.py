@@ -35,12 +35,13 @@ class Loaded:
     processor: Any
 
 
-def load_folder(folder: Path, file_name: str | None = None) -> Loaded:
+def load_folder(folder: Path, file_name: str | None = None, session_options: Any = None) -> Loaded:
     """Load a folder of `export onnx` or `export lfm2`.
 
     Args:
         folder: the exported folder.
         file_name: the model's file, in the folder or its subfolder `onnx`. None takes `model.onnx`, or the only one.
+        session_options: onnxruntime's, such as how many threads the model takes.
 
     Raises:
         Lfm2Error: it is no export of ours, it lacks a file, or it holds several models and none is chosen.
@@ -49,6 +50,8 @@ def load_folder(folder: Path, file_name: str | None = None) -> Loaded:
     member = member_of(config)
     sees = member.in_parts
     where: dict[str, Any] = {} if file_name is None else _located(folder, file_name)
+    if session_options is not None:
+        where["session_options"] = session_options
     if sees:
         model = VISION_CLASSES[member.loader].from_pretrained(folder, **where)
     else:

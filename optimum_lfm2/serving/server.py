@@ -57,7 +57,27 @@ def run_server(folders: Sequence[str], file_name: str | None, settings: Settings
     """Load the folders and serve until SIGTERM or Ctrl-C. What runs then ends by itself, and nothing else is taken.
 
     Args:
+        folders: as `load_all` takes them.
+
+    Raises:
+        Lfm2Error: a folder is no export of ours, or two have the same name.
+    """
+    loaded = load_all(folders, file_name)
+    app, state = build_app(loaded, settings)
+    config = uvicorn.Config(app, host=settings.host, port=settings.port, log_level="info")
+    try:
+        uvicorn.Server(config).run()
+    finally:
+        state.shutdown()
+
+
+def load_all(folders: Sequence[str], file_name: str | None = None, session_options: Any = None) -> dict[str, Loaded]:
+    """Load folders to serve, by their names.
+
+    Args:
         folders: exported folders, each with a name before it if it has `=`, such as `small=lfm2_onnx`.
+        file_name: the model's file in each, or None.
+        session_options: onnxruntime's, or None.
 
     Raises:
         Lfm2Error: a folder is no export of ours, or two have the same name.
@@ -67,13 +87,8 @@ def run_server(folders: Sequence[str], file_name: str | None, settings: Settings
         name, folder = named(one)
         if name in loaded:
             raise Lfm2Error(f"Two folders have the name {name}. Give one another: NAME={folder}")
-        loaded[name] = load_folder(folder, file_name)
-    app, state = build_app(loaded, settings)
-    config = uvicorn.Config(app, host=settings.host, port=settings.port, log_level="info")
-    try:
-        uvicorn.Server(config).run()
-    finally:
-        state.shutdown()
+        loaded[name] = load_folder(folder, file_name, session_options)
+    return loaded
 
 
 def named(folder: str) -> tuple[str, Path]:

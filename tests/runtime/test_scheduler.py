@@ -402,7 +402,7 @@ def test_many_threads_ask_at_once(load, gold_model):
     assert [request.tokens for request in requests] == golds
     engine.stop()
     assert not engine.alive
-    assert "lfm2-engine" not in [thread.name for thread in threading.enumerate()]
+    assert not engine._thread.is_alive()
     with pytest.raises(StoppedError, match="shutting down"):
         engine.submit(requests[0])
 

@@ -22,7 +22,7 @@ def loaded(folder):
     return load_folder(folder)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def served(loaded):
     """The address of a server, its managers and the server itself."""
     from servers import serving
@@ -31,7 +31,7 @@ def served(loaded):
         yield running
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def client(served):
     import openai
 

@@ -60,7 +60,7 @@ def test_a_client_that_goes_away_frees_its_row(stream, served, monkeypatch):
     connection.sock.shutdown(socket.SHUT_RDWR)
     connection.close()
     for _ in range(1500):
-        if scheduler.idle:
+        if running.ended:
             break
         time.sleep(0.02)
     assert running.ended == "cancelled"
