@@ -15,8 +15,8 @@ from pathlib import Path
 import one_thread_cli  # noqa: F401
 from servers import openai, serving, streamed
 
-from optimum_lfm2 import ORTLfm2VlForConditionalGeneration
 from optimum_lfm2.serving.folder import load_folder
+from optimum_lfm2.vision_modeling import VisionModel
 
 
 def picture(data: bytes) -> dict:
@@ -25,8 +25,8 @@ def picture(data: bytes) -> dict:
 
 def main(export: str, question: str, new: str) -> None:
     loaded, made = load_folder(Path(export)), []
-    see = ORTLfm2VlForConditionalGeneration.get_image_features
-    ORTLfm2VlForConditionalGeneration.get_image_features = lambda *args: (made.append(1), see(*args))[1]
+    see = VisionModel.features_of
+    VisionModel.features_of = lambda *args: (made.append(1), see(*args))[1]
     shown = [picture(Path(f"{i}.png").read_bytes()) for i in range(2)]
     with serving(loaded) as (address, *_):
         client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0, timeout=300)
