@@ -244,8 +244,9 @@ class _StreamedModel:
         if self._chunks is not chunks:
             self._chunks, self._hidden = chunks, self._read(chunks)
         head = self._weights["lm_head.weight"]
+        factor = member_of(self._model.config).factors(self._model.config).logits
         for hidden in self._hidden:
-            yield F.linear(hidden, head)
+            yield F.linear(hidden, head) * factor
 
     def _read(self, chunks: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Return, for each chunk, the final hidden states of the scored tokens, float (scored(ids), hidden_size)."""
