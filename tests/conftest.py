@@ -145,6 +145,26 @@ def experts_folder(checkpoint: Callable[[str], Path], made_once: Callable[..., P
 
 
 @pytest.fixture(scope="session")
+def hybrid_folder(checkpoint: Callable[[str], Path], made_once: Callable[..., Path]) -> Callable[[str], Path]:
+    """`hybrid_folder(name)` gives the same folder for a tiny Granite or Olmo-Hybrid. Never write to it."""
+    from publishing import run
+
+    from benchmarks.checkpoint import add_tokenizer
+
+    def hybrid_folder(name: str) -> Path:
+        def publish(place: Path) -> None:
+            source = add_tokenizer(shutil.copytree(checkpoint(name), place / "checkpoint"))
+            text = place / "text"
+            text.write_text("qjxzvkqzxj" * 20)  # as above
+            options = ("--precisions", "fp32", "fp16", "q8", "q4", "--text", text, "--chunks", 2, "--length", 32)
+            assert run("--model", source, place / name, *options) == 0
+
+        return made_once(f"publish-{name}", publish) / name
+
+    return hybrid_folder
+
+
+@pytest.fixture(scope="session")
 def vl_checkpoint(made_once: Callable[..., Path]) -> Path:
     """The tiny LFM2-VL of `tests.pictures`. Never write to it."""
     from pictures import make_vl_checkpoint

@@ -166,6 +166,7 @@ MEMBER = Member(
     written=written,
     yields=True,
     title="Granite 4.0 H",
+    page="hybrids",
     min_onnxruntime=MIN_ONNXRUNTIME,
     genai_type="granitemoehybrid",
 )

@@ -173,6 +173,7 @@ MEMBER = Member(
     mend=mend_ropes,
     norms=sandwich_norms,
     transformers_js=False,
+    title="LFM3",
 )
 MEMBER = replace(
     MEMBER,

@@ -190,6 +190,7 @@ MEMBER = Member(
     check=check,
     yields=True,
     title="Olmo-Hybrid",
+    page="hybrids",
     min_onnxruntime=MIN_ONNXRUNTIME,
 )
 MEMBER = replace(

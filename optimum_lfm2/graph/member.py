@@ -186,6 +186,7 @@ class Member:
         mend: corrects, in place, what transformers reads of a configuration otherwise than its checkpoint was trained.
             Returns a sentence on each correction.
         title: what messages call the model.
+        page: the page of docs/ that is about the model. None for that of its model type.
         min_onnxruntime: the first release of onnxruntime that has the member's operators. None for those of any release
             that this package takes.
         genai_type: the model type in `genai_config.json`. None if onnxruntime-genai cannot run the member.
@@ -230,6 +231,7 @@ class Member:
     own_code: Callable[[str], bool] = lambda name: False
     mend: Callable[[PretrainedConfig], list[str]] = lambda config: []
     title: str = "LFM2"
+    page: str | None = None
     min_onnxruntime: str | None = None
     genai_type: str | None = None
     transformers_js: bool = True

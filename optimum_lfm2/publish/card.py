@@ -94,7 +94,7 @@ def write_card(folder: Path, files: list[Published], old: Path, model: str, opti
     member = member_of(config)
     task = member.task(config.get("architectures"))
     data.pipeline_tag = task
-    data.tags = _tags(member)
+    data.tags = _tags(member, (folder / GENAI_CONFIG).is_file())
     if any(_javascript_reads(file, member) for file in files):
         data.library_name = JAVASCRIPT  # the Hub shows how to load this layout under this library's name
         data.tags = [*data.tags, JAVASCRIPT]
@@ -110,8 +110,8 @@ def write_card(folder: Path, files: list[Published], old: Path, model: str, opti
     return Card(name, data.license)
 
 
-def _tags(member: Member) -> list[str]:
-    return [member.model_type, *TAGS, *([GENAI] if member.genai_type else []), "optimum"]
+def _tags(member: Member, genai: bool) -> list[str]:
+    return [member.model_type, *TAGS, *([GENAI] if genai else []), "optimum"]
 
 
 def _javascript_reads(file: Published, member: Member) -> bool:
@@ -177,13 +177,15 @@ def _values(folder: Path, files: list[Published], name: str, data: ModelCardData
     chosen = kind.preferred(files)
     online = "/" in name  # an id on the Hub, not the name of a folder
     read = [file for file in files if _javascript_reads(file, member)]
-    unknown = ["onnxruntime-genai 0.18"] * (member.genai_type is None) + ["Transformers.js 4.3.1"] * (
-        not member.transformers_js
-    )
+    genai = (folder / GENAI_CONFIG).is_file()
+    unknown = ["onnxruntime-genai 0.18"] * (member.genai_type is None and not genai)
+    unknown += ["Transformers.js 4.3.1"] * (not member.transformers_js)
     return {
         "name": name,
         "model_type": member.model_type,
-        "genai": (folder / GENAI_CONFIG).is_file(),
+        "title": member.title,
+        "genai": genai,
+        "page": member.page or member.model_type,
         "unknown": f"{' and '.join(unknown)} {'have' if len(unknown) > 1 else 'has'}" if unknown else "",
         "base_model": data.base_model,
         "license": _license(data),

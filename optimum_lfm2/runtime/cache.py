@@ -90,7 +90,7 @@ class Lfm2Cache(Rollback, Cache):
 
     def update(self, *_: Any, **__: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """Raises `Lfm2Error`: the graph itself writes keys and values."""
-        raise Lfm2Error("An LFM2 cache is written by the exported graph alone. Pass it to forward or generate.")
+        raise Lfm2Error("This cache is written by the exported graph alone. Pass it to forward or generate.")
 
     def reset(self) -> None:
         """Forget every token."""

@@ -75,7 +75,7 @@ def _checked(folder: Path) -> dict[str, Any]:
     config = read_object(path)
     if config.get("model_type") not in MODEL_TYPES:
         raise Lfm2Error(
-            f"{folder} holds a model of the type {config.get('model_type')}. These commands run LFM2 and its family."
+            f"{folder} holds a model of the type {config.get('model_type')}. These commands run LFM2 and its relatives."
         )
     if not any(folder.glob("*.onnx")) and not any((folder / ONNX_FOLDER).glob("*.onnx")):
         raise Lfm2Error(
