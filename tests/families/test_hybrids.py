@@ -263,7 +263,7 @@ def test_what_olmo_refuses(tmp_path):
     refused(source, tmp_path / "out", "linear_num_key_heads 3 does not divide it", linear_num_key_heads=3)
 
 
-def test_options_and_an_old_onnxruntime(name, small, tmp_path, monkeypatch):
+def test_options_and_an_old_onnxruntime(name, small, exported, tmp_path, monkeypatch):
     with pytest.raises(Lfm2Error, match="is the sum of all tokens"):
         main_export(str(small), tmp_path, model_kwargs={"rollback": "columns"})
     title = {"granite": "Granite 4.0 H", "olmo": "Olmo-Hybrid"}[name]
@@ -272,6 +272,8 @@ def test_options_and_an_old_onnxruntime(name, small, tmp_path, monkeypatch):
     monkeypatch.setattr(supported.onnxruntime, "__version__", "1.25.0")
     with pytest.raises(Lfm2Error, match=f"{title} needs onnxruntime 1.25.1"):
         main_export(str(small), tmp_path)
+    with pytest.raises(Lfm2Error, match=f"{title} needs onnxruntime 1.25.1"):
+        ORTModelForCausalLM.from_pretrained(exported("hybrid"))
 
 
 def apart(tensors: dict[str, torch.Tensor], parts: tuple[int, ...] | int) -> None:

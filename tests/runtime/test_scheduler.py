@@ -62,7 +62,7 @@ def finish(scheduler: Scheduler, *requests: ScheduledRequest, most: int = 2000) 
 # Tokens
 
 
-@pytest.mark.parametrize("name", ["hybrid", "all_conv", "all_attention", "lfm3"])
+@pytest.mark.parametrize("name", ["hybrid", "all_conv", "all_attention", "lfm3", "granite_rope_and_biases", "olmo"])
 def test_rows_that_come_and_go_get_what_they_get_alone(name, load, gold_model):
     model, lengths, new = load(name), [9, 70, 1, 31, 150, 5, 2, 40], [30, 12, 20, 5, 16, 1, 40, 9]
     rows = prompts(lengths)
@@ -184,7 +184,7 @@ class Counting:
         return self._graph.run(ids, mask, cache, keep, io_binding)
 
 
-@pytest.mark.parametrize("name", ["hybrid", "lfm3", "all_conv"])
+@pytest.mark.parametrize("name", ["hybrid", "lfm3", "all_conv", "granite_rope_and_biases"])
 def test_a_second_turn_reads_its_own_tokens(name, load, gold_model):
     model = load(name)
     graph = Counting(model._graph)
