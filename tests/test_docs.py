@@ -139,8 +139,11 @@ def test_drafts_change_no_answer(exported, tmp_path, monkeypatch):
 
 @pytest.mark.once
 def test_no_snippet_is_forgotten():
-    """`test_processor.py` runs those of docs/vision.md."""
-    known = {"README.md", *(f"docs/{name}.md" for name in ("chats", "deploy", "options", "speculative", "vision"))}
+    """`test_processor.py` runs those of docs/vision.md, and `test_serve_tools.py` that of docs/serving.md."""
+    known = {
+        "README.md",
+        *(f"docs/{name}.md" for name in ("chats", "deploy", "options", "serving", "speculative", "vision")),
+    }
     assert {page for page in PAGES if snippets(page)} == known
 
 

@@ -8,6 +8,7 @@ import shutil
 
 import pytest
 import torch
+from pages import snippets
 from servers import CALL, QUESTION, STORY, TOOL, alone, ask, openai, serving, streamed
 from transformers import AutoTokenizer
 
@@ -92,6 +93,26 @@ def test_an_answer_by_a_json_schema(client):
         == answer.choices[0].message.content
     )
     assert ask(client, response_format={"type": "text"}).choices[0].message.content == "3 plus 4 is 7."
+
+
+def test_the_snippet_of_the_page(served, loaded, monkeypatch, capsys):
+    """The model calls the tool, and once it has the result, it says what it likes."""
+    ids = loaded.tokenizer(f"{CALL}<|im_end|>", add_special_tokens=False)["input_ids"]
+    pick = Picker.pick
+
+    def calls_first(self, logits):
+        if "sunny, 21 degrees" not in loaded.tokenizer.decode(self._text[: self._prompt]):
+            logits = torch.zeros_like(logits)
+            logits[ids[self._length - self._prompt]] = 1
+        return pick(self, logits)
+
+    monkeypatch.setattr(Picker, "pick", calls_first)
+    (code,) = snippets("docs/serving.md")
+    names: dict = {}
+    exec(code.replace("http://localhost:8000", served[0]).replace("lfm2_onnx", "tiny"), names)
+    results = [message["content"] for message in names["chat"][2:]]
+    assert results == ["Paris: sunny, 21 degrees", "Rome: sunny, 21 degrees"]
+    assert capsys.readouterr().out.strip() not in ("", "None")
 
 
 # A call that is demanded
