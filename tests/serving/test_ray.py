@@ -112,7 +112,8 @@ def test_a_chat_stays_with_its_replica(loaded, folder):
     def ask(session: str) -> tuple[str, str]:
         connection = http.client.HTTPConnection("127.0.0.1", 8765, timeout=120)
         body = json.dumps({"messages": QUESTION, "max_tokens": 24})
-        connection.request("POST", "/v1/chat/completions", body, {"x-session-id": session})
+        headers = {"Content-Type": "application/json", "x-session-id": session}
+        connection.request("POST", "/v1/chat/completions", body, headers)
         answer = connection.getresponse()
         said = json.loads(answer.read())
         return said["choices"][0]["message"]["content"], answer.headers["x-replica"]
