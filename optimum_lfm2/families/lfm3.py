@@ -172,7 +172,6 @@ MEMBER = Member(
     own_code=published(*PUBLISHED_CODE),
     mend=mend_ropes,
     norms=sandwich_norms,
-    transformers_js=False,
     title="LFM3",
 )
 MEMBER = replace(

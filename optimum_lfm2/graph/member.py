@@ -190,7 +190,6 @@ class Member:
         min_onnxruntime: the first release of onnxruntime that has the member's operators. None for those of any release
             that this package takes.
         genai_type: the model type in `genai_config.json`. None if onnxruntime-genai cannot run the member.
-        transformers_js: whether Transformers.js (4.3.1) has the model.
         growing: the record for a graph whose sliding layers keep the keys and values of all columns. Some runtimes have
             no other cache. None for a member whose attention keeps all columns anyway.
         packed: the record for a graph with one conv state a layer, where the Hub's has several. onnxruntime-genai takes
@@ -234,7 +233,6 @@ class Member:
     page: str | None = None
     min_onnxruntime: str | None = None
     genai_type: str | None = None
-    transformers_js: bool = True
     growing: Member | None = None
     packed: Member | None = None
     written: Callable[[dict[str, Any]], dict[str, Any]] = lambda config: config

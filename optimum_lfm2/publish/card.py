@@ -95,7 +95,7 @@ def write_card(folder: Path, files: list[Published], old: Path, model: str, opti
     task = member.task(config.get("architectures"))
     data.pipeline_tag = task
     data.tags = _tags(member, (folder / GENAI_CONFIG).is_file())
-    if any(_javascript_reads(file, member) for file in files):
+    if any(_javascript_reads(file) for file in files):
         data.library_name = JAVASCRIPT  # the Hub shows how to load this layout under this library's name
         data.tags = [*data.tags, JAVASCRIPT]
     name = options.repo_id or _repo_id(before) or old.resolve().name
@@ -114,13 +114,13 @@ def _tags(member: Member, genai: bool) -> list[str]:
     return [member.model_type, *TAGS, *([GENAI] if genai else []), "optimum"]
 
 
-def _javascript_reads(file: Published, member: Member) -> bool:
+def _javascript_reads(file: Published) -> bool:
     """Return whether Transformers.js 4.3 can run the file, as a dtype or by its name.
 
     It takes a name for a model in one file alone. It knows only the Hub's cache names, and its onnxruntime is 1.30,
     whose `QMoE` does not round activations.
     """
-    runs = member.transformers_js and file.cache_names == "hub" and not file.rounds_in_experts
+    runs = file.cache_names == "hub" and not file.rounds_in_experts
     return runs and (PRECISIONS[file.precision].is_dtype or not file.parts)
 
 
@@ -176,17 +176,15 @@ def _values(folder: Path, files: list[Published], name: str, data: ModelCardData
     kind = kind_of(member)
     chosen = kind.preferred(files)
     online = "/" in name  # an id on the Hub, not the name of a folder
-    read = [file for file in files if _javascript_reads(file, member)]
+    read = [file for file in files if _javascript_reads(file)]
     genai = (folder / GENAI_CONFIG).is_file()
-    unknown = ["onnxruntime-genai 0.18"] * (member.genai_type is None and not genai)
-    unknown += ["Transformers.js 4.3.1"] * (not member.transformers_js)
     return {
         "name": name,
         "model_type": member.model_type,
         "title": member.title,
         "genai": genai,
         "page": member.page or member.model_type,
-        "unknown": f"{' and '.join(unknown)} {'have' if len(unknown) > 1 else 'has'}" if unknown else "",
+        "unknown": member.genai_type is None and not genai,
         "base_model": data.base_model,
         "license": _license(data),
         "repository": repository(),
