@@ -13,7 +13,6 @@ from transformers import PretrainedConfig
 from optimum_lfm2.caches import LOGITS_TO_KEEP, CacheTensor, read_cache_tensors
 from optimum_lfm2.errors import Lfm2Error
 from optimum_lfm2.families import member_of
-from optimum_lfm2.graph.member import Member
 from optimum_lfm2.metadata import ANY_PADDING, IN_PLACE
 
 
@@ -22,8 +21,8 @@ class GraphLayout:
     """The signature of an LFM2 graph, whoever exported it.
 
     Attributes:
-        member: the record of the model's member, for a graph with these caches.
         caches: the cache tensors in the order of the inputs; empty for a graph without them.
+        described: those that the configuration asks for. A pickled cache has them, and a record cannot be pickled.
         shapes: of each cache input by name, without the batch: None for the axis that grows.
         dtypes: of each cache input by name.
         outputs: all outputs, in order; the first is `logits`.
@@ -32,8 +31,8 @@ class GraphLayout:
         in_place: whether keys and values may lie in buffers longer than the sequence, shared by past and present.
     """
 
-    member: Member
     caches: tuple[CacheTensor, ...]
+    described: tuple[CacheTensor, ...]
     shapes: dict[str, tuple[int | None, ...]]
     dtypes: dict[str, torch.dtype]
     inputs: tuple[str, ...]
@@ -73,11 +72,11 @@ class GraphLayout:
         caches = read_cache_tensors({name: value.shape for name, value in inputs.items()}, outputs)
         metadata = session.get_modelmeta().custom_metadata_map
         width = outputs["logits"].shape[-1]
-        member = member.with_caches(caches)
+        described = member.with_caches(caches).cache_tensors(config)
         return cls(
-            member=member,
             caches=tuple(caches),
-            shapes=_fixed(caches, member.cache_tensors(config)),
+            described=tuple(described),
+            shapes=_fixed(caches, described),
             dtypes={c.past: TypeHelper.ort_type_to_torch_type(inputs[c.past].type) for c in caches},
             inputs=tuple(inputs),
             outputs=tuple(outputs),
@@ -100,7 +99,7 @@ class GraphLayout:
         if not self.caches:
             return
         declared = {(c.layer, c.role): c for c in self.caches}
-        expected = {(c.layer, c.role): c for c in self.member.cache_tensors(config)}
+        expected = {(c.layer, c.role): c for c in self.described}
         if missing := expected.keys() - declared.keys():
             raise Lfm2Error(
                 f"{path} has no input {expected[min(missing)].past}, which its config.json asks for. "
