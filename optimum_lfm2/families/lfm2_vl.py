@@ -54,6 +54,7 @@ class VlCheckpoint(Checkpoint):
 MEMBER = replace(
     lfm2.MEMBER,
     model_type="lfm2_vl",
+    title="LFM2-VL",
     other_spellings=("lfm2-vl",),  # as transformers 4.57 writes it
     architectures={"Lfm2VlForConditionalGeneration": "image-text-to-text"},
     models={"image-text-to-text": compat.vl_model},

@@ -367,7 +367,9 @@ PROCESSOR = ProcessorSettings(
         "temporal_patch_size": lambda config: config.vision_config.temporal_patch_size,
         "merge_size": lambda config: config.vision_config.spatial_merge_size,
     },
-    written={},
+    # Transformers.js (4.3.2) has a class of this name, for several pictures. transformers has none.
+    written={"image_processor_type": "Lfm3VlImageProcessor"},
+    apart=True,
 )
 
 TOWER = Tower(

@@ -25,13 +25,16 @@ class ProcessorSettings:
         defaults: transformers' defaults, which other runtimes do not know.
         fields: what a setting may hold.
         shared: for each setting that the model's configuration has too, what reads it there.
-        written: settings that are written whatever the checkpoint says.
+        written: settings that are written whatever the checkpoint says, for runtimes other than transformers.
+        apart: whether transformers cannot read those. Then the checkpoint's own settings stand within those of the
+            whole processor too, where transformers looks first.
     """
 
     defaults: Mapping[str, Any]
     fields: Mapping[str, Field]
     shared: Mapping[str, Callable[[PretrainedConfig], Any]]
     written: Mapping[str, Any]
+    apart: bool = False
 
 
 @dataclass(frozen=True)

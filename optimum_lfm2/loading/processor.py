@@ -54,9 +54,15 @@ class Processor:
                 written[path.name] = read_object(path)
         whole = written.get(PROCESSOR_CONFIG, {})
         named = {name: whole[name] for name in (PROCESSOR_CLASS,) if name in whole}
-        settings = {**self.rules.defaults, **named, **image_settings(written), **self.rules.written}
-        text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
-        (folder / PREPROCESSOR).write_text(text, encoding="utf-8")
+        own = image_settings(written)
+        _write(folder / PREPROCESSOR, {**self.rules.defaults, **named, **own, **self.rules.written})
+        if self.rules.apart and not whole.get(IMAGE_PROCESSOR):
+            of_class = {name: own[name] for name in (PROCESSOR_CLASS,) if name in own}
+            _write(folder / PROCESSOR_CONFIG, {**of_class, **whole, IMAGE_PROCESSOR: own})
+
+
+def _write(path: Path, settings: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def find_processor(

@@ -184,6 +184,7 @@ def _values(folder: Path, files: list[Published], name: str, data: ModelCardData
         "title": member.title,
         "genai": genai,
         "page": member.page or member.model_type,
+        "loader": member.loader,
         "unknown": member.genai_type is None and not genai,
         "base_model": data.base_model,
         "license": _license(data),

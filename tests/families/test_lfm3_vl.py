@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
+import torchvision_python
 from lfm3_pictures import IMAGE, VIDEO, as_videos, gold_lfm3_vl, make_lfm3_vl, row, shown
 from optimum.exporters.onnx import convert, main_export
 from optimum.onnxruntime import ORTModelForCausalLM
 from pictures import gold_vl_tokens
+from publishing import run
 from safetensors.torch import load_file, save_file
 from test_vision_modeling import (  # noqa: F401  tests, which run here over the fixtures below
     NEW,
@@ -28,6 +33,7 @@ from test_vision_modeling import (  # noqa: F401  tests, which run here over the
     test_sampling_is_transformers,
     test_text_alone_has_candidates_from_the_prompt,
 )
+from transformers import AutoProcessor, AutoTokenizer
 
 from optimum_lfm2 import ORTLfm2VlForConditionalGeneration, ORTLfm3VlForConditionalGeneration, compat
 from optimum_lfm2.errors import Lfm2Error
@@ -297,10 +303,34 @@ def test_a_checkpoint_as_published(source, folder, tmp_path):
 
 def test_the_folder_has_every_file_of_the_processor(source, folder):
     assert not list(folder.glob("**/genai*"))  # onnxruntime-genai 0.18 has no such model
+    own = json.loads((source / "preprocessor_config.json").read_text())
+    of_javascript = {"image_processor_type": "Lfm3VlImageProcessor"}  # tests/interop/test_node_lfm3_vl.py shows why
     written = json.loads((folder / "preprocessor_config.json").read_text())
-    assert written == lfm3_vision.PROCESSOR.defaults | json.loads((source / "preprocessor_config.json").read_text())
+    assert written == lfm3_vision.PROCESSOR.defaults | own | of_javascript
+    assert json.loads((folder / "processor_config.json").read_text())["image_processor"] == own
     name = "video_preprocessor_config.json"
     assert json.loads((folder / name).read_text()) == json.loads((source / name).read_text())
+
+
+@pytest.mark.skipif(not torchvision_python.is_installed(), reason="no torchvision")
+def test_transformers_own_processor_and_pipeline(folder, model, vl_gold, tmp_path):
+    """Of files, two pictures and a video; the video beside a picture in one text."""
+    support = Path(torchvision_python.__file__).parent
+    command = [sys.executable, support / "torchvision_python.py", support / "lfm3_child.py", folder]
+    env = os.environ | {"PYTHONPATH": str(support.parents[1]), "OMP_NUM_THREADS": "1"}
+    subprocess.run(command, cwd=tmp_path, env=env, check=True)
+    inputs = torch.load(tmp_path / "inputs.pt")
+    assert inputs["pictures"]["image_grid_thw"].tolist() == [[1, 4, 12], [1, 18, 2]]
+    assert inputs["video"]["video_grid_thw"].tolist() == [[3, 6, 8]]
+    golds = {}
+    for name, given in inputs.items():
+        ids, mask = given.pop("input_ids"), given.pop("attention_mask")
+        golds[name] = gold_vl_tokens(vl_gold, ids[0], given, 12)
+        assert new_tokens(model, {"input_ids": ids, "attention_mask": mask, **given}, max_new_tokens=12) == [
+            golds[name]
+        ]
+    said = json.loads((tmp_path / "said.json").read_text())["pipeline"]
+    assert said == AutoTokenizer.from_pretrained(folder).decode(golds["one"], skip_special_tokens=True)
 
 
 @pytest.mark.parametrize(
@@ -324,3 +354,33 @@ def test_what_cannot_be_exported_is_one_line(keys, value, said, source, tmp_path
     code, err = cli("export", "onnx", "--model", other, out)
     assert (code, err.count("\n")) == (1, 1)
     assert said in err
+
+
+def test_the_folder_for_the_hub_and_its_card(source, rows, tmp_path, monkeypatch, capsys):
+    """Its examples run, with the inputs of a row in the place of transformers' processor."""
+    assert run("--model", source, tmp_path / "hub", "--precisions", "q4", "--base-model", "me/vl") == 0
+    assert "ORTLfm3VlForConditionalGeneration.from_pretrained(" in capsys.readouterr().out
+    card = (tmp_path / "hub" / "README.md").read_text()
+    assert "genai" not in card.replace("onnxruntime-genai 0.18 has no", "")
+    assert (tmp_path / "hub" / "video_preprocessor_config.json").is_file()
+    given = batch(rows[:1], "left")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hub")
+
+    class Processor:
+        decode = tokenizer.decode
+
+        def apply_chat_template(self, chat, return_tensors, **_):
+            return given if return_tensors == "pt" else {name: x.numpy() for name, x in given.items()}
+
+    processor = Processor()
+    processor.tokenizer = tokenizer
+    monkeypatch.setattr(AutoProcessor, "from_pretrained", lambda name: processor)
+    monkeypatch.chdir(tmp_path)
+    said = []
+    for snippet in re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL):
+        exec(compile(snippet, "README.md", "exec"), {})
+        said.append(capsys.readouterr().out.strip())
+    assert len(said) == 2
+    own = ORTLfm3VlForConditionalGeneration.from_pretrained(tmp_path / "hub")
+    tokens = own.generate(**given, max_new_tokens=64, do_sample=False)[0, given["input_ids"].shape[1] :]
+    assert said == [tokenizer.decode(tokens, skip_special_tokens=True).strip()] * 2

@@ -79,6 +79,13 @@ export async function makeClient(library, name, device) {
       return { values: Array.from(pixel_values.data), dims: pixel_values.dims, shapes: numbers(spatial_shapes) };
     },
 
+    /** Return what the library's processor makes of several pictures of a model whose patches come without padding. */
+    async grids({ paths }) {
+      const processor = await AutoProcessor.from_pretrained(name);
+      const { pixel_values, image_grid_thw } = await processor(await Promise.all(paths.map((path) => RawImage.read(path))));
+      return { values: Array.from(pixel_values.data), dims: pixel_values.dims, shapes: numbers(image_grid_thw) };
+    },
+
     /** Return the answer to a chat as text, from the library's pipeline. */
     async pipeline({ dtype, chat, max_new_tokens }) {
       const generator = new TextGenerationPipeline({ task: "text-generation", model: await load(dtype), tokenizer });

@@ -39,7 +39,8 @@ def make_pictures(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     tower = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
     tower |= {"num_key_value_heads": 1}
-    text = TINY | {"layer_types": [CONV, SLIDING, ATTENTION]}
+    # Full attention comes first, as in the published model: Transformers.js reads the length from the first layer.
+    text = TINY | {"layer_types": [CONV, ATTENTION, SLIDING]}
     with tempfile.TemporaryDirectory() as work:
         checkpoint = make_lfm3_vl(
             Path(work) / "checkpoint", text_config=text, vision_config=VISION | tower, projector_hidden_size=32
@@ -52,10 +53,13 @@ def make_pictures(folder: Path) -> None:
         prompt = torch.cat([prompt.clamp(max=95), places])
         given = shown(pictures, gold.config) | as_videos(shown(film, gold.config, 2))
         tokens = gold_vl_tokens(gold, prompt, given, NEW)
+        still = prompt[:-6]  # of the pictures alone
+        alone = gold_vl_tokens(gold, still, {name: given[name] for name in ("pixel_values", "image_grid_thw")}, NEW)
     for path in folder.glob("*token*"):
         path.unlink()  # a vocabulary of this size has none
     torch.save(given, folder / "pictures.pt")
-    (folder / "gold.json").write_text(json.dumps({"prompt": prompt.tolist(), "tokens": tokens}) + "\n")
+    golds = {"prompt": prompt.tolist(), "tokens": tokens, "of pictures": [still.tolist(), alone]}
+    (folder / "gold.json").write_text(json.dumps(golds) + "\n")
 
 
 def main() -> None:
