@@ -51,6 +51,7 @@ MEMBER = replace(
     lfm3.MEMBER,
     model_type="lfm3_vl",
     title="LFM3-VL",
+    page="vision",
     architectures={"Lfm3VlForConditionalGeneration": "image-text-to-text"},
     models={"image-text-to-text": compat.vl_model},
     loader="ORTLfm3VlForConditionalGeneration",
@@ -61,5 +62,6 @@ MEMBER = replace(
     check=TOWER.check_config,
     checkpoint=Lfm3VlCheckpoint,
     own_code=published(*PUBLISHED_CODE),
+    transformers_js=True,
     growing=None,  # the decoder is a member of its own, which has this choice
 )

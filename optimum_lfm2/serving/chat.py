@@ -309,7 +309,7 @@ class Terminal:
 
     def _picture(self, name: str) -> None:
         if not self._chat.sees:
-            raise Lfm2Error("This model takes no pictures. Export an LFM2-VL for that.")
+            raise Lfm2Error("This model takes no pictures. Export an LFM2-VL or LFM3-VL for that.")
         read_picture(Path(name))  # what is wrong with it is said at once
         self._pictures.append(Path(name))
 

@@ -14,7 +14,7 @@ from a pipe: each is a message, and only the answers are printed.
   Ctrl-C          ends an answer, not the chat
   /reset          begin a new chat
   /save FILE      write the chat so far to a JSON file
-  /picture FILE   show a picture with the next message (LFM2-VL)
+  /picture FILE   show a picture with the next message (LFM2-VL, LFM3-VL)
   /help, /exit"""
 
 EPILOG = """\
