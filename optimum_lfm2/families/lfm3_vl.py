@@ -62,6 +62,5 @@ MEMBER = replace(
     check=TOWER.check_config,
     checkpoint=Lfm3VlCheckpoint,
     own_code=published(*PUBLISHED_CODE),
-    transformers_js=True,
     growing=None,  # the decoder is a member of its own, which has this choice
 )
