@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import random
@@ -22,6 +23,7 @@ from optimum_lfm2.compat import TRANSFORMERS_5
 
 pytestmark = pytest.mark.skipif(not torchvision_python.is_installed(), reason="no torchvision")
 
+SERVES = TRANSFORMERS_5 and all(importlib.util.find_spec(name) for name in ("fastapi", "openai"))
 SUPPORT = Path(__file__).parents[1] / "support"
 ROOT = SUPPORT.parents[1]
 QUESTION, NEW = "Describe the picture.", 32
@@ -59,40 +61,31 @@ def golds(exported, checkpoint, shown) -> list[str]:
     return golds
 
 
-def run(script: str, *arguments: object, folder: Path, **options: object) -> subprocess.CompletedProcess:
-    """Run a script of `tests/support` with torchvision. Threads that spin would take the cores from other workers."""
-    command = [sys.executable, SUPPORT / "torchvision_python.py", SUPPORT / script, *map(str, arguments)]
-    paths = os.pathsep.join(map(str, (ROOT, SUPPORT)))
-    env = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, cwd=folder, env=env, **options)
-
-
-def test_chat(exported, shown, golds):
-    """Two turns about two pictures. The second reads its own tokens and picture alone, and transformers reads all."""
+@pytest.fixture(scope="module")
+def said(exported, shown) -> dict:
+    """What the chat and the server say, in a process that has torchvision."""
     folder, _ = shown
     (folder / "broken.png").write_bytes(b"none")
-    lines = ["/picture broken.png", "/picture 0.png", QUESTION, "/picture 1.png", QUESTION, "/save chat.json"]
-    done = run(
-        "one_thread_cli.py",
-        *("lfm2", "chat", exported("trained_vision"), "--max-new-tokens", NEW),
-        folder=folder,
-        input="\n".join(lines),
-    )
-    assert "broken.png is no picture that can be read" in done.stderr
-    assert done.stderr.count("\n") == 1
-    assert done.stdout.splitlines() == golds
-    saved = json.loads((folder / "chat.json").read_text())
+    child = [SUPPORT / "torchvision_python.py", SUPPORT / "picture_chats_child.py", exported("trained_vision")]
+    command = [sys.executable, *map(str, child), QUESTION, str(NEW), *(["serve"] if SERVES else [])]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (ROOT, SUPPORT))), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=env)
+    assert done.returncode == 0, done.stderr
+    return json.loads((folder / "said.json").read_text())
+
+
+def test_chat(said, shown, golds):
+    """Two turns about two pictures. The second reads its own tokens and picture alone, and transformers reads all."""
+    assert "broken.png is no picture that can be read" in said["chat"]["err"]
+    assert said["chat"]["err"].count("\n") == 1
+    assert said["chat"]["out"].splitlines() == golds
+    saved = json.loads((shown[0] / "chat.json").read_text())
     assert saved[2]["content"][0] == {"type": "image", "path": "1.png"}
 
 
-@pytest.mark.skipif(not TRANSFORMERS_5, reason="the server is transformers 5.24's")
-def test_serve(exported, shown, golds):
+@pytest.mark.skipif(not SERVES, reason="the server is transformers 5.24's, and needs fastapi and openai")
+def test_serve(said, golds):
     """Pictures come as data. Requests at once do not mix them, and one that was read is not read again."""
-    pytest.importorskip("openai")
-    folder, _ = shown
-    done = run("serve_pictures_child.py", exported("trained_vision"), QUESTION, NEW, folder=folder)
-    assert done.returncode == 0, done.stderr
-    said = json.loads((folder / "said.json").read_text())
     first, second = golds
     assert said["alone"] == said["streamed"] == said["responses"] == first
     assert said["second turn"] == second

@@ -1,29 +1,59 @@
-"""What `test_picture_chats.py` asks a server of pictures.
+"""What `test_picture_chats.py` needs torchvision for: what the chat in the terminal says of pictures, and a server.
 
-`python torchvision_python.py serve_pictures_child.py EXPORT QUESTION NEW`: the current folder holds 0.png and 1.png,
-and it writes said.json there.
+`python torchvision_python.py picture_chats_child.py EXPORT QUESTION NEW [serve]`: the current folder holds 0.png, 1.png
+and broken.png, and it writes said.json there. Each session has one thread: threads that spin take the cores from other
+workers.
 """
 
 from __future__ import annotations
 
 import base64
+import contextlib
+import functools
+import io
 import json
 import sys
 import threading
 from pathlib import Path
 
-import one_thread_cli  # noqa: F401
-from servers import openai, serving, streamed
+import onnxruntime
+from optimum.commands.optimum_cli import main as optimum_cli
 
-from optimum_lfm2.serving.folder import load_folder
-from optimum_lfm2.vision_modeling import VisionModel
+
+create = onnxruntime.SessionOptions.__init__
+
+
+@functools.wraps(create)
+def one_thread(self: onnxruntime.SessionOptions) -> None:
+    create(self)
+    self.intra_op_num_threads = 1
+
+
+onnxruntime.SessionOptions.__init__ = one_thread
+
+
+def chat(export: str, question: str, new: str) -> dict:
+    """Two turns in the terminal, as lines from a pipe."""
+    lines = ["/picture broken.png", "/picture 0.png", question, "/picture 1.png", question, "/save chat.json"]
+    out, err = io.StringIO(), io.StringIO()
+    sys.argv = ["optimum-cli", "lfm2", "chat", export, "--max-new-tokens", new]
+    sys.stdin = io.StringIO("\n".join(lines))
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        optimum_cli()
+    return {"out": out.getvalue(), "err": err.getvalue()}
 
 
 def picture(data: bytes) -> dict:
     return {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{base64.b64encode(data).decode()}"}}
 
 
-def main(export: str, question: str, new: str) -> None:
+def serve(export: str, question: str, new: str) -> dict:
+    """Requests to a server, and how often features of pictures were made."""
+    from servers import openai, serving, streamed
+
+    from optimum_lfm2.serving.folder import load_folder
+    from optimum_lfm2.vision_modeling import VisionModel
+
     loaded, made = load_folder(Path(export)), []
     see = VisionModel.features_of
     VisionModel.features_of = lambda *args: (made.append(1), see(*args))[1]
@@ -74,6 +104,13 @@ def main(export: str, question: str, new: str) -> None:
             ask({"role": "user", "content": [picture(b"none"), {"type": "text", "text": question}]})
         except openai.BadRequestError as error:
             said["broken"] = error.body["message"]
+    return said
+
+
+def main(export: str, question: str, new: str, *further: str) -> None:
+    said = {"chat": chat(export, question, new)}
+    if further:
+        said |= serve(export, question, new)
     Path("said.json").write_text(json.dumps(said))
 
 
