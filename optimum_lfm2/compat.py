@@ -190,6 +190,15 @@ def check_grouped_norm(groups: int) -> None:
         )
 
 
+def check_processor(model_type: str) -> None:
+    """Raise `Lfm2Error` where this transformers has no processor of pictures for a type that we run."""
+    if model_type in STAND_INS:
+        raise Lfm2Error(
+            f"The processor of {model_type} is in transformers {LATER_MODELS[model_type]}, and "
+            f'{transformers.__version__} is installed. Install transformers 5 as README.md tells under "Install".'
+        )
+
+
 def _put_back(module: Any, name: str, value: Any) -> None:
     if not hasattr(module, name):
         setattr(module, name, value)

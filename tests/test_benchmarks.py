@@ -20,6 +20,7 @@ from benchmarks import (
     experts,
     graph_turns,
     kv_cache_bits,
+    lfm3_vision,
     outside,
     prefixes,
     quantization,
@@ -531,3 +532,12 @@ def test_ratios_of_pictures_are_taken_within_a_round():
         ["slow", "4", "1.00 (1.00 to 1.00)", "8", "1.00 (1.00 to 1.00)", "5.0", "1.00 (1.00 to 1.00)"],
         ["fast", "2", "2.00 (2.00 to 2.00)", "2", "3.00 (2.50 to 3.50)", "10.0", "2.00 (2.00 to 3.00)"],
     ]
+
+
+@pytest.mark.skipif("lfm3_vl" in compat.STAND_INS, reason="this transformers has no lfm3_vl")
+def test_the_encoder_of_lfm3_vl(tmp_path, capsys):
+    tower = {"hidden_size": 64, "intermediate_size": 72, "num_hidden_layers": 3, "num_attention_heads": 8}
+    lfm3_vision.main(["--work", str(tmp_path), "--side", "64", "--rounds", "2", "--threads", "1"], **tower)
+    rows = cells(capsys.readouterr().out.splitlines()[2:])
+    assert [row[0] for row in rows] == ["transformers", "ours-fp32"]
+    assert min(float(row[1]) for row in rows) > 0

@@ -10,9 +10,11 @@ import torch
 from make_exports import EXPORTS, MEMBERS, PICTURES
 from optimum.exporters.onnx import main_export
 from optimum.onnxruntime import ORTModelForCausalLM
+from pictures import TRAINED
 
 from optimum_lfm2 import ORTLfm2ForCausalLM, ORTLfm3VlForConditionalGeneration, compat
 from optimum_lfm2.errors import Lfm2Error
+from optimum_lfm2.serving.folder import load_folder
 
 
 @pytest.mark.parametrize("model_type", MEMBERS)
@@ -49,6 +51,14 @@ def test_an_export_with_pictures_and_a_video_gives_transformers_tokens(tmp_path)
     again = ORTLfm3VlForConditionalGeneration.from_pretrained(tmp_path)
     assert again.config.model_type == PICTURES
     assert again.generate(row[None], **options, **given)[0, len(row) :].tolist() == gold["tokens"]
+
+
+@pytest.mark.skipif(PICTURES not in compat.STAND_INS, reason="this transformers has its processor")
+def test_without_its_processor_nobody_chats_with_it(tmp_path):
+    folder = shutil.copytree(EXPORTS / PICTURES, tmp_path / "export")
+    shutil.copy(TRAINED / "tokenizer.json", folder)
+    with pytest.raises(Lfm2Error, match=r"The processor of lfm3_vl is in transformers 5\.23"):
+        load_folder(folder)
 
 
 @pytest.mark.parametrize("model_type", [name for name in (*MEMBERS, PICTURES) if name in compat.STAND_INS])

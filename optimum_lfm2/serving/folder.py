@@ -10,6 +10,7 @@ from optimum.onnxruntime import ORTModelForCausalLM
 from transformers import AutoProcessor, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import CONFIG_NAME
 
+from optimum_lfm2 import compat
 from optimum_lfm2.errors import Lfm2Error, first_line, read_object
 from optimum_lfm2.families import MODEL_TYPES, member_of
 from optimum_lfm2.file_names import ONNX_FOLDER
@@ -49,6 +50,8 @@ def load_folder(folder: Path, file_name: str | None = None, session_options: Any
     config = _checked(folder)
     member = member_of(config)
     sees = member.in_parts
+    if sees:
+        compat.check_processor(member.model_type)
     where: dict[str, Any] = {} if file_name is None else _located(folder, file_name)
     if session_options is not None:
         where["session_options"] = session_options
