@@ -76,7 +76,7 @@ $(NODE_MODULES): examples/web/package-lock.json
 .venv-transformers5/ready: pyproject.toml
 	$(PYTHON) -m venv .venv-transformers5
 	.venv-transformers5/bin/pip install --quiet "$(TORCH)"
-	.venv-transformers5/bin/pip install --quiet "transformers>=5" onnxruntime onnxruntime-genai==0.18.0 onnx "onnx-ir>=1.1" requests tqdm sentence-transformers pytest pytest-cov pytest-xdist fastapi uvicorn openai llguidance
+	.venv-transformers5/bin/pip install --quiet "transformers>=5" onnxruntime onnxruntime-genai==0.18.0 onnx "onnx-ir>=1.1" requests tqdm sentence-transformers gguf pytest pytest-cov pytest-xdist fastapi uvicorn openai llguidance
 	.venv-transformers5/bin/pip install --quiet --no-deps optimum==2.1.0 optimum-onnx==0.1.0 -e .
 	$(call add_torchvision,.venv-transformers5)
 	touch $@

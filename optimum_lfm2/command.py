@@ -16,12 +16,14 @@ from typing import Any
 from unittest.mock import patch
 
 from optimum.exporters.tasks import TasksManager
+from transformers.utils import CONFIG_NAME
 
-from optimum_lfm2.errors import Lfm2Error
+from optimum_lfm2.errors import Lfm2Error, read_object
 from optimum_lfm2.export import options
 from optimum_lfm2.export.staging import staged
 from optimum_lfm2.families import CLAIMED
 from optimum_lfm2.graph.member import Member
+from optimum_lfm2.loading.gguf import standing_in
 from optimum_lfm2.report import WITH_PAST, loading, megabytes, size_with_weights, text_table
 from optimum_lfm2.validation.decoder import errors_as_they_are, noted_differences
 from optimum_lfm2.weights.blocks import SCHEMES
@@ -38,13 +40,16 @@ QUIET = (
 )
 
 
-def run_export(command: Any, original: Callable[[Any], None], config: Mapping[str, Any]) -> None:
+def run_export(
+    command: Any, original: Callable[[Any], None], config: Mapping[str, Any], gguf: str | None = None
+) -> None:
     """Run Optimum's own command for an LFM2 checkpoint.
 
     Args:
         command: the `ONNXExportCommand`.
         original: Optimum's `run`.
         config: the checkpoint's `config.json`.
+        gguf: the GGUF file that `--model` stands for.
 
     Raises:
         SystemExit: 1 for bad input or a failing file system, 130 when interrupted. One line on stderr says why.
@@ -53,7 +58,7 @@ def run_export(command: Any, original: Callable[[Any], None], config: Mapping[st
         original(command)
         return
     with reported():
-        member = options.check(command.args, config)
+        member = options.check(command.args, config, gguf is not None)
         with (
             staged(command.args.output) as folder,
             _arguments(command, folder),
@@ -63,18 +68,48 @@ def run_export(command: Any, original: Callable[[Any], None], config: Mapping[st
         ):
             original(command)
         found = {path.relative_to(folder): difference for path, difference in differences.items()}
-        print(_summary(command.args, member, config.get("architectures"), found))
+        print(_summary(command.args, member, config.get("architectures"), found, gguf))
 
 
-def _summary(args: Any, member: Member, architectures: list[str] | None, differences: Mapping[Path, float]) -> str:
+def run_gguf_export(command: Any, original: Callable[[Any], None]) -> None:
+    """Run Optimum's own command for a GGUF file, as `run_export` does for a checkpoint.
+
+    Args:
+        command: the `ONNXExportCommand`.
+        original: Optimum's `run`.
+    """
+    file = str(Path(command.args.model, command.args.gguf_file or ""))
+    with reported(), opened_gguf(command.args) as config:
+        run_export(command, original, config, file)
+
+
+@contextmanager
+def opened_gguf(args: Any) -> Iterator[dict[str, Any]]:
+    """Within the `with` block, `args.model` is a folder that stands for the GGUF file. Yield its config.json."""
+    with (
+        standing_in(args.model, args.gguf_file, args.tokenizer, cache_dir=args.cache_dir) as folder,
+        patch.multiple(args, model=str(folder)),
+    ):
+        yield read_object(folder / CONFIG_NAME)
+
+
+def _summary(
+    args: Any,
+    member: Member,
+    architectures: list[str] | None,
+    differences: Mapping[Path, float],
+    model: str | None = None,
+) -> str:
     """Return what the command says at its end.
 
     Args:
         args: the arguments.
         member: the record of the model's member.
         architectures: as in the checkpoint's `config.json`.
+        model: the checkpoint, as the user named it. None takes `--model`.
         differences: for each file, relative to the output, the largest difference that its check found.
     """
+    model = model or args.model
     files = {args.output / name: difference for name, difference in differences.items()}
     rows = [
         (
@@ -92,7 +127,7 @@ def _summary(args: Any, member: Member, architectures: list[str] | None, differe
         lines += ["Load it in Python:", code]
     # A decoder without its head predicts no tokens that could be compared.
     if member.encodes or task.removesuffix(WITH_PAST) != "feature-extraction":
-        checkpoint = shlex.quote(args.model) if Path(args.model).is_dir() else "CHECKPOINT"
+        checkpoint = shlex.quote(model) if Path(model).exists() else "CHECKPOINT"
         cost = "Measure what the rounding of the weights costs:" if args.variant in SCHEMES else "Measure its quality:"
         evaluate = f"optimum-cli lfm2 evaluate {shlex.quote(str(args.output))} --reference {checkpoint} --text FILE"
         lines += [cost, f"  {evaluate}"]

@@ -38,7 +38,8 @@ from optimum_lfm2.metadata import ANY_PADDING, IN_PLACE
 from optimum_lfm2.sidecars.folder import write_sidecars
 from optimum_lfm2.sidecars.genai_config import write_genai_config
 from optimum_lfm2.validation.decoder import validate
-from optimum_lfm2.weights.blocks import SCHEMES, Scheme
+from optimum_lfm2.weights.blocks import FLOAT, SCHEMES, Scheme
+from optimum_lfm2.weights.coded import keeping
 
 
 Shapes = dict[str, tuple[int | str, ...] | None]
@@ -64,10 +65,11 @@ class Lfm2OnnxConfig(TextDecoderOnnxConfig):
     _MODEL_PATCHER: type[GraphPatcher] = Lfm2ModelPatcher
 
     VARIANTS: ClassVar[dict[str, str]] = {
-        "default": "Weights in float, as --dtype says.",
+        "default": "Weights as the checkpoint has them: in float, as --dtype says, or the codes of a GGUF file.",
         "q4": "Weights in 4 bits; with --dtype fp16 for devices that compute in half precision.",
         "q4s": "As q4, the embedding and the head in 4 bits too: smaller and faster, with twice the divergence.",
         "q8": "Weights in 8 bits, next to indistinguishable from float.",
+        "float": "Weights in float, also those that a GGUF file has in codes.",
     }
 
     # How `validate` compares a file, as a model card says it.
@@ -119,9 +121,14 @@ class Lfm2OnnxConfig(TextDecoderOnnxConfig):
 
     @property
     def scheme(self) -> Scheme | None:
-        """How the weights are quantised. None means that they are not."""
-        scheme = SCHEMES.get(self.variant)
-        return scheme and replace(scheme, embedding=self.embedding, in_8_bits=self.member.in_8_bits)
+        """How the weights are quantised. None means that they are not.
+
+        The codes of a GGUF file are known once `read_options` has the model.
+        """
+        if self.variant == "float":
+            return None
+        asked = SCHEMES.get(self.variant, FLOAT)
+        return keeping(replace(asked, embedding=self.embedding, in_8_bits=self.member.in_8_bits), self.weights)
 
     @property
     def embedding(self) -> str:
@@ -155,17 +162,23 @@ class Lfm2OnnxConfig(TextDecoderOnnxConfig):
             known = "".join(f"\n  {variant}: {description}" for variant, description in cls.VARIANTS.items())
             raise Lfm2Error(f"{title} has no variant {name}. It has:{known}")
 
-    def read_options(self, model_kwargs: dict[str, Any] | None) -> None:
+    def know_weights(self, model: Any) -> None:
+        """Let `scheme` keep the codes that the `checkpoint` of a model has."""
+        self._weights = getattr(model, "checkpoint", {})
+
+    def read_options(self, model_kwargs: dict[str, Any] | None, model: Any) -> None:
         """Read the options, which say what the graph's inputs are.
 
         Args:
             model_kwargs: what `ExportOptions.read` takes. Optimum adds `logits_to_keep`.
+            model: the model. A `checkpoint` of it may have codes of its own.
 
         Raises:
             Lfm2Error: the options are wrong, or the weights cannot be quantised as the variant says.
         """
         given = {name: value for name, value in (model_kwargs or {}).items() if name != "logits_to_keep"}
-        options = ExportOptions.read(given, self.variant in SCHEMES, self.member.options)
+        self.know_weights(model)
+        options = ExportOptions.read(given, self.scheme is not None, self.member.options)
         if "num_logits_to_keep" in given and self.task != "text-generation":
             raise Lfm2Error(
                 f"--model-kwargs: num_logits_to_keep is no input of a graph for {self.task}. Leave the option out."
@@ -195,7 +208,7 @@ class Lfm2OnnxConfig(TextDecoderOnnxConfig):
             model: a model of transformers. It may be on the meta device, with a `checkpoint` that has its weights.
             model_kwargs: what `read_options` takes, with its errors.
         """
-        self.read_options(model_kwargs)
+        self.read_options(model_kwargs, model)
         patcher = super().patch_model_for_export(model, model_kwargs)
         self._weights = patcher.weights
         return patcher

@@ -18,8 +18,13 @@ from optimum_lfm2.errors import Lfm2Error
 from optimum_lfm2.families import member_of
 from optimum_lfm2.loading.adapters import check_adapter
 from optimum_lfm2.loading.config_check import check_fields, has_null_quantization, loaded_config, mend
+from optimum_lfm2.loading.gguf import is_gguf, standing_in
+from optimum_lfm2.loading.source import HUB
 from optimum_lfm2.modeling import ORTLfm2ForCausalLM
 from optimum_lfm2.sidecars.genai_config import GENAI_CONFIG, is_of_our_type, read_genai_config
+
+
+GGUF_ARGUMENTS = ("gguf_file", "tokenizer")
 
 
 def _genai_folder(cls: type, model_id: Any, subfolder: str = "", **_: Any) -> Path | None:
@@ -78,10 +83,11 @@ def _checking_folders(original: Callable[..., Any], model_types: Collection[str]
 
     @wraps(original)
     def from_pretrained(cls: type, *args: Any, **kwargs: Any) -> Any:
-        folder, read = None, {}
+        folder, read, gguf = None, {}, False
         if cls in (ORTModelForCausalLM, ORTLfm2ForCausalLM):
             with suppress(TypeError):  # the call lacks an argument or has one too many: Optimum says so
                 given = parameters.bind(cls, *args, **kwargs).arguments
+                gguf = is_gguf(given["model_id"], given.get("kwargs", {}).get("gguf_file"))
                 check_adapter(Path(given["model_id"]))
                 path = Path(given["model_id"], given.get("subfolder") or "", CONFIG_NAME)
                 read = _check_config(path, model_types)
@@ -92,6 +98,8 @@ def _checking_folders(original: Callable[..., Any], model_types: Collection[str]
                     )
                 if not given.get("config") and not given.get("export"):
                     folder = _genai_folder(**given)
+        if gguf:
+            return _exported_gguf(original, **given)
         if folder is None:
             return original(cls, *args, **{**read, **kwargs})
         options = {name: value for name, value in given.items() if name not in ("cls", "config", "export", "kwargs")}
@@ -99,6 +107,21 @@ def _checking_folders(original: Callable[..., Any], model_types: Collection[str]
         return ORTLfm2ForCausalLM._from_pretrained(config=config, **options, **given.get("kwargs", {}))
 
     return from_pretrained
+
+
+def _exported_gguf(original: Callable[..., Any], cls: type, model_id: Any, kwargs: Any = None, **given: Any) -> Any:
+    """Export a GGUF file, and load the result. Optimum has no such option.
+
+    Args:
+        original: Optimum's `from_pretrained`.
+        kwargs: its own keyword arguments, with `gguf_file` and `tokenizer` as `loading.gguf.standing_in` takes them.
+    """
+    rest = dict(kwargs or {})
+    own = {name: rest.pop(name, None) for name in GGUF_ARGUMENTS}
+    hub = {name: given[name] for name in HUB if given.get(name) is not None}
+    with standing_in(model_id, **own, **hub) as folder:
+        elsewhere = {name: value for name, value in given.items() if name not in (*HUB, "export")}
+        return original(cls, folder, export=True, **elsewhere, **rest)
 
 
 def _dispatching(original: Callable[..., Any], model_types: Collection[str]) -> Callable[..., Any]:

@@ -183,9 +183,11 @@ def in_parts(original: Callable[..., Any]) -> Callable[..., Any]:
         if isinstance(config, Lfm2VlOnnxConfig):
             ((model, _),) = models.values()
             return config, {f"{ONNX_FOLDER}/{name}": part for name, part in config.parts(model).items()}
-        for _, own in models.values():
+        for model, own in models.values():
             if isinstance(own, Lfm2OnnxConfig):
-                own.read_options(kwargs.get("model_kwargs"))
+                own.read_options(kwargs.get("model_kwargs"), model)
+                if isinstance(config, Lfm2OnnxConfig):
+                    config.know_weights(model)  # Optimum asks it for the tolerance
         return config, models
 
     return get_submodels_and_onnx_configs

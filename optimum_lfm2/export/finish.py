@@ -10,6 +10,7 @@ import numpy as np
 import onnx_ir as ir
 import torch
 from onnx_ir.tensor_adapters import TorchTensor
+from optimum.utils import logging
 from tqdm import tqdm
 
 from optimum_lfm2.caches import LOGITS_TO_KEEP
@@ -19,7 +20,10 @@ from optimum_lfm2.graph.editing import CONTRIB_DOMAIN, add_initializer, paramete
 from optimum_lfm2.graph.member import GraphPass
 from optimum_lfm2.graph.ops import PLACEHOLDER_DOMAIN
 from optimum_lfm2.weights.blocks import Scheme
+from optimum_lfm2.weights.coded import what_was_rounded
 
+
+logger = logging.get_logger(__name__)
 
 # Small tensors stay in model.onnx: onnxruntime-web reads shapes and axes from there alone.
 EXTERNAL_FROM_BYTES = 1024
@@ -71,6 +75,8 @@ def bind(
     model.ir_version = IR_VERSION
     model.opset_imports.pop(PLACEHOLDER_DOMAIN, None)
     _save(model, path, views, WRITERS if scheme is None else 1)
+    for sentence in what_was_rounded(weights):
+        logger.warning(sentence)
 
 
 def _replace_placeholders(graph: ir.Graph, weights: Mapping[str, torch.Tensor]) -> None:

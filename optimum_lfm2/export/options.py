@@ -28,12 +28,13 @@ OPSETS = range(18, 21)  # below 18 torch writes older forms of some operators; i
 TEXT_SHAPES = ("batch_size", "sequence_length")
 
 
-def check(args: Namespace, config: Mapping[str, Any]) -> Member:
+def check(args: Namespace, config: Mapping[str, Any], gguf: bool = False) -> Member:
     """Refuse options that would fail, give a wrong file, or have no effect. Return the record of the model's member.
 
     Args:
         args: the parsed arguments of `optimum-cli export onnx`.
         config: the checkpoint's `config.json`.
+        gguf: whether the checkpoint is a GGUF file, whose weights may be quantised whatever the variant is.
 
     Raises:
         Lfm2Error: an option is refused. One line says why, and what to do instead.
@@ -44,7 +45,7 @@ def check(args: Namespace, config: Mapping[str, Any]) -> Member:
     _check_task(args, member, config.get("architectures"))
     _check_precision(args)
     _check_computation(args)
-    _check_variant(args, member)
+    _check_variant(args, member, gguf)
     _check_rewrites(args)
     _check_inputs(args, config)
     if args.pad_token_id is not None:
@@ -141,13 +142,13 @@ def _check_computation(args: Namespace) -> None:
         )
 
 
-def _check_variant(args: Namespace, member: Member) -> None:
+def _check_variant(args: Namespace, member: Member, gguf: bool) -> None:
     task = member.tasks[0] if member.in_parts else "text-generation"
     constructor = TasksManager.get_exporter_config_constructor(
         "onnx", model_type=member.model_type, task=task, library_name="transformers"
     )
     constructor.func.check_variant(args.variant, member.title)
-    ExportOptions.read(args.model_kwargs, args.variant in SCHEMES, member.options)
+    ExportOptions.read(args.model_kwargs, args.variant in SCHEMES or (gguf and args.variant != "float"), member.options)
 
 
 def _check_rewrites(args: Namespace) -> None:

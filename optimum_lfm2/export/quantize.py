@@ -22,11 +22,13 @@ from optimum_lfm2.graph.editing import (
     is_linear,
     parameter_name,
     parameter_names,
+    split_linear,
     substitute,
     table_names,
 )
-from optimum_lfm2.weights.blocks import INT8_ACTIVATIONS, Blocks, Scheme, pack, quantize_tensor
+from optimum_lfm2.weights.blocks import INT8_ACTIVATIONS, Blocks, Scheme, pack
 from optimum_lfm2.weights.checkpoint import is_finite
+from optimum_lfm2.weights.coded import coded
 
 
 @dataclass
@@ -53,20 +55,30 @@ class Quantizer:
         """Change the graph. Writing the file raises `Lfm2Error` for a weight with values that are not finite."""
         self._tables = table_names(self.graph)
         for node in [node for node in self.graph if is_linear(node)]:
-            self._linear(node)
+            for part in self._alike(node):
+                if self._blocks(parameter_names(part.inputs[1])[0]) is not None:
+                    self._linear(part)
         if self.scheme.embedding != "float":
             for node in embeddings(self.graph):
-                self._embedding(node)
+                if self._blocks(parameter_name(node.inputs[0])) is not None:
+                    self._embedding(node)
 
-    def _blocks(self, name: str) -> Blocks:
-        return self.scheme.table if name in self._tables else self.scheme.layer(name)
+    def _blocks(self, name: str) -> Blocks | None:
+        return self.scheme.layer(name, table=name in self._tables)
+
+    def _alike(self, node: ir.Node) -> list[ir.Node]:
+        """Return a linear layer, or parts of it if its joined weights are not stored alike, as in some GGUF files."""
+        names = parameter_names(node.inputs[1])
+        if len(set(map(self._blocks, names))) == 1:
+            return [node]
+        return split_linear(node, [(name, len(self.weights[name])) for name in names])
 
     def _linear(self, node: ir.Node) -> None:
         x, weight = node.inputs[:2]
         outputs, inputs = weight.shape.numpy()
         packed, scales = self._initializers(weight)
         bias = node.inputs[2:]
-        blocks = self._blocks(parameter_name(weight))
+        blocks = self._blocks(parameter_names(weight)[0])
         attributes = {"K": inputs, "N": outputs, "bits": blocks.bits, "block_size": blocks.block_size}
         if weight.dtype == ir.DataType.FLOAT and not self.scheme.float_activations:
             attributes["accuracy_level"] = INT8_ACTIVATIONS
@@ -75,7 +87,7 @@ class Quantizer:
 
     def _embedding(self, node: ir.Node) -> None:
         table, _ = node.inputs
-        width, blocks = table.shape.numpy()[1], self.scheme.table
+        width, blocks = table.shape.numpy()[1], self._blocks(parameter_name(table))
         read = self._portable_rows if self.scheme.embedding == "portable" else self._fused_rows
         rows = read(node)
         if width % blocks.block_size == 0:
@@ -92,7 +104,7 @@ class Quantizer:
         rows, count, size = packed.shape.numpy()
         flat = ir.Value(name=f"{packed.name}.flat", shape=ir.Shape((rows, count * size)), type=packed.type)
         self.views[flat] = packed.name
-        blocks = self.scheme.table
+        blocks = self._blocks(parameter_name(table))
         attributes = {"gather_axis": 0, "quantize_axis": 1, "bits": blocks.bits, "block_size": blocks.block_size}
         return insert(node, "GatherBlockQuantized", [flat, ids, scales], attributes, CONTRIB_DOMAIN)
 
@@ -100,29 +112,29 @@ class Quantizer:
         """Read the same rows by standard operators of ONNX."""
         table, ids = node.inputs
         packed, scales = self._initializers(table)
-        name, blocks, last_axis = packed.name, self.scheme.table, self._constant("last_axis", -1)
+        name, blocks, last_axis = packed.name, self._blocks(parameter_name(table)), self._constant("last_axis", -1)
         codes = insert(node, "Cast", [insert(node, "Gather", [packed, ids])], {"to": int(table.dtype)})
         if blocks.bits == 4:
-            codes = self._unpacked(node, codes, last_axis)
+            codes = self._unpacked(node, codes, last_axis, blocks.block_size)
         zero_point = self._constant(f"{name}.zero_point", blocks.zero_point, table.dtype)
         centred = insert(node, "Sub", [codes, zero_point])
         scale = insert(node, "Unsqueeze", [insert(node, "Gather", [scales, ids]), last_axis])
         rows = add_initializer(self.graph, ir.tensor([0, 0, -1], name="row_shape"))
         return insert(node, "Reshape", [insert(node, "Mul", [centred, scale]), rows])
 
-    def _unpacked(self, node: ir.Node, packed: ir.Value, last_axis: ir.Value) -> ir.Value:
+    def _unpacked(self, node: ir.Node, packed: ir.Value, last_axis: ir.Value, block_size: int) -> ir.Value:
         """Unpack the two codes of each byte: float (..., blocks, blob_size) to (..., blocks, block_size)."""
         sixteen = self._constant("codes_of_4_bits", 16, node.inputs[0].dtype)
         high = insert(node, "Floor", [insert(node, "Div", [packed, sixteen])])
         low = insert(node, "Sub", [packed, insert(node, "Mul", [high, sixteen])])
         pair = [insert(node, "Unsqueeze", [codes, last_axis]) for codes in (low, high)]
-        shape = add_initializer(self.graph, ir.tensor([0, 0, 0, self.scheme.table.block_size], name="block_shape"))
+        shape = add_initializer(self.graph, ir.tensor([0, 0, 0, block_size], name="block_shape"))
         return insert(node, "Reshape", [insert(node, "Concat", pair, {"axis": -1}), shape])
 
     def _initializers(self, weight: ir.Value) -> tuple[ir.Value, ir.Value]:
         """Return the packed codes and the scales of a weight. All nodes that read the weight share them."""
         name = parameter_name(weight)
-        blocks, (rows, width) = self._blocks(name), weight.shape.numpy()
+        blocks, (rows, width) = self._blocks(parameter_names(weight)[0]), weight.shape.numpy()
         count = blocks.count(width)
         return (
             self._initializer(f"{name}.q{blocks.bits}", ir.DataType.UINT8, (rows, count, blocks.blob_size), weight, 0),
@@ -148,7 +160,7 @@ class Quantizer:
                     f"{name} holds values that are not finite numbers in {weight.dtype}, so it cannot be quantised. "
                     "Export in float, or repair the checkpoint."
                 )
-            codes, scales = quantize_tensor(weight, blocks)
+            codes, scales = coded(self.weights, name, blocks)
             parts.append((pack(codes, blocks), scales))
         if len(parts) == 1:
             return parts[0]

@@ -6,17 +6,21 @@ The reference is transformers' `modeling_lfm2.py`.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from transformers import PretrainedConfig, PreTrainedModel
 
 from optimum_lfm2 import caches
 from optimum_lfm2.caches import GROWS, ConvState, GrowingColumns, Kept, head_dim
+from optimum_lfm2.errors import Lfm2Error
 from optimum_lfm2.graph.blocks import attention, feed_forward, short_conv
 from optimum_lfm2.graph.call import AttentionCall, Call, ConvCall, Rotary, attention_call, conv_call
 from optimum_lfm2.graph.member import FeedForward, LayerKind, Member
+from optimum_lfm2.weights.gguf import GgufFields
 
 
 CONV, FULL_ATTENTION = "conv", "full_attention"
+TOKEN_IDS = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}  # with GGUF's names
 
 
 def conv_state(config: PretrainedConfig) -> tuple[Kept, ...]:
@@ -62,6 +66,55 @@ def rotary_of(module: str) -> Callable[[PreTrainedModel], Mapping[str, Rotary]]:
     return read
 
 
+def decoder_of_gguf(fields: GgufFields) -> dict[str, Any]:
+    """Return what a GGUF file says that all members of its format have, as in config.json."""
+    file = fields.file
+    layers, heads, hidden = (
+        fields.take(key, int) for key in ("block_count", "attention.head_count", "embedding_length")
+    )
+    kv_heads = fields.take("attention.head_count_kv", list)  # 0 for a convolution
+    table = file.tensors.get("model.embed_tokens.weight")
+    if table is None or len(kv_heads) != layers:
+        what = "table of embeddings" if table is None else f"number of heads for each of its {layers} layers"
+        raise Lfm2Error(f"{file.path} has no {what}. Download or copy it again.")
+    usual = hidden // max(heads, 1)
+    dim = fields.take("attention.key_length", int, usual)
+    for key in ("attention.value_length", "rope.dimension_count"):
+        if (other := fields.take(key, int, dim)) != dim:
+            raise Lfm2Error(f"{file.path} says that {key} is {other}, and {dim} is exported: the width of a head.")
+    ids = {name: file.metadata.get(f"tokenizer.ggml.{key}_token_id") for name, key in TOKEN_IDS.items()}
+    return {
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": max(kv_heads) or heads,
+        "layer_types": [FULL_ATTENTION if count else CONV for count in kv_heads],
+        "intermediate_size": fields.take("feed_forward_length", int),
+        "max_position_embeddings": fields.take("context_length", int),
+        "norm_eps": fields.take("attention.layer_norm_rms_epsilon", float),
+        "conv_L_cache": fields.take("shortconv.l_cache", int),
+        "conv_bias": any(name.endswith(".conv.in_proj.bias") for name in file.tensors),
+        "tie_word_embeddings": "lm_head.weight" not in file.tensors,
+        "vocab_size": fields.take("vocab_size", int, table.shape[0]),
+        **ids,
+        **({} if dim == usual else {"head_dim": dim}),
+    }
+
+
+def config_of_gguf(fields: GgufFields) -> dict[str, Any]:
+    """Return the config.json of a GGUF file of the architecture `lfm2`: a decoder, or an encoder."""
+    causal, pooled = fields.take("attention.causal", bool, True), fields.take("pooling_type", int, 0)
+    fields.take("embedding_length_out", int, 0)  # of a dense layer behind an encoder, which is no part of the model
+    headless = "Lfm2Model" if pooled else "Lfm2ForCausalLM"
+    return {
+        **decoder_of_gguf(fields),
+        "model_type": "lfm2",
+        "architectures": [headless if causal else "Lfm2BidirectionalModel"],
+        "block_auto_adjust_ff_dim": False,  # the width is the final one
+        "rope_theta": fields.take("rope.freq_base", float),
+    }
+
+
 MEMBER = Member(
     model_type="lfm2",
     architectures={"Lfm2ForCausalLM": "text-generation", "Lfm2Model": "feature-extraction"},
@@ -70,4 +123,5 @@ MEMBER = Member(
     feed_forwards=dense,
     rotary=rotary_of("rotary_emb"),
     genai_type="lfm2",
+    gguf={"lfm2": config_of_gguf},
 )

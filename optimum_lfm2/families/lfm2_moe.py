@@ -11,13 +11,15 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
+from optimum_lfm2.errors import Lfm2Error
 from optimum_lfm2.families import lfm2
 from optimum_lfm2.fields import FLAG, POSITIVE, SIZE, Field, contradiction
 from optimum_lfm2.graph.blocks import feed_forward
 from optimum_lfm2.graph.experts import expert_blocks, place_experts, sparse_feed_forward
 from optimum_lfm2.graph.member import FeedForward, Member
-from optimum_lfm2.weights.blocks import Scheme
-from optimum_lfm2.weights.experts import MoeCheckpoint
+from optimum_lfm2.weights.blocks import Blocks, Scheme
+from optimum_lfm2.weights.experts import MoeCheckpoint, is_packed
+from optimum_lfm2.weights.gguf import GgufFields
 
 
 def dense_then_sparse(config: PretrainedConfig) -> Sequence[FeedForward]:
@@ -37,7 +39,9 @@ def tolerance(scheme: Scheme) -> float:
 
     In 8 bits QMoE differs by 3 % from its dequantised weights; in 4 bits it does not (onnxruntime 1.32, CPU).
     """
-    return 0.1 if scheme.linear.bits == 8 else 0.0
+    experts: list[Blocks | None] = [blocks for name, blocks in scheme.stored.items() if is_packed(name)]
+    experts = experts or [scheme.linear]
+    return 0.1 if any(blocks is not None and blocks.bits == 8 for blocks in experts) else 0.0
 
 
 def check_experts(config: Mapping[str, Any]) -> None:
@@ -47,6 +51,7 @@ def check_experts(config: Mapping[str, Any]) -> None:
         raise contradiction("config.json", f"num_experts_per_tok is {used}", f"num_experts {experts}")
 
 
+SIGMOID = 2  # of `expert_gating_func`: llama.cpp's number of the function that LFM2 routes by
 FIELDS = {
     "moe_intermediate_size": SIZE,
     "num_experts": Field(int, 1, 4096),
@@ -57,6 +62,27 @@ FIELDS = {
     "norm_topk_prob": FLAG,
     "output_router_logits": FLAG,
 }
+
+
+def config_of_gguf(fields: GgufFields) -> dict[str, Any]:
+    """Return the config.json of a GGUF file of the architecture `lfm2moe`."""
+    names = fields.file.tensors
+    gating = fields.take("expert_gating_func", int, SIGMOID)
+    if gating != SIGMOID or not fields.take("expert_weights_norm", bool, True):
+        raise Lfm2Error(f"{fields.file.path} routes otherwise than LFM2 does. Export the original checkpoint.")
+    return {
+        **lfm2.decoder_of_gguf(fields),
+        "model_type": "lfm2_moe",
+        "architectures": ["Lfm2MoeForCausalLM"],
+        "rope_theta": fields.take("rope.freq_base", float),
+        "moe_intermediate_size": fields.take("expert_feed_forward_length", int),
+        "num_dense_layers": fields.take("leading_dense_block_count", int),
+        "num_experts": fields.take("expert_count", int),
+        "num_experts_per_tok": fields.take("expert_used_count", int),
+        "norm_topk_prob": True,
+        "use_expert_bias": any(name.endswith(".expert_bias") for name in names),
+        "routed_scaling_factor": fields.take("expert_weights_scale", float, 1.0),
+    }
 
 
 MEMBER = Member(
@@ -73,4 +99,5 @@ MEMBER = Member(
     passes=(place_experts,),
     tolerance=tolerance,
     genai_type="lfm2_moe",
+    gguf={"lfm2moe": config_of_gguf},
 )

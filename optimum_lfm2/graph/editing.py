@@ -105,6 +105,30 @@ def substitute(node: ir.Node, result: ir.Value) -> None:
     node.graph.remove(node, safe=True)
 
 
+def split_linear(node: ir.Node, rows: Sequence[tuple[str, int]]) -> list[ir.Node]:
+    """Replace a linear layer of joined weights by one for each weight, and join their outputs.
+
+    Args:
+        node: the placeholder of the layer.
+        rows: the weights' names in order, each with its number of rows.
+
+    Returns:
+        The placeholders of the new layers.
+    """
+    x, joined, *bias = node.inputs
+    parts, leading = [], list(node.outputs[0].shape or ())[:-1]
+    for name, count in rows:
+        attributes: dict[str, Any] = {"names": [name], "kernel": 0}
+        weight = insert(node, joined.producer().op_type, [], attributes, PLACEHOLDER_DOMAIN)
+        weight.type, weight.shape = joined.type, ir.Shape((count, joined.shape.numpy()[1]))
+        part = insert(node, LINEAR_OP, [x, weight], domain=PLACEHOLDER_DOMAIN)
+        part.type, part.shape = node.outputs[0].type, ir.Shape((*leading, count))
+        parts.append(part)
+    result = insert(node, "Concat", parts, {"axis": -1})
+    substitute(node, insert(node, "Add", [result, *bias]) if bias else result)
+    return [part.producer() for part in parts]
+
+
 def graph_cache_tensors(graph: ir.Graph) -> list[CacheTensor]:
     """Return the cache tensors that a graph declares.
 

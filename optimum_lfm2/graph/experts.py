@@ -6,7 +6,7 @@ The reference is transformers' `Lfm2MoeSparseMoeBlock`.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -22,6 +22,7 @@ from optimum_lfm2.graph.member import Weight
 from optimum_lfm2.graph.ops import ONNX_TYPE, PLACEHOLDER_DOMAIN
 from optimum_lfm2.graph.tracing import Node, constant, typed
 from optimum_lfm2.weights.blocks import INT8_ACTIVATIONS, Blocks, Scheme
+from optimum_lfm2.weights.coded import WIDE, coded
 from optimum_lfm2.weights.experts import ExpertsTensor, QuantizedExperts, interleaved
 
 
@@ -130,19 +131,31 @@ def mix_experts(
     return _Experts.apply(hidden, routing, gate_up, down, count)
 
 
-def expert_blocks(scheme: Scheme, widths: Iterable[int]) -> Blocks:
-    """Return a scheme's blocks for experts whose matrices have rows of these widths. QMoE takes whole blocks only.
+def expert_blocks(scheme: Scheme | None, widths: Iterable[int], names: Sequence[str] = ("",)) -> Blocks | None:
+    """Return how experts are stored whose matrices have rows of these widths. QMoE takes whole blocks of one kind only.
+
+    Args:
+        scheme: how the model is quantised.
+        widths: of the rows.
+        names: of the two parameters. Where a scheme stores these differently, both are stored in `WIDE`.
+
+    Returns:
+        None for experts in float.
 
     Raises:
         Lfm2Error: the blocks would be smaller than `SMALLEST_BLOCK`.
     """
-    size = math.gcd(scheme.linear.block_size, *widths)
+    kinds = {None if scheme is None else scheme.layer(name, table=False) for name in names}
+    blocks = kinds.pop() if len(kinds) == 1 else WIDE
+    if blocks is None:
+        return None
+    size = math.gcd(blocks.block_size, *widths)
     if size < SMALLEST_BLOCK:
         raise Lfm2Error(
             f"hidden_size and moe_intermediate_size in config.json ({' and '.join(map(str, widths))}) must be "
             f"multiples of {SMALLEST_BLOCK} for experts in few bits. Use --variant default."
         )
-    return replace(scheme.linear, block_size=size)
+    return replace(blocks, block_size=size)
 
 
 def place_experts(graph: ir.Graph, weights: Mapping[str, Any], scheme: Scheme | None) -> None:
@@ -154,7 +167,10 @@ def place_experts(graph: ir.Graph, weights: Mapping[str, Any], scheme: Scheme | 
         scheme: how the weights are quantised. None keeps them in float.
     """
     for node in [node for node in graph if (node.domain, node.op_type) == (PLACEHOLDER_DOMAIN, EXPERTS_OP)]:
-        new = _float_experts(node, weights) if scheme is None else _quantized_experts(node, weights, scheme)
+        matrices = node.inputs[2:]
+        names, widths = map(parameter_name, matrices), (matrix.shape.numpy()[2] for matrix in matrices)
+        blocks = expert_blocks(scheme, widths, list(names))
+        new = _float_experts(node, weights) if blocks is None else _quantized_experts(node, weights, blocks)
         graph.insert_before(node, new)
         substitute(node, new[-1].outputs[0])
 
@@ -182,14 +198,13 @@ def _float_experts(node: ir.Node, weights: Mapping[str, Any]) -> list[ir.Node]:
     return [above, logarithms, mixed, total, ir.node("Mul", [mixed.outputs[0], total.outputs[0]])]
 
 
-def _quantized_experts(node: ir.Node, weights: Mapping[str, Any], scheme: Scheme) -> list[ir.Node]:
+def _quantized_experts(node: ir.Node, weights: Mapping[str, Any], blocks: Blocks) -> list[ir.Node]:
     """Emit QMoE. It gets the shares twice: as scores that choose the experts, and as the experts' weights."""
     hidden, routing, *matrices = node.inputs
-    blocks = expert_blocks(scheme, [matrix.shape.numpy()[2] for matrix in matrices])
     arguments: list[ir.Value | None] = []
     for matrix in matrices:
         name, (count, outputs, inputs) = parameter_name(matrix), matrix.shape.numpy()
-        quantized = QuantizedExperts(partial(_matrices, weights, name), blocks)
+        quantized = QuantizedExperts(partial(_coded, weights, name, blocks), blocks)
         bytes_, scales = (ir.Shape((count, outputs, n)) for n in (inputs * blocks.bits // 8, blocks.count(inputs)))
         parts = (
             ExpertsTensor(quantized.codes, ir.DataType.UINT8, bytes_, f"{name}.q{blocks.bits}"),
@@ -207,6 +222,13 @@ def _quantized_experts(node: ir.Node, weights: Mapping[str, Any], scheme: Scheme
         attributes["accuracy_level"] = INT8_ACTIVATIONS
     absent = [None] * 6  # a third matrix and zero points
     return [ir.node("QMoE", [hidden, routing, *arguments, *absent, routing], attributes, domain=CONTRIB_DOMAIN)]
+
+
+def _coded(weights: Mapping[str, Any], name: str, blocks: Blocks) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield the codes and scales of each expert, with their rows in the operators' order."""
+    for index in range(len(weights[name])):
+        codes, scales = coded(weights, name, blocks, index)
+        yield (interleaved(codes), interleaved(scales)) if name.endswith(GATE_UP) else (codes, scales)
 
 
 def _matrices(weights: Mapping[str, Any], name: str) -> Iterator[torch.Tensor]:

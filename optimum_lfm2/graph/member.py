@@ -19,6 +19,7 @@ from optimum_lfm2.fields import Field
 from optimum_lfm2.graph.call import Call, Rotary
 from optimum_lfm2.weights.blocks import Scheme
 from optimum_lfm2.weights.checkpoint import Checkpoint
+from optimum_lfm2.weights.gguf import GgufFields
 
 
 # Gives a parameter by its name in the checkpoint, or several joined along their first axis. With `kernel=True`, a
@@ -201,6 +202,8 @@ class Member:
         text_type: the model type of the decoder where this field names none.
         loader: the class of this package that loads exports of a model in parts.
         tower: the vision tower, a `graph.tower.Tower`. None for a model of text alone.
+        gguf: for each `general.architecture` of a GGUF file that holds such a model, what makes its config.json of what
+            the file says.
         other_spellings: other spellings of the model type, which some releases of transformers write.
     """
 
@@ -241,6 +244,7 @@ class Member:
     text_type: str = "lfm2"
     loader: str = "ORTLfm2ForCausalLM"
     tower: Any = None
+    gguf: Mapping[str, Callable[[GgufFields], dict[str, Any]]] = field(default_factory=dict)
     other_spellings: tuple[str, ...] = ()
 
     @property

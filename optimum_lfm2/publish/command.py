@@ -9,27 +9,30 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from optimum_lfm2.command import quiet, reported
+from optimum_lfm2.command import opened_gguf, quiet, reported
 from optimum_lfm2.file_names import ONNX_FOLDER
 from optimum_lfm2.publish.folder import Outcome, publish
 from optimum_lfm2.publish.job import Job
 from optimum_lfm2.publish.precisions import Published
 from optimum_lfm2.registration import claim
 from optimum_lfm2.report import loading, megabytes, text_table
+from optimum_lfm2.weights.checkpoint import GGUF_LINK
+from optimum_lfm2.weights.gguf import stored_bits
 
 
-def run_publish(args: Namespace, config: Mapping[str, Any]) -> None:
+def run_publish(args: Namespace, config: Mapping[str, Any], bits: int | None = None) -> None:
     """Write the folder that `optimum-cli export lfm2` asks for.
 
     Args:
         args: the parsed arguments.
         config: the contents of the checkpoint's `config.json`.
+        bits: of most codes of a GGUF file. None for weights in float.
 
     Raises:
         SystemExit: 1 for bad input or a failed precision, after one line on stderr for each; 130 when interrupted.
     """
     with reported():
-        job = Job.read(args, config)
+        job = Job.read(args, config, bits)
         claim(config["model_type"])
         with quiet():
             outcome = publish(job)
@@ -38,6 +41,12 @@ def run_publish(args: Namespace, config: Mapping[str, Any]) -> None:
         print(f"optimum-cli: error: {line}", file=sys.stderr)
     if outcome.failed:
         raise SystemExit(1)
+
+
+def run_publish_gguf(args: Namespace) -> None:
+    """Write the folder for a GGUF file, as `run_publish` does for a checkpoint."""
+    with reported(), opened_gguf(args) as config:
+        run_publish(args, config, stored_bits(Path(args.model, GGUF_LINK).readlink()))
 
 
 def _summary(job: Job, outcome: Outcome) -> str:

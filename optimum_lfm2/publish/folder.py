@@ -157,7 +157,7 @@ def _write_files(job: Job, folder: Path, checkpoint: str) -> list[str]:
         model = _load(job, dtype) if precisions else None
         for name, precision in precisions.items():
             try:
-                for path, notes in _write_precision(job, model, precision, folder / ONNX_FOLDER):
+                for path, notes in _write_precision(job, model, precision, job.variant(name), folder / ONNX_FOLDER):
                     annotate(path, {CHECKPOINT: checkpoint, **notes})
             except Lfm2Error as error:
                 failed.append(_removed(name, folder, error))
@@ -182,7 +182,9 @@ def _load(job: Job, dtype: str) -> Any:
     )
 
 
-def _write_precision(job: Job, model: Any, precision: Precision, folder: Path) -> Iterator[tuple[Path, dict[str, str]]]:
+def _write_precision(
+    job: Job, model: Any, precision: Precision, variant: str, folder: Path
+) -> Iterator[tuple[Path, dict[str, str]]]:
     """Export the files of a precision and check them. Yield each with what its check found, for its metadata."""
     task, cached = job.task.removesuffix(WITH_PAST), job.task.endswith(WITH_PAST)
     constructor: Any = TasksManager.get_exporter_config_constructor(
@@ -191,17 +193,18 @@ def _write_precision(job: Job, model: Any, precision: Precision, folder: Path) -
     whole = constructor.func(
         model.config, task=task, float_dtype=precision.dtype, use_past=cached, use_past_in_inputs=cached
     )
-    whole.variant = precision.variant
+    whole.variant = variant
     for name, (part, config) in whole.parts(model).items():
         path = folder / precision.named(name)
         # Transformers.js 4.3 and onnxruntime-genai 0.18 feed `num_logits_to_keep` only where it has no default. With a
         # default, a browser would compute the logits of the whole prompt and run out of memory.
         options = {"num_logits_to_keep": "required", "cache_names": job.cache_names} if config.use_past else {}
+        config.know_weights(part)
         if config.scheme is not None:
             # Builds of onnxruntime for the browser have no kernel for the fused embedding (see `EMBEDDINGS`).
             options["embedding"] = "portable"
         if config.use_past:
-            config.read_options(options)  # Optimum makes dummy inputs before it hands them on
+            config.read_options(options, part)  # Optimum makes dummy inputs before it hands them on
         given = {"dtype": precision.dtype, "input_shapes": dict(TRACED), "model_kwargs": dict(options)}
         convert.export(part, config, path, **given)
         differences = config.validate(part, path, job.atol)

@@ -14,7 +14,7 @@ from optimum_lfm2.export.options import check_atol, check_model
 from optimum_lfm2.export.output import check_no_checkpoint
 from optimum_lfm2.publish.card import CardOptions
 from optimum_lfm2.publish.kinds import Kind, kind_of
-from optimum_lfm2.publish.precisions import DEFAULT, PRECISIONS
+from optimum_lfm2.publish.precisions import DEFAULT, OF_GGUF, PRECISIONS
 from optimum_lfm2.quality.evaluate import read_text
 from optimum_lfm2.report import WITH_PAST
 
@@ -41,6 +41,7 @@ class Job:
         task: what the files are for: `text-generation-with-past`, `image-text-to-text` or the task of an encoder's
             head.
         loader: the class of this package that loads them (`Member.loader`).
+        as_stored: the precisions that have the codes of a GGUF file as they are.
     """
 
     model: str
@@ -56,10 +57,20 @@ class Job:
     kind: Kind
     task: str
     loader: str
+    as_stored: tuple[str, ...] = ()
+
+    def variant(self, precision: str) -> str:
+        """Return the variant of the export that makes a precision."""
+        return "default" if precision in self.as_stored else PRECISIONS[precision].variant
 
     @classmethod
-    def read(cls, args: Namespace, config: Mapping[str, Any]) -> Job:
+    def read(cls, args: Namespace, config: Mapping[str, Any], bits: int | None = None) -> Job:
         """Read the request from parsed arguments and the checkpoint's `config.json`.
+
+        Args:
+            args: the arguments.
+            config: the contents of `config.json`.
+            bits: of most codes of a GGUF file. None for weights in float.
 
         Raises:
             Lfm2Error: the request cannot work. It is refused before any work.
@@ -81,7 +92,8 @@ class Job:
         if args.text is not None:
             read_text(args.text)  # a wrong path is refused before the work
         check_atol(args.atol)
-        default = [name for name in DEFAULT if name not in kind.measured]
+        as_stored = () if bits is None else OF_GGUF[bits]
+        default = [name for name in as_stored or DEFAULT if name not in kind.measured]
         return cls(
             args.model,
             args.output,
@@ -96,4 +108,5 @@ class Job:
             kind,
             f"{TASK}{WITH_PAST}" if TASK in member.tasks else member.task(config.get("architectures")),
             member.loader,
+            as_stored,
         )

@@ -52,8 +52,8 @@ class Precision:
 
 
 PRECISIONS = {
-    "fp32": Precision("", "fp32", "default", "32 bits", "32 bits", "the results of transformers"),
-    "fp16": Precision("_fp16", "fp16", "default", "16 bits", "16 bits", "GPUs"),
+    "fp32": Precision("", "fp32", "float", "32 bits", "32 bits", "the results of transformers"),
+    "fp16": Precision("_fp16", "fp16", "float", "16 bits", "16 bits", "GPUs"),
     "q8": Precision("_quantized", "fp32", "q8", "8 bits", "8 bits", "CPUs, where quality counts most"),
     "q4": Precision("_q4", "fp32", "q4", "4 bits, embedding and head 8", "8 bits", "CPUs"),
     "q4s": Precision("_q4s", "fp32", "q4s", "4 bits", "8 bits", "CPUs, where size counts most", is_dtype=False),
@@ -61,6 +61,9 @@ PRECISIONS = {
         "_q4f16", "fp16", "q4", "as q4, computes in 16 bits", "8 bits, computes in 16", "WebGPU and other GPUs"
     ),
 }
+# What a GGUF file becomes where the user names nothing, by the bits of most of its codes. These have its codes as they
+# are.
+OF_GGUF = {4: ("q4", "q4f16"), 8: ("q8",)}
 # The parts of which a model's files are named. The first is the decoder, which has the caches.
 PARTS = (DECODER, EMBEDDING, VISION)
 LAYOUTS = ((MODEL,), PARTS)

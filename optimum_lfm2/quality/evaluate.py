@@ -18,6 +18,7 @@ from tqdm import tqdm
 from transformers import AutoTokenizer
 
 from optimum_lfm2.errors import Lfm2Error, first_line
+from optimum_lfm2.loading.gguf import is_gguf, standing_in
 from optimum_lfm2.quality.scoring import Model, check_exists, load
 from optimum_lfm2.quality.similarity import Similarity, compare_encoders, encodes, load_encoder
 from optimum_lfm2.quality.words import legend, loss_in_words
@@ -99,6 +100,7 @@ def evaluate(
 
     Args:
         model, reference: an ONNX file, a folder with one ONNX file, or a checkpoint that transformers loads.
+            `reference` may be a GGUF file too, whose dequantised weights are computed with.
         text: a text file in UTF-8. The name of a special token in it is read as that token.
         chunks: the largest number of chunks to read. A short text gives fewer; two are the least.
         length: the tokens of a chunk.
@@ -109,6 +111,9 @@ def evaluate(
     model, reference = Path(model), Path(reference)
     for path in (model, reference):
         check_exists(path)
+    if is_gguf(reference):
+        with standing_in(reference) as folder:
+            return evaluate(model, folder, text, chunks, length)
     pieces = read_chunks(text, find_tokenizer(reference, model), chunks, length)
     if encodes(reference) or encodes(model):
         return compare_encoders(load_encoder(model), load_encoder(reference), pieces)

@@ -14,9 +14,10 @@ from transformers import PreTrainedModel
 
 from optimum_lfm2.families import member_of
 from optimum_lfm2.graph.experts import expert_blocks
-from optimum_lfm2.weights.blocks import Scheme, module_blocks, rounded
+from optimum_lfm2.weights.blocks import Blocks, Scheme, module_blocks, rounded
 from optimum_lfm2.weights.checkpoint import stored_tensors, tied_names
-from optimum_lfm2.weights.experts import ExpertWeights, is_packed
+from optimum_lfm2.weights.coded import is_kept
+from optimum_lfm2.weights.experts import PACKED, ExpertWeights, is_packed
 
 
 class StandIns(Mapping[str, Any]):
@@ -40,16 +41,23 @@ class StandIns(Mapping[str, Any]):
         stored = self._tied[name]
         if stored in self._kept:
             return self._kept.pop(stored)  # a tied tensor is read twice: by the embedding and by the head
-        weight, shape = self._weights[stored], self._shapes[name]
         if is_packed(name):
+            weight, shape = self._weights[stored], self._shapes[name]
             config = self._model.config
             widths = config.hidden_size, config.moe_intermediate_size
-            blocks = None if self._scheme is None else expert_blocks(self._scheme, widths)
-            return ExpertWeights(lambda index: rounded(weight[index].detach(), blocks).float(), shape)
-        value = rounded(weight.detach(), self._blocks.get(name)).float()
+            names = [f"{name.rpartition('.')[0]}.{kind}" for kind in PACKED]
+            blocks = expert_blocks(self._scheme, widths, names)
+            return ExpertWeights(lambda index: self._rounded(stored, weight[index].detach(), blocks), shape)
+        value = self._rounded(stored, self._weights[stored].detach(), self._blocks.get(name))
         if sum(other == stored for other in self._tied.values()) > 1:
             self._kept[stored] = value
         return value
+
+    def _rounded(self, stored: str, weight: torch.Tensor, blocks: Blocks | None) -> torch.Tensor:
+        # Of codes that went over as they are, the reference is what the checkpoint's own format says.
+        if blocks is None or is_kept(self._weights, stored, blocks):
+            return weight.float()
+        return rounded(weight, blocks).float()
 
     def __contains__(self, name: object) -> bool:
         return name in self._tied  # Mapping's own reads and quantises the tensor to find out

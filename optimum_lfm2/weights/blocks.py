@@ -5,7 +5,8 @@ Each row of a weight is cut into blocks. A block has one scale and no zero point
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -56,22 +57,36 @@ class Scheme:
     """How a model is quantised.
 
     Attributes:
-        linear: how the linear layers of the decoder are stored.
-        table: how the head and the embedding are stored, tied or not.
+        linear: how the linear layers of the decoder are stored. None leaves them in float.
+        table: how the head and the embedding are stored, tied or not. None leaves them in float.
         embedding: how the graph reads the embedding, one of `EMBEDDINGS`.
         float_activations: whether a linear layer computes with activations in float, which is slower on a CPU.
         in_8_bits: endings of the names of linear layers that have 8 bits in place of `linear.bits`.
+        stored: how a matrix is stored whatever the others are, by the name of its layer (`coded.keeping`).
     """
 
-    linear: Blocks
-    table: Blocks
+    linear: Blocks | None
+    table: Blocks | None
     embedding: str = "fused"
     float_activations: bool = False
     in_8_bits: tuple[str, ...] = ()
+    stored: Mapping[str, Blocks] = field(default_factory=dict, hash=False)
 
-    def layer(self, name: str) -> Blocks:
-        """Return how a linear layer of the decoder is stored, by the name of the layer or of its weight."""
-        return replace(self.linear, bits=8) if name.removesuffix(".weight").endswith(self.in_8_bits) else self.linear
+    def layer(self, name: str, table: bool | None = None) -> Blocks | None:
+        """Return how a matrix is stored. None means in float.
+
+        Args:
+            name: the name of its layer, or of its weight.
+            table: whether it is a head or an embedding. None asks the name.
+        """
+        layer = name.removesuffix(".weight")
+        if layer in self.stored:
+            return self.stored[layer]
+        if f"{layer}.weight".endswith(TABLES) if table is None else table:
+            return self.table
+        if self.linear is not None and layer.endswith(self.in_8_bits):
+            return replace(self.linear, bits=8)
+        return self.linear
 
 
 # How the graph reads an embedding. `fused` is the operator `GatherBlockQuantized`. `portable` uses operators that every
@@ -86,6 +101,8 @@ SCHEMES = {
     "q4s": Scheme(linear=Blocks(4, 128), table=Blocks(4, 128)),
     "q8": Scheme(linear=Blocks(8, 128), table=Blocks(8, 128)),
 }
+# Nothing is asked for: a matrix stays in float, or has the codes of its checkpoint.
+FLOAT = Scheme(linear=None, table=None)
 # A vision tower is quantised to 8 bits whatever the decoder is, as LiquidAI ships it, with activations in float.
 VISION_SCHEME = Scheme(linear=Blocks(8, 128), table=Blocks(8, 128), embedding="float", float_activations=True)
 
@@ -160,7 +177,7 @@ def pack(codes: torch.Tensor, blocks: Blocks) -> torch.Tensor:
     return codes if blocks.bits == 8 else codes[..., 0::2] | codes[..., 1::2] << 4
 
 
-def module_blocks(model: torch.nn.Module, scheme: Scheme) -> dict[Any, Blocks]:
+def module_blocks(model: torch.nn.Module, scheme: Scheme) -> dict[Any, Blocks | None]:
     """Map each module whose weight the graph quantises to how that weight is stored.
 
     Args:
@@ -171,7 +188,7 @@ def module_blocks(model: torch.nn.Module, scheme: Scheme) -> dict[Any, Blocks]:
     for name, module in model.named_modules():
         embeds = isinstance(module, torch.nn.Embedding) and scheme.embedding != "float"
         if module is head or embeds:
-            blocks[module] = scheme.table
+            blocks[module] = scheme.layer(name, table=True)
         elif isinstance(module, torch.nn.Linear):
-            blocks[module] = scheme.layer(name)
+            blocks[module] = scheme.layer(name, table=False)
     return blocks

@@ -1,9 +1,10 @@
-"""Reading a safetensors checkpoint: its headers are checked first, then tensors are read one at a time."""
+"""Reading a checkpoint, of safetensors or GGUF: its headers are checked first, then tensors are read one at a time."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,10 +19,14 @@ from transformers.utils import (
 )
 
 from optimum_lfm2.errors import Lfm2Error, read_object
+from optimum_lfm2.weights.blocks import Blocks
+from optimum_lfm2.weights.gguf import FLOATS, GRIDS, SUFFIX, GgufFile
 
 
 # What transformers reads besides: pickles, to which it adds random weights where a tensor is missing.
 OTHER_WEIGHTS = (WEIGHTS_INDEX_NAME, WEIGHTS_NAME)
+# In a folder that stands for a GGUF file, a link to it (`loading.gguf`).
+GGUF_LINK = f"model{SUFFIX}"
 
 # Parts of names that other programs put into a checkpoint, with whose they are and what to do.
 _MERGE = "Load it with peft, and save what its merge_and_unload() returns."
@@ -66,6 +71,8 @@ class Checkpoint(Mapping[str, torch.Tensor]):
         self._tied = tied_names(model)
         self._stored = {name: self._stored_once(first) for name, first in self._tied.items()}
         self._check_headers()
+        # What an export has rounded of `kinds`: how it is stored, and how far it is off (`coded.what_was_rounded`).
+        self.rounded_again: dict[str, tuple[Blocks, float]] = {}
 
     def _stored_once(self, first: str) -> str:
         """Find the name under which a parameter is stored. A tied one may be stored under any of its names."""
@@ -146,6 +153,46 @@ class Checkpoint(Mapping[str, torch.Tensor]):
         """The name of a tensor that is stored with other values than the one that it is tied to. None for none."""
         return next((name for name in self._unread if name in self._stored and not self._is_copy(name)), None)
 
+    @cached_property
+    def kinds(self) -> dict[str, str]:
+        """The type of each matrix that a GGUF file stores in codes, by the parameter's name."""
+        files = {path: GgufFile.open(path) for path in set(self._files.values()) if path.suffix == SUFFIX}
+        if not files:
+            return {}
+        kinds = {name: self._kind(name, files) for name in self._stored}
+        return {name: kind for name, kind in kinds.items() if kind not in (None, *FLOATS)}
+
+    def _kind(self, name: str, files: Mapping[Path, GgufFile]) -> str | None:
+        """Return the type of a matrix in a GGUF file. None for what is no matrix."""
+        return self._stored_kind(self._stored[name], files) if self._parameters[name].dim() == 2 else None
+
+    def _stored_kind(self, stored: str, files: Mapping[Path, GgufFile]) -> str:
+        return files[self._files[stored]].tensors[stored].kind
+
+    @property
+    def grids(self) -> dict[str, Blocks | None]:
+        """How ONNX stores the codes of each matrix of `kinds` as they are. None where it cannot."""
+        return {name: GRIDS[kind].blocks if kind in GRIDS else None for name, kind in self.kinds.items()}
+
+    def codes(self, name: str, expert: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Read the codes and scales of a matrix that has a grid, as `quantize_tensor` returns them. Scales are float32.
+
+        Args:
+            name: of the parameter.
+            expert: which matrix of a parameter that has one for each expert (`MoeCheckpoint`).
+
+        Raises:
+            Lfm2Error: a scale is no finite number.
+        """
+        return self._codes(self._stored[name])
+
+    def _codes(self, stored: str) -> tuple[torch.Tensor, torch.Tensor]:
+        path = self._files[stored]
+        codes, scales = GgufFile.open(path).get_codes(stored)
+        if not is_finite(scales):
+            raise Lfm2Error(f"{stored} in {path} holds values that are not finite numbers.")
+        return codes, scales
+
     def _is_copy(self, name: str) -> bool:
         if name not in self._stored:
             return False
@@ -215,7 +262,7 @@ def tied_names(model: torch.nn.Module) -> dict[str, str]:
 
 
 def find_tensors(model_name_or_path: str, **hub: Any) -> dict[str, Path]:
-    """Find the file of each tensor of a safetensors checkpoint.
+    """Find the file of each tensor of a checkpoint.
 
     Args:
         model_name_or_path: the checkpoint's folder, or its id on the Hub.
@@ -225,7 +272,7 @@ def find_tensors(model_name_or_path: str, **hub: Any) -> dict[str, Path]:
         For each stored tensor's name its file.
 
     Raises:
-        Lfm2Error: there are no safetensors files, their index is broken, or a file is missing or not complete.
+        Lfm2Error: there are no files of weights, their index is broken, or a file is missing or not complete.
     """
 
     def found(name: str) -> Path | None:
@@ -247,6 +294,9 @@ def find_tensors(model_name_or_path: str, **hub: Any) -> dict[str, Path]:
                 )
             shards[shard] = path
         return {name: shards[shard] for name, shard in weight_map.items()}
+    if (link := found(GGUF_LINK)) is not None and link.is_symlink():
+        path = link.readlink()  # errors name this one
+        return dict.fromkeys(GgufFile.open(path).keys(), path)
     if other := next((name for name in OTHER_WEIGHTS if found(name) is not None), None):
         raise Lfm2Error(
             f"{model_name_or_path} has {other} and no safetensors. Convert it, in Python: AutoModelForCausalLM."
@@ -288,6 +338,8 @@ def fingerprint(files: Mapping[str, Path]) -> str:
 
 
 def _opened(path: Path) -> Any:
+    if path.suffix == SUFFIX:
+        return GgufFile.open(path)
     try:
         return safe_open(path, framework="pt")
     except SafetensorError as error:

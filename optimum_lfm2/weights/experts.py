@@ -7,7 +7,8 @@ tensors for each expert.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
@@ -15,8 +16,9 @@ import torch
 from onnx_ir.tensor_adapters import TorchTensor
 
 from optimum_lfm2.errors import Lfm2Error
-from optimum_lfm2.weights.blocks import Blocks, pack, quantize_tensor
+from optimum_lfm2.weights.blocks import Blocks, pack
 from optimum_lfm2.weights.checkpoint import Checkpoint
+from optimum_lfm2.weights.gguf import GgufFile
 
 
 # For each parameter that transformers packs for all experts: the names of one expert's tensors in the other form.
@@ -88,6 +90,20 @@ class MoeCheckpoint(Checkpoint):
             return super().__getitem__(name)
         return ExpertWeights(lambda index: self._expert(name, index), self._parameters[name].shape)
 
+    def _kind(self, name: str, files: Mapping[Path, GgufFile]) -> str | None:
+        """Return the type of the matrices of all experts. None where they have several."""
+        if not is_packed(name):
+            return super()._kind(name, files)
+        parts = (part for index in range(len(self[name])) for part in self._parts(name, index))
+        kinds = {self._stored_kind(part, files) for part in parts}
+        return kinds.pop() if len(kinds) == 1 else None
+
+    def codes(self, name: str, expert: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        if expert is None:
+            return super().codes(name)
+        codes, scales = zip(*map(self._codes, self._parts(name, expert)), strict=True)
+        return torch.cat(codes), torch.cat(scales)
+
     def _expert(self, name: str, index: int) -> torch.Tensor:
         stored, dtype = self._stored[name], self._parameters[name].dtype
         if stored in self._files:
@@ -133,20 +149,19 @@ class QuantizedExperts:
     The codes are written first. The scales that come with them are kept until they are written too.
 
     Args:
-        matrices: returns a new iterator over the experts' matrices, (out, in) each, with every call.
+        coded: returns a new iterator over the experts' codes and scales (`quantize_tensor`) with every call.
         blocks: how a matrix is stored.
     """
 
-    def __init__(self, matrices: Callable[[], Iterator[torch.Tensor]], blocks: Blocks) -> None:
-        self._matrices = matrices
+    def __init__(self, coded: Callable[[], Iterator[tuple[torch.Tensor, torch.Tensor]]], blocks: Blocks) -> None:
+        self._coded = coded
         self._blocks = blocks
         self._scales: list[torch.Tensor] = []
 
     def codes(self) -> Iterator[torch.Tensor]:
         """Yield the packed codes of each expert, uint8 (out, in * bits / 8)."""
         self._scales = []
-        for matrix in self._matrices():
-            codes, scales = quantize_tensor(matrix, self._blocks)
+        for codes, scales in self._coded():
             self._scales.append(scales)
             yield pack(codes, self._blocks).flatten(1)
 

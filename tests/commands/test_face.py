@@ -83,6 +83,7 @@ def test_the_help_of_the_tools_lists_what_export_onnx_takes():
 def test_the_help_of_export_onnx_says_where_in_one_paragraph_and_is_else_as_it_was():
     theirs, ours = ArgumentParser("x"), ArgumentParser("x")
     parse_args_onnx(theirs)
+    export_onnx.add_gguf_options(theirs)  # which are ours alone
     export_onnx.register()
     ONNXExportCommand.parse_args(ours)
     ours.epilog, said = None, ours.epilog

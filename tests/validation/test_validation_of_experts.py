@@ -46,8 +46,10 @@ def _not_interleaved(monkeypatch):
 
 
 def _one_expert_forgotten(monkeypatch):
-    real = graph_experts._matrices
+    real, coded = graph_experts._matrices, graph_experts._coded
     monkeypatch.setattr(graph_experts, "_matrices", lambda *args: (m * (i != 3) for i, m in enumerate(real(*args))))
+    forgotten = lambda *args: ((codes, scales * (i != 3)) for i, (codes, scales) in enumerate(coded(*args)))  # noqa: E731
+    monkeypatch.setattr(graph_experts, "_coded", forgotten)
 
 
 def _nibbles_swapped(monkeypatch):

@@ -11,6 +11,8 @@ from pathlib import Path
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 from optimum.commands.export.base import ExportCommand
 
+from optimum.commands.lfm2.export_onnx import add_gguf_options
+
 
 DESCRIPTION = """\
 Write a folder for the Hub. Optimum, ONNX Runtime GenAI and Transformers.js run it as it is.
@@ -59,7 +61,9 @@ class ExportLfm2Command(BaseOptimumCLICommand):
     def parse_args(parser: ArgumentParser) -> None:
         parser.formatter_class = RawDescriptionHelpFormatter
         parser.description, parser.epilog = DESCRIPTION, EPILOG
-        parser.add_argument("-m", "--model", required=True, help="the checkpoint's folder, or its id on the Hub")
+        parser.add_argument(
+            "-m", "--model", required=True, help="the checkpoint's folder or GGUF file, or its id on the Hub"
+        )
         # Optional for the parser alone, since `--precisions q4 OUT` takes OUT for a precision (see `settle_output`).
         parser.add_argument(
             "output",
@@ -98,19 +102,23 @@ class ExportLfm2Command(BaseOptimumCLICommand):
         )
         parser.add_argument("--license", help="for the card (default: what the checkpoint's card says)")
         parser.add_argument("--cache_dir", help="where downloads from the Hub are kept")
+        add_gguf_options(parser)
         parser.usage = parser.format_usage().removeprefix("usage: ").replace("[OUT]", "OUT").rstrip()
 
     def run(self) -> None:
-        from optimum.commands.lfm2.export_onnx import fail, read_config
+        from optimum.commands.lfm2.export_onnx import fail, names_gguf, read_config
 
         try:
             settle_output(self.args)
-            config = read_config(self.args)
+            config = None if names_gguf(self.args) else read_config(self.args)
         except ValueError as error:
             fail(error)
-        from optimum_lfm2.publish.command import run_publish
+        from optimum_lfm2.publish.command import run_publish, run_publish_gguf
 
-        run_publish(self.args, config)
+        if config is None:
+            run_publish_gguf(self.args)
+        else:
+            run_publish(self.args, config)
 
 
 def settle_output(args: Namespace) -> None:

@@ -44,6 +44,7 @@ def _with_epilog(original: Callable[[ArgumentParser], None]) -> Callable[[Argume
     @functools.wraps(original)
     def parse_args(parser: ArgumentParser) -> None:
         original(parser)
+        add_gguf_options(parser)
         parser.epilog = " ".join(filter(None, (parser.epilog, ONNX_EPILOG)))
 
     setattr(parse_args, WRAPPED, True)
@@ -55,8 +56,14 @@ def _wrap(original: Callable[[Any], None]) -> Callable[[Any], None]:
     def run(self: ONNXExportCommand) -> None:
         try:
             _check_adapter(Path(self.args.model))
+            gguf = names_gguf(self.args)
         except ValueError as error:
             fail(error)
+        if gguf:
+            from optimum_lfm2.command import run_gguf_export
+
+            run_gguf_export(self, original)
+            return
         config = _our_config(self.args)
         if config is None:
             original(self)
@@ -67,6 +74,29 @@ def _wrap(original: Callable[[Any], None]) -> Callable[[Any], None]:
 
     setattr(run, WRAPPED, True)
     return run
+
+
+def add_gguf_options(parser: ArgumentParser) -> None:
+    """Add the options of GGUF files, which `--model` may be too."""
+    group = parser.add_argument_group("LFM2 in a GGUF file (--model FILE.gguf, or --model with --gguf-file)")
+    group.add_argument("--gguf-file", metavar="NAME", help="the GGUF file in the folder or Hub model of --model")
+    group.add_argument(
+        "--tokenizer", metavar="MODEL", help="a folder or id whose tokenizer to take (default: that in the GGUF file)"
+    )
+
+
+def names_gguf(args: Namespace) -> bool:
+    """Return whether a GGUF file is to be exported.
+
+    Raises:
+        ValueError: an option of GGUF files is given without one.
+    """
+    file = Path(args.model)
+    if getattr(args, "gguf_file", None) is not None or (file.suffix == ".gguf" and file.is_file()):
+        return True
+    if getattr(args, "tokenizer", None) is not None:
+        raise ValueError("--tokenizer goes with a GGUF file. Other models bring their own: leave it out.")
+    return False
 
 
 def _check_adapter(folder: Path) -> None:

@@ -9,10 +9,11 @@ from optimum.commands.lfm2.model_types import MODEL_TYPES
 
 
 VARIANTS = {
-    "default": "weights in float, as --dtype says (fp32 or fp16)",
+    "default": "as the checkpoint has them: in float, as --dtype says (fp32 or fp16), or the codes of a GGUF file",
     "q8": "weights in 8 bits, next to indistinguishable from float",
     "q4": "weights in 4 bits, embedding and head in 8; with --dtype fp16 for devices that compute in half precision",
     "q4s": "embedding and head in 4 bits too: smaller and faster, with twice the divergence",
+    "float": "weights in float, also those that a GGUF file has in codes",
 }
 # The first value of each option is its default.
 MODEL_KWARGS = {
