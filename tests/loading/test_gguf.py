@@ -16,6 +16,7 @@ from transformers import AutoTokenizer, Lfm2Config, Lfm2ForCausalLM, PreTrainedT
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from optimum_lfm2.errors import Lfm2Error
+from optimum_lfm2.families import member_of
 from optimum_lfm2.loading.gguf import config_of, standing_in
 from optimum_lfm2.weights.gguf import GgufFile
 
@@ -87,6 +88,18 @@ def test_what_the_shape_of_the_table_says_stands_for_the_vocabulary(tmp_path):
     path = write(tmp_path / "x.gguf", rows=300, tie_word_embeddings=False, head_dim=24)
     config = config_of(GgufFile.open(path))
     assert (config["vocab_size"], config["tie_word_embeddings"]) == (300, False)
+
+
+def test_an_encoder_is_one_by_its_metadata(tmp_path):
+    def describe(writer: gguf.GGUFWriter) -> None:
+        writer.add_causal_attention(False)
+        writer.add_pooling_type(gguf.PoolingType.CLS)
+
+    config = config_of(GgufFile.open(write(tmp_path / "x.gguf", describe)))
+    assert config["architectures"] == ["Lfm2BidirectionalModel"]
+    assert member_of(config).encodes
+    pooled = write(tmp_path / "pooled.gguf", lambda writer: writer.add_pooling_type(gguf.PoolingType.MEAN))
+    assert config_of(GgufFile.open(pooled))["architectures"] == ["Lfm2Model"]
 
 
 @pytest.fixture(scope="module")
