@@ -4,7 +4,6 @@ import {
 } from "/library/transformers.min.js";
 
 const RUNTIME = "/onnxruntime/ort-wasm-simd-threaded.asyncify";
-const IMAGE = "<image>"; // what a chat template writes for a picture, and the library's processor reads
 
 env.allowRemoteModels = false;
 env.allowLocalModels = true;
@@ -18,6 +17,9 @@ env.backends.onnx.wasm.wasmPaths = { mjs: `${RUNTIME}.mjs`, wasm: `${RUNTIME}.wa
  *
  * @typedef {{role: string, content: string, pictures?: Blob[]}} Turn
  */
+
+/** What a chat template writes for a picture, and the library's processor reads. */
+const imageToken = ({ config, tokenizer }) => config.image_token ?? tokenizer.config.image_token ?? "<image>";
 
 // What a folder can do. `Reader` is the library's class that reads a chat, and `read` makes a chat into the model's inputs.
 const TEXT = {
@@ -33,7 +35,8 @@ const TEXT_AND_PICTURES = {
   Reader: AutoProcessor,
   tokenizer: (reader) => reader.tokenizer,
   async read(reader, chat) {
-    if (chat.some(({ content }) => content.includes(IMAGE))) throw new Error(`Leave ${IMAGE} out: it stands for a picture.`);
+    const token = imageToken(reader);
+    if (chat.some(({ content }) => content.includes(token))) throw new Error(`Leave ${token} out: it stands for a picture.`);
     const turns = chat.map(({ role, content, pictures }) => ({
       role,
       content: pictures ? [...pictures.map(() => ({ type: "image" })), { type: "text", text: content }] : content,
@@ -45,7 +48,7 @@ const TEXT_AND_PICTURES = {
   },
 };
 // By the model type in config.json. All others are models of text.
-const KINDS = { lfm2_vl: TEXT_AND_PICTURES };
+const KINDS = { lfm2_vl: TEXT_AND_PICTURES, lfm3_vl: TEXT_AND_PICTURES };
 
 /** Return "webgpu" where the browser has a WebGPU adapter, else "wasm". */
 export async function chooseDevice() {

@@ -11,7 +11,7 @@ import pytest
 from optimum.commands.export.onnx import ONNXExportCommand, parse_args_onnx
 
 import optimum_lfm2
-from optimum.commands.lfm2 import export_lfm2, export_onnx, help_texts
+from optimum.commands.lfm2 import export_lfm2, export_onnx, gguf_options, help_texts
 from optimum_lfm2 import __main__, report
 from optimum_lfm2.command import _summary
 from optimum_lfm2.compat import TRANSFORMERS_5
@@ -83,7 +83,7 @@ def test_the_help_of_the_tools_lists_what_export_onnx_takes():
 def test_the_help_of_export_onnx_says_where_in_one_paragraph_and_is_else_as_it_was():
     theirs, ours = ArgumentParser("x"), ArgumentParser("x")
     parse_args_onnx(theirs)
-    export_onnx.add_gguf_options(theirs)  # which are ours alone
+    gguf_options.add_gguf_options(theirs)  # which are ours alone
     export_onnx.register()
     ONNXExportCommand.parse_args(ours)
     ours.epilog, said = None, ours.epilog

@@ -15,12 +15,13 @@ from test_web import browse, browser, installed, run_serve, serve
 from transformers import AutoTokenizer
 
 from optimum_lfm2 import ORTLfm2VlForConditionalGeneration
-from optimum_lfm2.vision_modeling import PICTURE
+from optimum_lfm2.graph.siglip2 import TOWER
 
 
 pytestmark = pytest.mark.once
 
 NEW = 48
+PICTURE = TOWER.media[0].arguments
 SIDE = PROCESSOR["encoder_patch_size"]
 # Height and width. The first two need no resizing: their sides are multiples of 8, and they have 4 to 16 tokens.
 SIZES = {"wide": (16, 48), "tall": (32, 24), "small": (13, 11), "large": (45, 37), "tiled": (70, 90)}

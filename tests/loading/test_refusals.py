@@ -218,9 +218,9 @@ def _no_object(source: Path) -> str:
 
 
 def _another_type(source: Path) -> str:
-    config = json.loads((source / "config.json").read_text()) | {"model_type": "lfm3_vl"}
+    config = json.loads((source / "config.json").read_text()) | {"model_type": "lfm3_omni"}
     (source / "config.json").write_text(json.dumps(config))
-    return "lfm3_vl"
+    return "lfm3_omni"
 
 
 @pytest.fixture

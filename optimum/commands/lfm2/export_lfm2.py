@@ -11,7 +11,7 @@ from pathlib import Path
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 from optimum.commands.export.base import ExportCommand
 
-from optimum.commands.lfm2.export_onnx import add_gguf_options
+from optimum.commands.lfm2.gguf_options import add_gguf_options, names_gguf
 
 
 DESCRIPTION = """\
@@ -106,7 +106,7 @@ class ExportLfm2Command(BaseOptimumCLICommand):
         parser.usage = parser.format_usage().removeprefix("usage: ").replace("[OUT]", "OUT").rstrip()
 
     def run(self) -> None:
-        from optimum.commands.lfm2.export_onnx import fail, names_gguf, read_config
+        from optimum.commands.lfm2.export_onnx import fail, read_config
 
         try:
             settle_output(self.args)
