@@ -23,6 +23,8 @@ from optimum_lfm2.validation.decoder import errors_as_they_are
 from optimum_lfm2.weights.blocks import SCHEMES, Scheme, module_blocks, pack, quantize_tensor, rounded
 
 
+pytestmark = pytest.mark.once
+
 DEMO = Path(__file__).parents[2] / "demo"
 
 

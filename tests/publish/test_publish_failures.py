@@ -11,6 +11,9 @@ from publishing import DEMO, TRAINED, answer, js_config, rows, run, tree
 from safetensors.torch import load_file, save_file
 
 
+pytestmark = pytest.mark.once
+
+
 def overflowing(folder: Path) -> Path:
     """Make a checkpoint that computes the same in fp32, with a weight that fp16 cannot hold."""
     source = shutil.copytree(TRAINED, folder / "overflowing")
