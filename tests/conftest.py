@@ -193,6 +193,16 @@ def vl_hub_folder(vl_checkpoint: Path, made_once: Callable[..., Path]) -> Path:
     return made_once("vl-publish", publish) / "lfm2-vl"
 
 
+@pytest.fixture(scope="module")
+def no_pauses():
+    """Benchmarks do not wait between their rounds."""
+    from benchmarks import turns
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(turns, "PAUSE", 0)
+        yield
+
+
 @pytest.fixture
 def cli(monkeypatch, capfd):
     """`cli(*arguments)` runs `optimum-cli` in this process and returns the exit code and standard error."""
