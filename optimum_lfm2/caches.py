@@ -128,7 +128,7 @@ class GrowingColumns(State):
 class Window(State):
     """Keys or values of a row's last unmasked tokens, (kv_heads, window, head_dim), the newest one last.
 
-    transformers' cache has a column for each token that the row has seen (`compat.hybrid_cache`).
+    transformers' cache has a column for each token that the row has seen (`reference_cache.hybrid_cache`).
     """
 
     def take(self, x: torch.Tensor, row: int, seen: torch.Tensor) -> torch.Tensor:

@@ -106,8 +106,8 @@ def _summary(
         args: the arguments.
         member: the record of the model's member.
         architectures: as in the checkpoint's `config.json`.
-        model: the checkpoint, as the user named it. None takes `--model`.
         differences: for each file, relative to the output, the largest difference that its check found.
+        model: the checkpoint, as the user named it. None takes `--model`.
     """
     model = model or args.model
     files = {args.output / name: difference for name, difference in differences.items()}

@@ -23,7 +23,7 @@ from optimum_lfm2.graph import vision_ops as vision
 from optimum_lfm2.graph.blocks import AttentionParts, attention, feed_forward
 from optimum_lfm2.graph.call import Rotation
 from optimum_lfm2.graph.member import Weight
-from optimum_lfm2.graph.tower import Medium, Pictures, ProcessorSettings, Tower
+from optimum_lfm2.graph.tower import PIXELS, Medium, Pictures, ProcessorSettings, Tower
 
 
 CONV, FULL_ATTENTION = "conv", "full_attention"
@@ -357,10 +357,7 @@ PROCESSOR = ProcessorSettings(
     fields={
         **dict.fromkeys(("patch_size", "temporal_patch_size", "merge_size"), SIZE),
         "size": Field(dict),
-        "resample": Field(int, 0, 5),
-        "rescale_factor": Field(float, 0, 1),
-        "image_mean": Field(float, -1e3, 1e3, listed=True),
-        "image_std": Field(float, 1e-6, 1e3, listed=True),
+        **PIXELS,
     },
     shared={
         "patch_size": lambda config: config.vision_config.patch_size,

@@ -19,7 +19,7 @@ from optimum_lfm2.fields import FLAG, SIZE, Field
 from optimum_lfm2.graph import ops, shapes
 from optimum_lfm2.graph import vision_ops as vision
 from optimum_lfm2.graph.member import Weight
-from optimum_lfm2.graph.tower import Medium, Pictures, ProcessorSettings, Tower
+from optimum_lfm2.graph.tower import PIXELS, Medium, Pictures, ProcessorSettings, Tower
 
 
 FIRST_PARAMETER = "embeddings.patch_embedding.weight"
@@ -260,10 +260,7 @@ PROCESSOR = ProcessorSettings(
     fields={
         **dict.fromkeys(("encoder_patch_size", "downsample_factor", "tile_size"), SIZE),
         **dict.fromkeys(("min_image_tokens", "max_image_tokens"), SIZE),
-        "resample": Field(int, 0, 5),
-        "rescale_factor": Field(float, 0, 1),
-        "image_mean": Field(float, -1e3, 1e3, listed=True),
-        "image_std": Field(float, 1e-6, 1e3, listed=True),
+        **PIXELS,
     },
     shared={
         "encoder_patch_size": lambda config: config.vision_config.patch_size,

@@ -17,6 +17,15 @@ from optimum_lfm2.graph.member import Weight
 Pictures = Mapping[str, torch.Tensor]
 
 
+# What every image processor may hold, beside its own settings.
+PIXELS = {
+    "resample": Field(int, 0, 5),
+    "rescale_factor": Field(float, 0, 1),
+    "image_mean": Field(float, -1e3, 1e3, listed=True),
+    "image_std": Field(float, 1e-6, 1e3, listed=True),
+}
+
+
 @dataclass(frozen=True)
 class ProcessorSettings:
     """What a tower's image processor has to say.

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from optimum_lfm2 import compat
+from optimum_lfm2 import reference_cache
 from optimum_lfm2.caches import flatten, unflatten
 from optimum_lfm2.errors import Lfm2Error
 from optimum_lfm2.families import member_of
@@ -123,15 +123,15 @@ class Reference:
             return
         caches = self._config.cache_tensors
         states = unflatten([tensor.state for tensor in caches], caches)
-        cache = compat.hybrid_cache(self._model, states, None)
+        cache = reference_cache.hybrid_cache(self._model, states, None)
         if len(seen):
             past = (zip(*layer, strict=True) for layer in zip(states, inputs["past_key_values"], strict=True))
             own = [tuple(state.take(x.float(), row, seen) for state, x in layer) for layer in past]
-            cache = compat.hybrid_cache(self._model, states, own)
-        values[output][row, new] = compat.call(self._model, tokens, cache, len(seen), name)[0].float()
+            cache = reference_cache.hybrid_cache(self._model, states, own)
+        values[output][row, new] = reference_cache.call(self._model, tokens, cache, len(seen), name)[0].float()
         if self._config.use_past:
             columns = inputs["attention_mask"].shape[1] - inputs[name].shape[1] + new
-            kept = flatten(compat.hybrid_cache_layers(cache, states))
+            kept = flatten(reference_cache.hybrid_cache_layers(cache, states))
             for tensor, own in zip(caches, kept, strict=True):
                 tensor.state.fill(own, values[tensor.present], row, columns)
                 if tensor.columns in self._config.outputs:  # transformers keeps the last columns of a conv state alone

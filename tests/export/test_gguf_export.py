@@ -17,10 +17,13 @@ import transformers
 from checkpoints import ATTENTION, BASE, CONV, MOE, gold_tokens, prompts, vary
 from gguf import GGUFReader, quants
 from gguf_files import gguf_name, loaded, write_gguf
+from publishing import run as publish
 from transformers import Lfm2Config, Lfm2ForCausalLM
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
+from benchmarks.checkpoint import TOKENIZER
 from optimum_lfm2 import ORTLfm2ForCausalLM
+from optimum_lfm2.quality.evaluate import evaluate
 from optimum_lfm2.validation.pieces import keep_activations_float
 from optimum_lfm2.weights.blocks import Blocks, dequantize_tensor
 
@@ -57,13 +60,14 @@ FILES = {
     "distilled": (as_distilled, {}),
     "mixed": (mixed, {"tie_word_embeddings": False}),
     "without_grids": (without_grids, {}),
+    "with_words": (as_distilled, {"vocab_size": 2048}),  # as the demo's tokenizer
 }
 
 
 def make(name: str, folder: Path) -> None:
     kinds, changes = FILES[name]
     torch.manual_seed(1)
-    model = Lfm2ForCausalLM(Lfm2Config(**OWN, **changes)).eval()
+    model = Lfm2ForCausalLM(Lfm2Config(**{**OWN, **changes})).eval()
     vary(model)
     write_gguf(model, folder / "model.gguf", kinds)
 
@@ -223,6 +227,19 @@ def test_from_pretrained(file):
             gold = as_transformers_reads(path)(prompt[None]).logits
         assert (model(prompt[None]).logits - gold).norm() < 0.1 * gold.norm()  # activations in 8 bits
         assert model.generate(prompt[None], max_new_tokens=4).shape == (1, 21)
+
+
+@pytest.mark.once
+def test_a_folder_for_the_hub_and_its_quality(file, tmp_path):
+    """The reference of the quality is the GGUF file itself."""
+    path, folder = file("with_words"), tmp_path / "out"
+    assert publish("--model", path, "--tokenizer", TOKENIZER, folder, "--precisions", "q4") == 0
+    packed = ir.load(folder / "onnx" / "model_q4.onnx").graph.initializers
+    assert "model.layers.0.feed_forward.w2.weight.q4" in packed
+    for written in ("config.json", "README.md", "tokenizer_config.json"):
+        assert "lfm2-gguf-" not in (folder / written).read_text(), "no path of the folder that stood for the file"
+    quality = evaluate(folder / "onnx" / "model_q4.onnx", path, TOKENIZER.parent / "heldout.txt", chunks=2, length=32)
+    assert 0 < quality.kl_divergence < 0.01, "activations in 8 bits, and weights that are the file's"
 
 
 @pytest.mark.parametrize("down", ["Q4_0", "Q8_0"])

@@ -38,7 +38,7 @@ from test_modeling import (  # noqa: F401  tests and fixtures, which run here ov
 from transformers import AutoModelForCausalLM
 
 from benchmarks.checkpoint import add_tokenizer
-from optimum_lfm2 import compat
+from optimum_lfm2 import compat, reference_cache
 from optimum_lfm2.errors import Lfm2Error
 from optimum_lfm2.families import lfm3
 from optimum_lfm2.quality.evaluate import evaluate
@@ -95,10 +95,10 @@ def test_transformers_own_cache_gives_the_gold(changes, tmp_path):
     """The reference of validation: a row on transformers' cache, in pieces, equals the row without one."""
     reference = AutoModelForCausalLM.from_pretrained(make_checkpoint("lfm3", tmp_path, **changes)).eval()
     (row,) = prompts([30])
-    cache, parts = compat.hybrid_cache(reference, [], None), []
+    cache, parts = reference_cache.hybrid_cache(reference, [], None), []
     with torch.no_grad():
         for start, end in ((0, 13), (13, 14), (14, 30)):
-            parts.append(compat.call(reference, row[None, start:end], cache, start))
+            parts.append(reference_cache.call(reference, row[None, start:end], cache, start))
         expected = reference(input_ids=row[None], use_cache=False).logits
     torch.testing.assert_close(torch.cat(parts, dim=1), expected, atol=1e-5, rtol=0)
 
