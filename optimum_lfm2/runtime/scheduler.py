@@ -66,6 +66,7 @@ class ScheduledRequest:
         read_ids: what that session takes in the place of `ids`.
 
     Attributes:
+        columns: how many tokens it has at the end, if nothing ends it before.
         tokens: the new tokens.
         ended: None, or how it ended: "stop", "length", "cancelled", "failed".
         error: what failed.
@@ -85,6 +86,7 @@ class ScheduledRequest:
         self.ids, self.picker, self._make_graph = ids, picker, graph
         self.read_ids = ids if read_ids is None else read_ids
         self.key = ids.numpy() if key is None else key
+        self.columns = len(ids) + picker.max_new_tokens
         self._on_token, self._on_end = on_token, on_end
         self.tokens: list[int] = []
         self.ended: str | None = None
@@ -94,11 +96,6 @@ class ScheduledRequest:
         self._session: GraphSession | None = None
         # The states at some points of the prompt, by the number of tokens before them.
         self.points: dict[int, Tensors] = {}
-
-    @property
-    def columns(self) -> int:
-        """How many tokens it has at the end, if nothing ends it before."""
-        return len(self.ids) + self.picker.max_new_tokens
 
     def graph(self, plain: GraphSession, start: int, end: int) -> GraphSession:
         """Return the session that reads these tokens of the prompt: `plain`, where no picture is among them."""
@@ -281,7 +278,7 @@ class Scheduler:
         ids = torch.from_numpy(np.array([[request.tokens[-1]] for request in self._running], dtype=np.int64))
         try:
             logits = self._graph.run(ids, rows.new_mask(), rows, 1, True)[:, -1].cpu()
-            found: list[torch.Tensor | Exception] = list(logits)
+            found: list[torch.Tensor | Exception] = [*logits.unbind()]
         except Exception as error:  # of whose row, the call does not say
             logger.warning(f"A shared call failed, so its rows run one by one: {error}")
             found = self._run_one_by_one(ids)
