@@ -39,7 +39,8 @@ def load_model(source: Source, task: str, dtype: torch.dtype | None) -> PreTrain
     check_tokenizer(source.name, **source.hub)
     if not config.architectures and not member.in_parts:
         _check_assumed(source)
-    model = _with_checkpoint(source, task.removesuffix("-with-past"), dtype or torch.float32)
+    part = task.removesuffix("-with-past")
+    model = _with_checkpoint(source, part, dtype or torch.float32)
     if model.can_generate():
         model.generation_config = source.generation_config
     if member.export_type:
@@ -49,8 +50,8 @@ def load_model(source: Source, task: str, dtype: torch.dtype | None) -> PreTrain
     model.source = source
     _ = source.processor  # a processor that does not fit is refused before the work
     tell_of_adapter(source.name, **source.hub)
-    own = weightless(config, source.task, model.dtype)
-    tell_of_unread(source.name, model.checkpoint, stored_tensors(own).keys() - stored_tensors(model).keys())
+    whole = model if part == source.task else weightless(config, source.task, model.dtype)
+    tell_of_unread(source.name, model.checkpoint, stored_tensors(whole).keys() - stored_tensors(model).keys())
     return model
 
 
