@@ -11,7 +11,8 @@ QUESTION ?= Describe the picture.
 OUT ?= .demo/onnx
 PORT ?= 8000
 # A worker for each core; a file's tests stay together, since they share exports.
-PYTEST := -rs -n auto --dist loadfile
+PYTEST := -rs -n auto --dist loadfile --no-loadscope-reorder
+REST := -m "not slow and not once" --ignore=tests/test_packaging.py
 # transformers' processor of pictures needs torchvision. PyPI's is built for another torch than the CPU's, and works for
 # the tests in part (tests/support/torchvision_python.py), so it gets a folder of its own. torch 2.13 has torchvision 0.28.
 TORCHVISION = "import torch; print(f'torchvision==0.{int(torch.__version__.split(chr(46))[1]) + 15}.*')"
@@ -19,7 +20,7 @@ add_torchvision = $(1)/bin/pip install --quiet --no-deps --target $(1)/torchvisi
 	|| echo "torchvision could not be installed: the tests of transformers' processor of pictures will be skipped" >&2
 NODE_MODULES := examples/web/node_modules/.package-lock.json
 
-.PHONY: demo ask chat web test test-transformers5 lint clean
+.PHONY: demo ask chat web test test-transformers5 coverage lint clean
 
 demo: .venv/ready .demo/vision/config.json
 	.venv/bin/optimum-cli export onnx --model "$(MODEL)" "$(OUT)"
@@ -44,11 +45,16 @@ web: .venv/ready $(NODE_MODULES)
 	.venv/bin/python examples/web/serve.py .demo/web --port "$(PORT)"
 
 test: .venv-test/ready lint $(if $(shell command -v npm),$(NODE_MODULES))
-	.venv-test/bin/python -m pytest $(PYTEST) --cov=optimum_lfm2 --cov-config=tests/transformers4.coveragerc --cov-report=term --cov-fail-under=90
+	.venv-test/bin/python -m pytest $(PYTEST)
 
 # optimum-onnx 0.1.0 refuses transformers 5 in its metadata alone.
 test-transformers5: .venv-transformers5/ready
-	.venv-transformers5/bin/python -m pytest $(PYTEST) -m "not slow and not once" --ignore=tests/test_packaging.py --cov=optimum_lfm2 --cov-fail-under=90
+	.venv-transformers5/bin/python -m pytest $(PYTEST) $(REST)
+
+# Of both releases together. It takes half as long again as the tests, so CI does it once a week.
+coverage: .venv-test/ready .venv-transformers5/ready
+	.venv-test/bin/python -m pytest $(PYTEST) --cov=optimum_lfm2 --cov-report=
+	.venv-transformers5/bin/python -m pytest $(PYTEST) $(REST) --cov=optimum_lfm2 --cov-append --cov-fail-under=95
 
 lint: .venv-test/ready
 	.venv-test/bin/ruff check

@@ -47,6 +47,25 @@ DEMO = Path(__file__).parent.parent / "demo"
 TRAINED = {"trained": DEMO / "checkpoint", "trained_vision": DEMO / "vision_checkpoint"}
 
 
+# Files whose few tests take long. pytest-xdist would take them last, and one core would idle in the end.
+LONG = (
+    "test_readme_environment.py",
+    "test_benchmarks.py",
+    "test_mutations.py",
+    "test_full_size.py",
+    "test_web_lfm3_vl.py",
+    "test_web.py",
+    "test_publish.py",
+    "test_vision_folder.py",
+    "test_others_untouched.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the files of `LONG`."""
+    items.sort(key=lambda item: item.path.name not in LONG)
+
+
 @pytest.fixture(scope="session")
 def made_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], object]], Path]:
     """`made_once(name, make)` gives a folder that `make` filled, for all workers of pytest-xdist."""

@@ -159,6 +159,7 @@ def test_read_only_place(cli, checkpoint, tmp_path):
     assert "/proc" in err
 
 
+@pytest.mark.once
 def test_a_write_that_really_fails(checkpoint, out):
     code = (
         "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000));"
@@ -171,6 +172,7 @@ def test_a_write_that_really_fails(checkpoint, out):
     assert_unharmed(out)
 
 
+@pytest.mark.once
 def test_terminated(checkpoint, out):
     command = [*CLI, "export", "onnx", "--model", str(checkpoint("hybrid")), str(out)]
     process = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT)

@@ -19,6 +19,9 @@ og = pytest.importorskip(
     "onnxruntime_genai", reason="onnxruntime-genai is not installed: pip install onnxruntime-genai"
 )
 
+# The graphs of both releases are the same, node for node: tests/export/test_graph_digests.py.
+pytestmark = pytest.mark.once
+
 HELD_OUT = Path(__file__).parents[2] / "demo" / "heldout.txt"
 PAD = 0
 MAX_LENGTH = 512

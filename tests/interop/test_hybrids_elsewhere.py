@@ -9,9 +9,10 @@ import pytest
 import torch
 from checkpoints import gold_tokens, prompts
 from clients import PRECISIONS, case, up_to_end
+from node import needs_node
 from optimum.exporters.onnx import main_export
 from test_genai import PAD, make_generator, new_tokens
-from test_node import INSTALLED, ask
+from test_node import ask
 
 from benchmarks.checkpoint import add_tokenizer
 
@@ -33,7 +34,7 @@ def golds(gold_model):
     return golds
 
 
-@pytest.mark.skipif(not (shutil.which("node") and INSTALLED), reason="no node, or no node_modules")
+@needs_node
 @pytest.mark.parametrize("name", [GRANITE, "olmo"])
 def test_transformers_js(name, hybrid_folder, golds, plain):
     """It finds the caches by the names of layers in config.json. Rows are padded on the left."""

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from checkpoints import gold_tokens, prompts
 from clients import case
+from node import needs_node
 from optimum.exporters.onnx import main_export
 from test_node import ask
-from test_node import pytestmark as needs_node
 
 from benchmarks.checkpoint import add_tokenizer
 
@@ -47,8 +47,7 @@ def test_a_window_gets_no_genai_config(source, tmp_path):
     assert (tmp_path / "tokenizer.json").exists()
 
 
-@needs_node[0]
-@needs_node[1]
+@needs_node
 def test_transformers_js(source, golds, tmp_path):
     """Windows and all: it makes empty caches of the shapes that the graph declares."""
     main_export(str(source), tmp_path, do_validation=False)

@@ -10,11 +10,14 @@ import torch
 from clients import case
 from lfm3_pictures import TRAINED
 from make_exports import EXPORTS, PICTURES
+from node import NEEDS_NODE
 from pictures import drawn, write_png
 from test_node import ask
-from test_node_vision import pytestmark  # noqa: F401
 
 from optimum_lfm2.graph.lfm3_vision import PROCESSOR
+
+
+pytestmark = NEEDS_NODE
 
 
 def test_tokens_are_transformers(tmp_path):

@@ -11,18 +11,17 @@ import numpy as np
 import pytest
 import torch
 from clients import case, up_to_end
+from node import NEEDS_NODE, WEB
 from pictures import asked, drawn, gold_vl_model, gold_vl_tokens, pictures, processed, row, write_png
-from test_node import INSTALLED, WEB, ask
+from test_node import ask
 from transformers import AutoTokenizer
 
 from optimum_lfm2 import ORTLfm2VlForConditionalGeneration
 from optimum_lfm2.publish.precisions import DEFAULT, PRECISIONS
 
 
-pytestmark = [
-    pytest.mark.skipif(not shutil.which("node"), reason="no node on the PATH"),
-    pytest.mark.skipif(not INSTALLED, reason="no node_modules: run `npm ci --ignore-scripts` in examples/web"),
-]
+# The graphs of both releases are the same, node for node: tests/export/test_graph_digests.py.
+pytestmark = [*NEEDS_NODE, pytest.mark.once]
 
 NEW = 32
 # The text of a prompt, and the tiles of its pictures.

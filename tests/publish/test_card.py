@@ -51,6 +51,7 @@ def test_the_snippets_answer(index, hub_folder, monkeypatch, capsys):
     assert capsys.readouterr().out.strip() == "3 plus 4 is 7."
 
 
+@pytest.mark.once
 def test_the_checkpoints_own_card_gives_the_license(tmp_path):
     source = shutil.copytree(TRAINED, tmp_path / "source")
     fields = "license: other\nlicense_name: lfm1.0\nlicense_link: LICENSE\nbase_model: me/older\nlanguage: en"
@@ -70,6 +71,7 @@ def test_the_checkpoints_own_card_gives_the_license(tmp_path):
     assert list(rows(tmp_path / "out")) == ["fp16", "q8", "q4"]
 
 
+@pytest.mark.once
 def test_a_checkpoint_without_a_chat_template(tmp_path, monkeypatch, capsys):
     source = shutil.copytree(TRAINED, tmp_path / "source")
     (source / "chat_template.jinja").unlink()

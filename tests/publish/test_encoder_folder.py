@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import pytest
 import torch
 from checkpoints import make_encoder
 from embedding import TEXTS, make_embedding, states_alone
+from node import needs_node
 from publishing import DEMO, js_config, rows, run
 
 from benchmarks.checkpoint import add_tokenizer
@@ -20,7 +20,6 @@ from optimum_lfm2.quality.evaluate import evaluate
 
 
 NODE = Path(__file__).parents[1] / "interop" / "encoder.mjs"
-INSTALLED = (Path(__file__).parents[2] / "examples/web/node_modules/@huggingface/transformers").is_dir()
 TEXT = ["--text", DEMO / "heldout.txt", "--chunks", 4, "--length", 64]
 
 
@@ -63,7 +62,7 @@ def test_the_examples_of_the_card_run(folder, monkeypatch, capsys):
     assert "(2, 64)" in capsys.readouterr().out
 
 
-@pytest.mark.skipif(not shutil.which("node") or not INSTALLED, reason="no node, or no node_modules in examples/web")
+@needs_node
 def test_transformers_js(source, folder):
     command = ["node", str(NODE), str(folder), "fp32"]
     done = subprocess.run(command, input=json.dumps(TEXTS), capture_output=True, text=True, timeout=120, check=False)
@@ -74,6 +73,7 @@ def test_transformers_js(source, folder):
         torch.testing.assert_close(own, expected, atol=1e-4, rtol=0)
 
 
+@pytest.mark.once
 def test_four_bits_are_kept_only_where_vectors_stay_near(source, folder, tmp_path, capfd):
     assert run("--model", source, tmp_path / "out", "--precisions", "q4") == 1
     assert "--text" in capfd.readouterr().err
@@ -89,6 +89,7 @@ def test_caches_have_no_names(source, tmp_path, capfd):
     assert "an encoder has no caches" in capfd.readouterr().err
 
 
+@pytest.mark.once
 def test_a_masked_language_model_and_its_agreement(tmp_path):
     source = add_tokenizer(make_encoder("masked_lm", tmp_path, vocab_size=2048))
     folder = tmp_path / "out"

@@ -88,6 +88,7 @@ def test_a_model_with_experts(experts_folder, gold_model):
     assert rows(experts_folder)["fp32"][-2:] == ["0.000000 ± 0.000000", "100.00%"]
 
 
+@pytest.mark.once
 def test_a_second_run_adds_and_leaves_the_others(hub_folder, tmp_path):
     out = tmp_path / "work" / "out"
     options = ["--model", TRAINED, out, "--precisions"]
@@ -111,6 +112,7 @@ def test_a_second_run_adds_and_leaves_the_others(hub_folder, tmp_path):
     assert [path.name for path in out.parent.iterdir()] == ["out"]
 
 
+@pytest.mark.once
 def test_a_file_that_a_user_removed_is_not_declared(small):
     for path in small.glob("onnx/model_q4*"):
         path.unlink()

@@ -84,6 +84,7 @@ def genai_tokens(folder: Path) -> list[int]:
     return generator.get_sequence(0)[story().shape[1] :].tolist()
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("names", ["hub", "genai"])
 def test_genai_runs_the_folder(names, gold_model, tmp_path):
     assert run("--model", TRAINED, tmp_path / "out", "--precisions", "fp32", "--cache-names", names) == 0

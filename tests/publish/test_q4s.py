@@ -9,6 +9,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 import pytest
+from node import WEB, needs_node
 from publishing import TEXT, TRAINED, answer, genai_weights, js_config, rows, run
 
 from optimum_lfm2.publish.card import write_card
@@ -25,7 +26,6 @@ env.localModelPath = process.argv[1];
   console.log(generated_text.at(-1).content);
 })();
 """
-WEB = Path(__file__).parents[2] / "examples" / "web"
 
 
 @pytest.fixture(scope="module")
@@ -76,9 +76,7 @@ def test_the_command_says_what_it_wrote(written):
 
 
 @pytest.mark.once
-@pytest.mark.skipif(
-    not shutil.which("node") or not (WEB / "node_modules").is_dir(), reason="no node, or no node_modules"
-)
+@needs_node
 def test_transformers_js_runs_the_file_by_its_name(written):
     """It has no such dtype."""
     command = ["node", "-e", NODE, str(written.parent), written.name]

@@ -98,6 +98,7 @@ def test_the_default_is_fp32_or_the_only_one(vl_hub_folder, inputs, gold, tmp_pa
     assert str(model.path).endswith("decoder_model_merged_q4.onnx")
 
 
+@pytest.mark.once
 def test_a_second_run_adds_and_leaves_the_others(vl_hub_folder, vl_checkpoint, tmp_path):
     unwanted = shutil.ignore_patterns("*16.onnx*", "*quantized.onnx*", "vision_encoder_q4.onnx*")
     out = shutil.copytree(vl_hub_folder, tmp_path / "work" / "out", ignore=unwanted)
@@ -122,6 +123,7 @@ def test_a_second_run_adds_and_leaves_the_others(vl_hub_folder, vl_checkpoint, t
     assert [path.name for path in out.parent.iterdir()] == ["out"]
 
 
+@pytest.mark.once
 def test_of_a_precision_that_fails_no_file_is_left(vl_checkpoint, tmp_path, monkeypatch, capfd):
     def wrong(config, model, path, atol):
         if "q4" in path.name:
@@ -190,6 +192,7 @@ def answer(folder, inputs) -> str:
     return AutoTokenizer.from_pretrained(folder).decode(out, skip_special_tokens=True)
 
 
+@pytest.mark.once
 def test_other_commands_run_or_refuse_in_one_line(vl_hub_folder, vl_folder, vl_checkpoint, tmp_path, cli):
     """`evaluate` measures the decoder, on text alone."""
     text = ["--text", DEMO / "heldout.txt", "--chunks", 4, "--length", 64]
