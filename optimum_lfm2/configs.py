@@ -38,7 +38,7 @@ from optimum_lfm2.metadata import ANY_PADDING, IN_PLACE
 from optimum_lfm2.sidecars.folder import write_sidecars
 from optimum_lfm2.sidecars.genai_config import write_genai_config
 from optimum_lfm2.validation.decoder import validate
-from optimum_lfm2.weights.blocks import FLOAT, SCHEMES, Scheme
+from optimum_lfm2.weights.blocks import Scheme, scheme_of
 from optimum_lfm2.weights.coded import keeping
 
 
@@ -66,7 +66,7 @@ class Lfm2OnnxConfig(TextDecoderOnnxConfig):
 
     VARIANTS: ClassVar[dict[str, str]] = {
         "default": "Weights as the checkpoint has them: in float, as --dtype says, or the codes of a GGUF file.",
-        "q4": "Weights in 4 bits; with --dtype fp16 for devices that compute in half precision.",
+        "q4": "Weights in 4 bits; with --dtype fp16 for GPUs, in smaller blocks.",
         "q4s": "As q4, the embedding and the head in 4 bits too: smaller and faster, with twice the divergence.",
         "q8": "Weights in 8 bits, next to indistinguishable from float.",
         "float": "Weights in float, also those that a GGUF file has in codes.",
@@ -127,7 +127,7 @@ class Lfm2OnnxConfig(TextDecoderOnnxConfig):
         """
         if self.variant == "float":
             return None
-        asked = SCHEMES.get(self.variant, FLOAT)
+        asked = scheme_of(self.variant, self.float_dtype)
         return keeping(replace(asked, embedding=self.embedding, in_8_bits=self.member.in_8_bits), self.weights)
 
     @property

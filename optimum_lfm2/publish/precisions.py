@@ -58,7 +58,12 @@ PRECISIONS = {
     "q4": Precision("_q4", "fp32", "q4", "4 bits, embedding and head 8", "8 bits", "CPUs"),
     "q4s": Precision("_q4s", "fp32", "q4s", "4 bits", "8 bits", "CPUs, where size counts most", is_dtype=False),
     "q4f16": Precision(
-        "_q4f16", "fp16", "q4", "as q4, computes in 16 bits", "8 bits, computes in 16", "WebGPU and other GPUs"
+        "_q4f16",
+        "fp16",
+        "q4",
+        "as q4 in blocks of 32, computes in 16 bits",
+        "8 bits, computes in 16",
+        "WebGPU and other GPUs",
     ),
 }
 # What a GGUF file becomes where the user names nothing, by the bits of most of its codes. These have its codes as they

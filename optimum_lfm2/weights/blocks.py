@@ -101,10 +101,25 @@ SCHEMES = {
     "q4s": Scheme(linear=Blocks(4, 128), table=Blocks(4, 128)),
     "q8": Scheme(linear=Blocks(8, 128), table=Blocks(8, 128)),
 }
+# In half precision a file is for a GPU. Kernels of WebGPU that read a prompt in tiles, or join the projections of one
+# token, take 4 bits in blocks of 32 alone (onnxruntime-web 1.31; docs/quantization.md). A head computes one token of a
+# prompt, by a kernel that takes any blocks.
+HALF_SCHEMES = {name: replace(SCHEMES[name], linear=Blocks(4, 32)) for name in ("q4", "q4s")}
 # Nothing is asked for: a matrix stays in float, or has the codes of its checkpoint.
 FLOAT = Scheme(linear=None, table=None)
 # A vision tower is quantised to 8 bits whatever the decoder is, as LiquidAI ships it, with activations in float.
 VISION_SCHEME = Scheme(linear=Blocks(8, 128), table=Blocks(8, 128), embedding="float", float_activations=True)
+
+
+def scheme_of(variant: str, dtype: str) -> Scheme:
+    """Return how a variant of the export quantises a model.
+
+    Args:
+        variant: a key of `SCHEMES`, or another variant, which asks for nothing.
+        dtype: the dtype of the export, `fp32` or `fp16`.
+    """
+    schemes = SCHEMES | HALF_SCHEMES if dtype == "fp16" else SCHEMES
+    return schemes.get(variant, FLOAT)
 
 
 def quantize_tensor(weight: torch.Tensor, blocks: Blocks) -> tuple[torch.Tensor, torch.Tensor]:

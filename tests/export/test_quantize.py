@@ -14,13 +14,13 @@ import torch
 from optimum.exporters.onnx import main_export, onnx_export_from_model
 from optimum.onnxruntime import ORTModelForCausalLM
 from rounding import to_nearest
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 from optimum_lfm2.errors import Lfm2Error
 from optimum_lfm2.export import quantize
 from optimum_lfm2.quality.evaluate import evaluate
 from optimum_lfm2.validation.decoder import errors_as_they_are
-from optimum_lfm2.weights.blocks import SCHEMES, Scheme, module_blocks, pack, quantize_tensor, rounded
+from optimum_lfm2.weights.blocks import SCHEMES, Scheme, module_blocks, pack, quantize_tensor, rounded, scheme_of
 
 
 pytestmark = pytest.mark.once
@@ -66,7 +66,7 @@ def test_a_value_that_has_no_code(gold_model, tmp_path):
 def test_the_graph_computes_with_the_dequantised_weights(name, options, exported, gold_model):
     """The remaining error is the noise of int8 activations and half precision, also for widths with a padded block."""
     model = ORTModelForCausalLM.from_pretrained(exported(name, **options))
-    scheme = SCHEMES[options["_variant"]]
+    scheme = scheme_of(options["_variant"], options.get("dtype", "fp32"))
     ids = torch.randint(8, 256, (1, 24), generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
         plain = gold_model(name)(input_ids=ids, use_cache=False).logits
@@ -127,17 +127,42 @@ def test_the_portable_embedding_is_the_fused_one(name, variant, options, exporte
     torch.testing.assert_close(portable, fused, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize(("dtype", "size"), [("fp32", 128), ("fp16", 32)])
 @pytest.mark.parametrize(("variant", "blocks"), [("q4", (8, 128)), ("q4s", (4, 128))])
 @pytest.mark.parametrize("name", ["hybrid", "untied"])
-def test_the_head_has_the_blocks_of_a_table(name, variant, blocks, exported):
-    nodes = ir.load(exported(name, _variant=variant) / "model.onnx").graph
+def test_the_blocks_of_layers_and_of_a_table(name, variant, blocks, dtype, size, exported):
+    """A browser's GPU reads prompts in tiles only from blocks of 32."""
+    options = {} if dtype == "fp32" else {"dtype": dtype}
+    nodes = ir.load(exported(name, _variant=variant, **options) / "model.onnx").graph
     *layers, head = (
         tuple(node.attributes.get_int(key) for key in ("bits", "block_size"))
         for node in nodes
         if node.op_type == "MatMulNBits"
     )
-    assert set(layers) == {(4, 128)}
+    assert set(layers) == {(4, size)}
     assert head == blocks
+
+
+def test_a_feed_forward_has_the_form_that_webgpu_joins(exported, checkpoint):
+    """What matmul_nbits_mlp_fusion.cc of onnxruntime looks for. One more reader of the norm, and it joins nothing."""
+    graph = ir.load(exported("hybrid", _variant="q4", dtype="fp16") / "model.onnx").graph
+    found = 0
+    for sigmoid in (node for node in graph if node.op_type == "Sigmoid"):
+        gate = sigmoid.inputs[0].producer()
+        (silu,) = (use.node for use in sigmoid.outputs[0].uses())
+        (product,) = (use.node for use in silu.outputs[0].uses())
+        (up,) = (value.producer() for value in product.inputs if value is not silu.outputs[0])
+        assert [node.op_type for node in (gate, up, silu, product)] == ["MatMulNBits", "MatMulNBits", "Mul", "Mul"]
+        assert {use.node for use in gate.outputs[0].uses()} == {sigmoid, silu}
+        for node in (gate, up):
+            assert (node.attributes.get_int("bits"), node.attributes.get_int("block_size")) == (4, 32)
+            assert len(node.inputs) == 3  # no zero points
+        norm = gate.inputs[0].producer()
+        assert norm.op_type == "SkipSimplifiedLayerNormalization"
+        assert {use.node for use in norm.outputs[0].uses()} == {gate, up}
+        assert [len(output.uses()) for output in norm.outputs] == [2, 0, 0, 1]
+        found += 1
+    assert found == AutoConfig.from_pretrained(checkpoint("hybrid")).num_hidden_layers
 
 
 def _bits_of_linears(graph):

@@ -19,7 +19,7 @@ from optimum_lfm2 import compat
 from optimum_lfm2.errors import Lfm2Error
 from optimum_lfm2.graph import experts as graph_experts
 from optimum_lfm2.validation.streamed import StandIns
-from optimum_lfm2.weights.blocks import SCHEMES
+from optimum_lfm2.weights.blocks import scheme_of
 from optimum_lfm2.weights.experts import ExpertWeights
 
 
@@ -147,7 +147,7 @@ def test_4_bits_are_exact_but_for_int8_activations(name, exported, gold_model, t
     for node in model.graph:
         node.attributes.pop("accuracy_level", None)
     ir.save(model, folder / "model.onnx")
-    gold = dequantized(gold_model(name), "q4")
+    gold = dequantized(gold_model(name), {"_variant": "q4"})
     model = ORTModelForCausalLM.from_pretrained(folder)
     for row in prompts([9, 1, 30]):
         tokens = gold_tokens(gold, row, NEW)
@@ -161,7 +161,7 @@ def test_4_bits_are_exact_but_for_int8_activations(name, exported, gold_model, t
 @pytest.mark.parametrize("name", ["moe", "moe_odd", "moe_top_4"])
 def test_the_graph_computes_with_the_dequantised_weights(name, options, exported, gold_model):
     model = ORTModelForCausalLM.from_pretrained(exported(name, **options))
-    gold = dequantized(gold_model(name), options.get("_variant"))
+    gold = dequantized(gold_model(name), options)
     ids = torch.randint(8, 256, (1, 24), generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
         expected = gold(input_ids=ids, use_cache=False).logits
@@ -174,8 +174,9 @@ def _whole(weight: torch.Tensor | ExpertWeights) -> torch.Tensor:
     return torch.stack(list(weight)) if isinstance(weight, ExpertWeights) else weight
 
 
-def dequantized(model: PreTrainedModel, variant: str | None) -> PreTrainedModel:
-    values = StandIns(model, model.state_dict(), SCHEMES.get(variant))
+def dequantized(model: PreTrainedModel, options: dict[str, str]) -> PreTrainedModel:
+    scheme = scheme_of(options.get("_variant", ""), options.get("dtype", "fp32"))
+    values = StandIns(model, model.state_dict(), scheme)
     copy = type(model)(model.config).eval()
     copy.load_state_dict({name: _whole(values[name]) for name in values})
     return copy
