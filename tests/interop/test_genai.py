@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 import pytest
-from clients import END, MESSAGES, NEW, PRECISIONS, up_to_end
+from clients import END, FLOAT32, MESSAGES, NEW, PRECISIONS, up_to_end
 from optimum.exporters.onnx import main_export
 
 from optimum_lfm2.quality.quantize_cache import quantize_cache
@@ -111,6 +111,17 @@ def test_a_chat_goes_on_with_append_tokens(model, tokenizer, assert_right):
         assert_right(history, answer)
         history += answer[:-1]
         assert generator.get_sequence(0).tolist() == history
+
+
+def test_a_prompt_in_pieces_is_the_prompt(exported, long_ids):
+    """Its own `chunk_size` has no effect on this type of model (0.18), so docs/deploy.md cuts prompts like this."""
+    model, found = og.Model(str(exported("trained"))), []
+    for size in (len(long_ids), 16, 7):
+        generator = make_generator(model)
+        for start in range(0, len(long_ids), size):
+            generator.append_tokens(long_ids[start : start + size])
+        found.append(np.asarray(generator.get_logits(), np.float32))
+    np.testing.assert_allclose(found[1:], [found[0]] * 2, atol=FLOAT32, rtol=0)
 
 
 def test_a_cache_of_8_bits(exported, tmp_path, prompt_ids, gold_continuation):
