@@ -3,7 +3,7 @@ const element = (id) => document.getElementById(id);
 const [log, form, prompt, send, stop, status, bar, speed, file, tray, notice] =
   ["log", "form", "prompt", "send", "stop", "status", "bar", "speed", "file", "tray", "notice"].map(element);
 const query = new URLSearchParams(location.search);
-const worker = new Worker("/worker.js", { type: "module" });
+const worker = new Worker(new URL("./worker.js", import.meta.url), { type: "module" });
 
 let turns = [];
 let chosen = []; // the pictures of the next turn
@@ -82,13 +82,13 @@ const handlers = {
     bar.value = done;
     status.textContent = `Loading: ${megabytes(done)} of ${megabytes(total)} MB`;
   },
-  ready({ dtype, device, pictures, threads }) {
+  ready({ file, device, pictures, threads }) {
     ready = true;
     takesPictures = pictures;
     element("add").hidden = !pictures;
     bar.hidden = true;
     const how = device === "webgpu" ? "WebGPU" : threads ? "WebAssembly" : "WebAssembly, one thread";
-    status.textContent = `Ready: ${dtype}, ${how}`;
+    status.textContent = `Ready: ${file}, ${how}`;
     prompt.disabled = false;
     prompt.focus();
     setBusy(false);
@@ -174,4 +174,7 @@ element("clear").addEventListener("click", () => {
   prompt.focus();
 });
 
-worker.postMessage(["load", { dtype: query.get("dtype") ?? "fp32", device: query.get("device") }]);
+// The library is code, so a link to the page does not choose it.
+const places = JSON.parse(element("places").textContent);
+const asked = { dtype: query.get("dtype"), device: query.get("device"), model: query.get("model") ?? places.model };
+worker.postMessage(["load", { ...places, ...asked }]);

@@ -1,16 +1,15 @@
 // The worker that runs the model, so that the page stays responsive while the model computes.
-import { InterruptableStoppingCriteria } from "/library/transformers.min.js";
+import { answer, load } from "./lfm2.js";
 
-import { answer, load } from "/lfm2.js";
-
-const stop = new InterruptableStoppingCriteria();
 let loaded;
+let stop;
 
 const actions = {
   async load(options) {
     loaded = await load({ ...options, onProgress: (done, total) => postMessage({ type: "progress", done, total }) });
-    const { dtype, device, kind } = loaded;
-    postMessage({ type: "ready", dtype, device, pictures: kind.pictures, threads: crossOriginIsolated });
+    stop = new loaded.library.InterruptableStoppingCriteria();
+    const { file, device, kind } = loaded;
+    postMessage({ type: "ready", file, device, pictures: kind.pictures, threads: crossOriginIsolated });
   },
   async answer(chat) {
     stop.reset();

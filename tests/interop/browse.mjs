@@ -2,14 +2,16 @@
 //
 // The job has these fields. The browser's profile and the screenshots go to FOLDER.
 //   url, gpu    the page, and a key of GPU below
+//   hosts       what other hosts have: a folder or file for each beginning of an address
 //   chat        messages that are typed one after the other
 //   refused     a message whose pictures are no pictures
 //   failing     a message that the model does not take
 //   stopped     a message whose answer is stopped at once. It would have no end of its own
-//   prompts     chats whose answers are returned as token ids, with the model's inputs
+//   prompts     chats whose answers are returned as token ids, with the model's inputs and the counts of tokens read
+//   load, most  how the model of `prompts` is loaded, and the most tokens of an answer
 //   cases       questions for cases.mjs
 // A message is {text, pictures, how}. Each picture is {name, base64}, and `how` is a key of GIVE below.
-import { readFileSync } from "node:fs";
+import { existsSync, readFileSync } from "node:fs";
 import { createRequire } from "node:module";
 import { fileURLToPath } from "node:url";
 
@@ -29,7 +31,7 @@ const DESKTOP = { width: 900, height: 700 };
 const PHONE = { width: 360, height: 640 };
 
 const [executablePath, folder] = process.argv.slice(2);
-const { url, gpu, chat, refused, failing, stopped, prompts, cases } = JSON.parse(readFileSync(0, "utf-8"));
+const { url, gpu, hosts, chat, refused, failing, stopped, prompts, most, load, cases } = JSON.parse(readFileSync(0, "utf-8"));
 
 // Give pictures to the page. Playwright neither pastes nor drops files, so these events are made in the page.
 const GIVE = {
@@ -70,6 +72,13 @@ try {
   page.on("pageerror", (error) => errors.push(String(error)));
   page.on("console", (message) => message.type() === "error" && errors.push(message.text()));
   context.on("request", (request) => requests.push(request.url()));
+  for (const [start, place] of Object.entries(hosts)) {
+    await context.route(`${start}**`, async (route) => {
+      const path = place + decodeURIComponent(route.request().url().slice(start.length));
+      const headers = { "access-control-allow-origin": "*" };
+      await route.fulfill(existsSync(path) ? { path, headers } : { status: 404, headers });
+    });
+  }
 
   // Record the messages that the page passes to the model. The answer alone would not show that a turn was lost.
   await page.addInitScript(() => {
@@ -120,27 +129,33 @@ try {
     result.phoneWidth = await page.evaluate(() => document.documentElement.scrollWidth);
     result.asked = await page.evaluate(() => window.asked);
     result.isolated = await page.evaluate(() => crossOriginIsolated);
-    [result.ids, result.inputs] = await page.evaluate(async (chats) => {
+    [result.ids, result.inputs, result.read] = await page.evaluate(async ([chats, given, most]) => {
+      if (chats.length === 0) return [[], [], []];
       const { answer, load, read } = await import("/lfm2.js");
-      const loaded = await load({ dtype: "fp32", device: "wasm" });
+      const loaded = await load(given);
       const decoded = ({ base64 }) => new Blob([Uint8Array.from(atob(base64), (c) => c.charCodeAt(0))], { type: "image/png" });
       const plain = ({ type, dims, data }) => ({ type, dims, data: Array.from(data, Number) });
       const ids = [];
       const inputs = [];
+      const counts = [];
       for (const turns of chats) {
         const chat = turns.map((turn) => (turn.pictures ? { ...turn, pictures: turn.pictures.map(decoded) } : turn));
-        ids.push((await answer(loaded, chat, { maxNewTokens: 48 })).ids);
+        const found = await answer(loaded, chat, { maxNewTokens: most });
+        ids.push(found.ids);
+        counts.push(found.read);
         const tensors = Object.entries(await read(loaded, chat)).filter(([, tensor]) => tensor.dims);
         inputs.push(Object.fromEntries(tensors.map(([name, tensor]) => [name, plain(tensor)])));
       }
-      return [ids, inputs];
-    }, prompts);
+      return [ids, inputs, counts];
+    }, [prompts, load, most]);
     const path = fileURLToPath(new URL("cases.mjs", import.meta.url));
     await page.route("**/cases.mjs", (route) => route.fulfill({ path, contentType: "text/javascript" }));
     result.cases = await page.evaluate(async (cases) => {
-      await import("/lfm2.js"); // tells the library where the model is
+      if (cases.length === 0) return [];
+      const { open } = await import("/lfm2.js");
       const { makeClient } = await import("/cases.mjs");
-      const answer = await makeClient(await import("/library/transformers.min.js"), "model", "wasm");
+      const { library, name } = await open();
+      const answer = await makeClient(library, name, "wasm");
       const all = [];
       for (const one of cases) all.push(await answer(one));
       return all;

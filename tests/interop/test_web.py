@@ -10,6 +10,8 @@ import sys
 import threading
 import urllib.request
 from contextlib import contextmanager
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.error import HTTPError
 
@@ -17,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from clients import NEW, PRECISIONS, PROMPTS, case
+from pages import snippets
 from transformers import AutoTokenizer
 
 
@@ -47,6 +50,10 @@ CHATS = [
 ]
 
 
+# Longer than what a GPU reads at once.
+LONG_CHAT = [{"role": "user", "content": f"{'Ben put the silver key next to the well. ' * 30}Where is the silver key?"}]
+
+
 def load_serve():
     spec = importlib.util.spec_from_file_location("serve", WEB / "serve.py")
     module = importlib.util.module_from_spec(spec)
@@ -70,10 +77,11 @@ def served(folder):
         server.server_close()
 
 
-def browse(folder, artifacts, query="", gpu="none", **asked):
-    job = {"gpu": gpu, "chat": [], "prompts": [], "cases": [], **asked}
+def browse(folder, artifacts, query="", gpu="none", server=served, **asked):
+    load = {"dtype": "fp32", "device": "wasm"}
+    job = {"gpu": gpu, "hosts": {}, "chat": [], "prompts": [], "most": 48, "load": load, "cases": [], **asked}
     job["chat"] = [{"text": message} if isinstance(message, str) else message for message in job["chat"]]
-    with served(folder) as url:
+    with server(folder) as url:
         done = subprocess.run(
             ["node", str(Path(__file__).with_name("browse.mjs")), CHROMIUM, str(artifacts)],
             input=json.dumps({"url": f"{url}/{query}", **job}),
@@ -87,10 +95,19 @@ def browse(folder, artifacts, query="", gpu="none", **asked):
 
 
 @pytest.fixture(scope="module")
-def visit(exported, tmp_path_factory):
+def visit(exported, gold, tmp_path_factory):
     artifacts = tmp_path_factory.mktemp("web")
-    asked = {"chat": CHAT, "prompts": CHATS, "stopped": {"text": LONG}}
+    asked = {"chat": CHAT, "prompts": [*CHATS, *growing(gold), *CHATS[:1]], "stopped": {"text": LONG}}
     return browse(exported("trained"), artifacts, **asked) | {"artifacts": artifacts}
+
+
+def growing(gold):
+    """The chat of `CHAT` up to each message, with the answers of transformers."""
+    chats = [[{"role": "user", "content": CHAT[0]}]]
+    for message in CHAT[1:]:
+        answer = {"role": "assistant", "content": gold(chats[-1], max_new_tokens=48)[1]}
+        chats.append([*chats[-1], answer, {"role": "user", "content": message}])
+    return chats
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +141,7 @@ def test_a_chat_is_answered_as_transformers_answers_it(visit, gold):
 @installed
 @browser
 def test_the_page_says_what_it_does(visit):
-    assert visit["status"] == "Ready: fp32, WebAssembly"
+    assert visit["status"] == "Ready: model.onnx, WebAssembly"
     for speed in visit["speeds"]:
         number, unit = speed.split()
         assert float(number) > 0
@@ -170,12 +187,122 @@ def test_tokens_in_the_browser_are_those_of_transformers(visit, gold, index):
 
 @installed
 @browser
-def test_webgpu_answers_as_transformers_does(exported, gold, tmp_path):
-    result = browse(exported("trained"), tmp_path, gpu="software", chat=CHAT[:1])
+def test_a_chat_that_goes_on_is_not_read_again(visit, gold, tokenizer):
+    """The model reads the new message, and the last token of the answer before it."""
+    chats, start = growing(gold), len(CHATS)
+    read = 0
+    for index, chat in enumerate(chats, start):
+        ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+        answer = gold(chat, max_new_tokens=48)[0]
+        assert visit["ids"][index] == answer
+        assert visit["read"][index] == [len(ids) - read]
+        read = len(ids) + len(answer) - 1
+    assert visit["read"][-1] == visit["read"][0]  # another chat is read from its beginning
+    assert visit["ids"][-1] == visit["ids"][0]
+
+
+@installed
+@browser
+def test_webgpu_takes_a_file_for_it_and_reads_in_chunks(hub_folder, gold, tokenizer, tmp_path):
+    """A GPU in software does not compute in half precision, so the page takes q4 in place of q4f16."""
+    asked = {"prompts": [LONG_CHAT], "most": 4, "load": {"dtype": "fp32"}}
+    result = browse(hub_folder, tmp_path, gpu="software", chat=CHAT[:1], **asked)
     if "WebGPU" not in result["status"]:
         pytest.skip("this Chromium has no WebGPU in software")
-    assert result["answers"] == [gold([{"role": "user", "content": CHAT[0]}])[1]]
+    assert result["status"] == "Ready: model_q4.onnx, WebGPU"
+    assert result["answers"] == ["3 plus 4 is 7."]
+    length = len(tokenizer.apply_chat_template(LONG_CHAT, add_generation_prompt=True, return_dict=False))
+    assert 256 < length < 512
+    assert result["read"] == [[256, length - 256]]
+    assert result["ids"] == [gold(LONG_CHAT, max_new_tokens=4)[0]]
     assert result["errors"] == []
+
+
+ALL = ["", "_fp16", "_quantized", "_q4", "_q4f16"]
+
+
+@pytest.mark.skipif(not shutil.which("node"), reason="no node on the PATH")
+def test_the_file_that_a_device_prefers():
+    """Among the files that config.json names. A name in the address wins."""
+    cases = {
+        ("webgpu", True, None, *ALL): "model_q4f16.onnx",
+        ("webgpu", False, None, *ALL): "model_q4.onnx",
+        ("webgpu", True, None, "", "_fp16"): "model_fp16.onnx",
+        ("webgpu", True, None, ""): "model.onnx",
+        ("wasm", False, None, *ALL): "model_q4.onnx",
+        ("wasm", False, None, "", "_fp16"): "model.onnx",
+        ("wasm", False, None): "model.onnx",
+        ("wasm", False, "q8", *ALL): "model_quantized.onnx",
+    }
+    code = """import(process.argv[1]).then(({ chooseFile }) => console.log(JSON.stringify(
+      JSON.parse(process.argv[2]).map(([device, half, dtype, ...suffixes]) => {
+        const named = Object.fromEntries(suffixes.map((suffix) => [`model${suffix}.onnx`, true]));
+        const config = { "transformers.js_config": { use_external_data_format: named } };
+        return chooseFile(config, { file: "model" }, device, half, dtype).file;
+      }))))"""
+    done = subprocess.run(
+        ["node", "-e", code, str(WEB / "lfm2.js"), json.dumps(list(cases))], capture_output=True, text=True, check=True
+    )
+    assert json.loads(done.stdout) == list(cases.values())
+
+
+@contextmanager
+def plainly_served(site):
+    """A web host that serves files, and nothing else."""
+    handler = partial(SimpleHTTPRequestHandler, directory=str(site.parent))
+    with ThreadingHTTPServer(("localhost", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield f"http://localhost:{server.server_port}/{site.name}"
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+@installed
+@browser
+def test_the_recipe_for_a_static_host(hub_folder, tmp_path):
+    """What docs/deploy.md says, in a folder of a host that knows nothing of models."""
+    (tmp_path / "examples").symlink_to(WEB.parent)
+    (tmp_path / "lfm2_hub").symlink_to(hub_folder)
+    (recipe,) = (code for code in snippets("docs/deploy.md", "") if "site/library" in code)
+    lines = [line for line in recipe.splitlines() if not line.startswith(("optimum-cli", "(cd"))]
+    subprocess.run(["bash", "-ec", "\n".join(lines)], cwd=tmp_path, check=True)
+    result = browse(tmp_path / "site", tmp_path, server=plainly_served, chat=CHAT[:1])
+    assert result["status"] == "Ready: model_q4.onnx, WebAssembly, one thread"
+    assert result["answers"] == ["3 plus 4 is 7."]
+    assert result["errors"] == []
+    assert result["elsewhere"] == []
+
+
+@installed
+@browser
+def test_library_and_model_from_elsewhere(hub_folder, tmp_path):
+    """As docs/deploy.md says. The files of this machine stand in for the CDN and the Hub."""
+    (places,) = snippets("docs/deploy.md", "html")
+    named = json.loads(places.splitlines()[1])
+    modules = WEB / "node_modules"
+    package = json.loads((modules / "@huggingface/transformers/package.json").read_text())
+    assert named["library"].endswith(f"@{package['version']}")
+    runtime = f"https://cdn.jsdelivr.net/npm/onnxruntime-web@{package['dependencies']['onnxruntime-web']}/"
+    hosts = {
+        named["library"]: str(modules / "@huggingface/transformers" / package["jsdelivr"]),
+        runtime: f"{modules}/onnxruntime-web/",
+        f"https://huggingface.co/{named['model']}/resolve/main/": f"{hub_folder}/",
+    }
+    site = tmp_path / "site"
+    site.mkdir()
+    for path in (path for kind in ("html", "css", "js") for path in WEB.glob(f"*.{kind}")):
+        shutil.copy(path, site)
+    index = site / "index.html"
+    before = '<script id="places" type="application/json">{}</script>\n'
+    assert before in index.read_text()
+    index.write_text(index.read_text().replace(before, places))
+    result = browse(site, tmp_path, server=plainly_served, hosts=hosts, chat=CHAT[:1])
+    assert result["status"] == "Ready: model_q4.onnx, WebAssembly, one thread"
+    assert result["answers"] == ["3 plus 4 is 7."]
+    assert all(any(address.startswith(start) for start in hosts) for address in result["elsewhere"])
 
 
 @installed
@@ -238,7 +365,7 @@ def library(hub_folder, long_ids, tmp_path_factory):
         cases[dtype, "logits"] = case("logits", dtype=dtype, ids=long_ids)
     artifacts = tmp_path_factory.mktemp("precisions")
     visit = browse(hub_folder, artifacts, query="?dtype=q4", cases=list(cases.values()))
-    assert visit["status"] == "Ready: q4, WebAssembly"
+    assert visit["status"] == "Ready: model_q4.onnx, WebAssembly"
     assert visit["errors"] == []
     return dict(zip(cases, visit["cases"], strict=True))
 
