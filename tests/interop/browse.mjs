@@ -8,7 +8,6 @@
 //   failing     a message that the model does not take
 //   stopped     a message whose answer is stopped at once. It would have no end of its own
 //   prompts     chats whose answers are returned as token ids, with the model's inputs and the counts of tokens read
-//   load, most  how the model of `prompts` is loaded, and the most tokens of an answer
 //   cases       questions for cases.mjs
 // A message is {text, pictures, how}. Each picture is {name, base64}, and `how` is a key of GIVE below.
 import { existsSync, readFileSync } from "node:fs";
@@ -31,7 +30,7 @@ const DESKTOP = { width: 900, height: 700 };
 const PHONE = { width: 360, height: 640 };
 
 const [executablePath, folder] = process.argv.slice(2);
-const { url, gpu, hosts, chat, refused, failing, stopped, prompts, most, load, cases } = JSON.parse(readFileSync(0, "utf-8"));
+const { url, gpu, hosts, chat, refused, failing, stopped, prompts, cases } = JSON.parse(readFileSync(0, "utf-8"));
 
 // Give pictures to the page. Playwright neither pastes nor drops files, so these events are made in the page.
 const GIVE = {
@@ -80,11 +79,14 @@ try {
     });
   }
 
-  // Record the messages that the page passes to the model. The answer alone would not show that a turn was lost.
+  // Record the messages that the page passes to the model, and what that says it has read. The answer alone would not show
+  // that a turn was lost, or read twice.
   await page.addInitScript(() => {
     window.asked = [];
+    window.told = [];
     const post = Worker.prototype.postMessage;
     Worker.prototype.postMessage = function (message, ...rest) {
+      if (message[0] === "load") this.addEventListener("message", ({ data }) => data.type === "answer" && window.told.push(data));
       if (message[0] === "answer") window.asked.push(structuredClone(message[1]));
       return post.call(this, message, ...rest);
     };
@@ -128,11 +130,12 @@ try {
     await page.screenshot({ path: `${folder}/phone.png` });
     result.phoneWidth = await page.evaluate(() => document.documentElement.scrollWidth);
     result.asked = await page.evaluate(() => window.asked);
+    result.told = await page.evaluate(() => window.told);
     result.isolated = await page.evaluate(() => crossOriginIsolated);
-    [result.ids, result.inputs, result.read] = await page.evaluate(async ([chats, given, most]) => {
+    [result.ids, result.inputs, result.read] = await page.evaluate(async (chats) => {
       if (chats.length === 0) return [[], [], []];
       const { answer, load, read } = await import("/lfm2.js");
-      const loaded = await load(given);
+      const loaded = await load({ dtype: "fp32", device: "wasm" });
       const decoded = ({ base64 }) => new Blob([Uint8Array.from(atob(base64), (c) => c.charCodeAt(0))], { type: "image/png" });
       const plain = ({ type, dims, data }) => ({ type, dims, data: Array.from(data, Number) });
       const ids = [];
@@ -140,14 +143,14 @@ try {
       const counts = [];
       for (const turns of chats) {
         const chat = turns.map((turn) => (turn.pictures ? { ...turn, pictures: turn.pictures.map(decoded) } : turn));
-        const found = await answer(loaded, chat, { maxNewTokens: most });
+        const found = await answer(loaded, chat, { maxNewTokens: 48 });
         ids.push(found.ids);
         counts.push(found.read);
         const tensors = Object.entries(await read(loaded, chat)).filter(([, tensor]) => tensor.dims);
         inputs.push(Object.fromEntries(tensors.map(([name, tensor]) => [name, plain(tensor)])));
       }
       return [ids, inputs, counts];
-    }, [prompts, load, most]);
+    }, prompts);
     const path = fileURLToPath(new URL("cases.mjs", import.meta.url));
     await page.route("**/cases.mjs", (route) => route.fulfill({ path, contentType: "text/javascript" }));
     result.cases = await page.evaluate(async (cases) => {
