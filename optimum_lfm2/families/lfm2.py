@@ -16,7 +16,7 @@ from optimum_lfm2.errors import Lfm2Error
 from optimum_lfm2.graph.blocks import attention, feed_forward, short_conv
 from optimum_lfm2.graph.call import AttentionCall, Call, ConvCall, Rotary, attention_call, conv_call
 from optimum_lfm2.graph.member import FeedForward, LayerKind, Member
-from optimum_lfm2.weights.gguf import GgufFields
+from optimum_lfm2.weights.gguf import POOLINGS, GgufFields
 
 
 CONV, FULL_ATTENTION = "conv", "full_attention"
@@ -103,9 +103,15 @@ def decoder_of_gguf(fields: GgufFields) -> dict[str, Any]:
 
 def config_of_gguf(fields: GgufFields) -> dict[str, Any]:
     """Return the config.json of a GGUF file of the architecture `lfm2`: a decoder, or an encoder."""
-    causal, pooled = fields.take("attention.causal", bool, True), fields.take("pooling_type", int, 0)
-    fields.take("embedding_length_out", int, 0)  # of a dense layer behind an encoder, which is no part of the model
-    headless = "Lfm2Model" if pooled else "Lfm2ForCausalLM"
+    causal, pooling = fields.take("attention.causal", bool, True), fields.take("pooling_type", int, 0)
+    if pooling not in POOLINGS:
+        known = ", ".join(f"{number} ({name})" for number, name in POOLINGS.items())
+        raise Lfm2Error(
+            f"{fields.file.path} says that pooling_type is {pooling}, and these are exported: {known}. "
+            "Export the original checkpoint."
+        )
+    width = fields.take("embedding_length_out", int, 0)  # of what a dense layer behind the model gives
+    headless = "Lfm2Model" if pooling or width else "Lfm2ForCausalLM"
     return {
         **decoder_of_gguf(fields),
         "model_type": "lfm2",

@@ -19,6 +19,7 @@ from transformers.utils import CONFIG_NAME
 from optimum_lfm2.errors import Lfm2Error, first_line
 from optimum_lfm2.families import MEMBERS
 from optimum_lfm2.loading.companions import find_file
+from optimum_lfm2.loading.gguf_modules import write_modules
 from optimum_lfm2.loading.gguf_tokenizer import tokenizer_of
 from optimum_lfm2.loading.supported import check_architecture
 from optimum_lfm2.weights.checkpoint import GGUF_LINK
@@ -58,6 +59,7 @@ def standing_in(
         (folder / GGUF_LINK).symlink_to(file.path.absolute())
         _write_tokenizer(file, tokenizer, folder, config["vocab_size"])
         _write_license(file, folder)
+        write_modules(file, folder)
         yield folder
 
 

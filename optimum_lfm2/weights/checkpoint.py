@@ -20,7 +20,7 @@ from transformers.utils import (
 
 from optimum_lfm2.errors import Lfm2Error, read_object
 from optimum_lfm2.weights.blocks import Blocks
-from optimum_lfm2.weights.gguf import FLOATS, GRIDS, SUFFIX, GgufFile
+from optimum_lfm2.weights.gguf import DENSE, FLOATS, GRIDS, SUFFIX, GgufFile
 
 
 # What transformers reads besides: pickles, to which it adds random weights where a tensor is missing.
@@ -144,9 +144,12 @@ class Checkpoint(Mapping[str, torch.Tensor]):
     def unread(self) -> list[str]:
         """The names of the stored tensors that no parameter is read from, in order.
 
-        Those that change nothing are left out: buffers that are computed, and copies of what they are tied to.
+        Those that change nothing are left out: buffers that are computed, and copies of what they are tied to. So is
+        what is read elsewhere: the dense layer in a GGUF file of an encoder.
         """
-        return [name for name in self._unread if name.split(".")[-1] not in COMPUTED and not self._is_copy(name)]
+        elsewhere = {DENSE} if any(path.suffix == SUFFIX for path in self._files.values()) else set()
+        names = [name for name in self._unread if name not in elsewhere]
+        return [name for name in names if name.split(".")[-1] not in COMPUTED and not self._is_copy(name)]
 
     @property
     def second_head(self) -> str | None:

@@ -85,6 +85,9 @@ EXPERTS = {
 }
 WITHOUT_KIND = "expert_bias"  # transformers calls no part of it `bias`
 NAMES: Mapping[str, Mapping[str, str]] = {"lfm2": WHOLE | LAYER, "lfm2moe": WHOLE | LAYER | EXPERTS}
+# llama.cpp's numbers (`enum llama_pooling_type`), and sentence-transformers' names. The first one pools nothing.
+POOLINGS = {0: "none", 1: "mean_tokens", 2: "cls_token", 3: "lasttoken"}
+DENSE = "dense_2.weight"  # a layer behind the model, of a text's vectors
 KERNEL = "shortconv.conv.weight"  # stored as (width, taps), and transformers' is (width, 1, taps)
 
 

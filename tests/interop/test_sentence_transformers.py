@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import gguf
 import pytest
 import torch
 import torch.nn.functional as F
-from checkpoints import make_encoder, make_headless
+from checkpoints import encoder_gold, make_encoder, make_headless
 from embedding import PROMPTS, TEXTS, TRANSFORMER, VOCABULARY, make_embedding, module, states_alone, write
+from gguf_files import write_gguf
 from optimum.exporters.onnx import main_export
 from optimum.onnxruntime import ORTModelForFeatureExtraction
 from safetensors.torch import load_file, save_file
@@ -74,6 +78,31 @@ def test_a_dense_layer_of_every_token_is_carried_along(embedding, tmp_path):
     expected = scores([vectors(row) for row in states_alone(source, TEXTS)])
     torch.testing.assert_close(scores(own), expected, atol=1e-4, rtol=0)
     assert expected.std() > 0.1
+
+
+def test_a_gguf_file_with_pooling_and_a_dense_layer(embedding, cli, tmp_path, caplog):
+    """The gold is the checkpoint, without sentence-transformers."""
+    library = pytest.importorskip("sentence_transformers")
+    model = encoder_gold(embedding, "feature-extraction")
+    named = {f"model.{name.removeprefix('model.')}": value for name, value in model.state_dict().items()}
+    model.config.intermediate_size = len(named["model.layers.0.feed_forward.w1.weight"])  # a file has the final one
+    dense = torch.randn(16, 64, generator=torch.Generator().manual_seed(0))
+
+    def describe(writer: gguf.GGUFWriter) -> None:
+        writer.add_causal_attention(False)
+        writer.add_pooling_type(gguf.PoolingType.MEAN)
+        writer.add_embedding_length_out(16)
+        writer.add_tensor("dense_2.weight", dense.numpy())
+
+    whole: Any = SimpleNamespace(config=model.config, state_dict=lambda: named)
+    write_gguf(whole, tmp_path / "x.gguf", lambda name: "F32", changes=describe)
+    code, error = cli("export", "onnx", "--model", tmp_path / "x.gguf", "--tokenizer", embedding, tmp_path / "out")
+    assert code == 0, error
+    assert "not used" not in caplog.text
+    own = library.SentenceTransformer(str(tmp_path / "out"), backend="onnx").encode(TEXTS, convert_to_tensor=True)
+    expected = torch.stack([dense @ states.mean(0) for states in states_alone(embedding, TEXTS)])
+    assert torch.pdist(expected).min() > 0.01, "vectors that are all the same prove nothing"
+    torch.testing.assert_close(own.cpu(), expected, atol=1e-3, rtol=0)
 
 
 @pytest.fixture(scope="module")

@@ -7,11 +7,13 @@ from pathlib import Path
 from unittest.mock import patch
 
 import gguf
+import numpy as np
 import pytest
 import real_tokenizer
 import torch
 from checkpoints import ATTENTION, BASE, CONV
 from gguf_files import write_gguf
+from safetensors.torch import load_file
 from transformers import AutoTokenizer, Lfm2Config, Lfm2ForCausalLM, PreTrainedTokenizerFast
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
@@ -231,3 +233,41 @@ def test_a_tensor_that_is_missing_is_named(tmp_path):
 
     with pytest.raises(Lfm2Error, match=r"no tensor model.layers.0.ffn_norm.weight"):
         ORTLfm2ForCausalLM.from_pretrained(tmp_path / "x.gguf", export=True)
+
+
+def test_the_modules_of_an_encoder(tmp_path):
+    """Pooling and a dense layer, as sentence-transformers has them in a folder."""
+    dense = torch.randn(16, 64, generator=torch.Generator().manual_seed(0)).numpy()
+
+    def folder_of(name: str, pooling: gguf.PoolingType, with_dense: bool, causal: bool = False) -> tuple[str, dict]:
+        def describe(writer: gguf.GGUFWriter) -> None:
+            writer.add_causal_attention(causal)
+            writer.add_pooling_type(pooling)
+            if with_dense:
+                writer.add_embedding_length_out(16)
+                writer.add_tensor("dense_2.weight", dense)
+
+        with standing_in(write(tmp_path / f"{name}.gguf", describe)) as folder:
+            files = {str(path.relative_to(folder)): path for path in folder.rglob("*.json")}
+            read = {name: json.loads(path.read_text()) for name, path in files.items()}
+            if with_dense:
+                weight = load_file(next(folder.glob("*_Dense")) / "model.safetensors")["linear.weight"]
+                assert np.array_equal(weight.numpy(), dense)
+            return read["config.json"]["architectures"][0], read
+
+    kind, read = folder_of("pooled", gguf.PoolingType.CLS, with_dense=False)
+    assert kind == "Lfm2BidirectionalModel"
+    assert [module["path"] for module in read["modules.json"]] == ["", "1_Pooling"]
+    pooling = read["1_Pooling/config.json"]
+    assert pooling.pop("word_embedding_dimension") == 64
+    assert [name for name, used in pooling.items() if used] == ["pooling_mode_cls_token"]
+
+    kind, read = folder_of("colbert", gguf.PoolingType.NONE, with_dense=True, causal=True)
+    assert kind == "Lfm2Model", "the width of its vectors says that it predicts no tokens"
+    assert [module["type"] for module in read["modules.json"][1:]] == ["pylate.models.Dense"]
+    assert (read["1_Dense/config.json"]["in_features"], read["1_Dense/config.json"]["out_features"]) == (64, 16)
+
+    _, read = folder_of("both", gguf.PoolingType.LAST, with_dense=True)
+    assert [module["path"] for module in read["modules.json"]] == ["", "1_Pooling", "2_Dense"]
+    with pytest.raises(Lfm2Error, match=r"pooling_type is 4, and these are exported: 0 \(none\)"):
+        folder_of("rank", gguf.PoolingType.RANK, with_dense=False)
