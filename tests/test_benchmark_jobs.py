@@ -7,6 +7,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import onnx_ir as ir
 import pytest
 import torch
 from tables import cells
@@ -85,6 +86,28 @@ def test_speed_of_block_sizes(checkpoint, tmp_path, monkeypatch, capsys):
         ["8", "32", "8 bits"],
     ]
     assert all(float(cell) > 0 for row in rows for cell in row[3:5])
+
+
+def test_speed_of_mixes_and_of_activations(checkpoint, tmp_path, monkeypatch, capsys):
+    add_tokenizer(shutil.copytree(checkpoint("hybrid"), tmp_path / "lfm2-350m"))
+    monkeypatch.setattr(quantization, "MIXES", {name: quantization.MIXES[name] for name in ("q4", "q4, w2 in 8 bits")})
+    quantization.mixes(tmp_path, rounds=1, threads=1)
+    plain, wide = cells(capsys.readouterr().out.splitlines()[2:])
+    assert (plain[2], plain[4]) == ("1.00 [1.00 to 1.00]", "1.00 [1.00 to 1.00]")
+    assert float(plain[1]) > 0
+    stored = [(tmp_path / f"quantized-{name}" / "model.onnx_data").stat().st_size for name in ("q4", "q4w2in8bits")]
+    assert stored[0] < stored[1]
+    monkeypatch.setattr(quantization, "find_spec", lambda name: None)
+    quantization.activations(tmp_path, rounds=1, threads=1)
+    rows = cells(capsys.readouterr().out.splitlines()[2:])
+    assert [row[0] for row in rows] == [*(f"q8, accuracy_level {level}" for level in (4, 1, 0)), "fp32"]
+    levels = {
+        node.attributes.get_int("accuracy_level")
+        for node in ir.load(tmp_path / "quantized-q8-1" / "model.onnx").graph
+        if node.op_type == "MatMulNBits"
+    }
+    assert levels == {1}
+    assert wide[0] == "q4, w2 in 8 bits"
 
 
 def test_headroom_of_a_cache(monkeypatch, capsys):

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import ctypes
-import json
 from pathlib import Path
 
 import numpy as np
 
+from benchmarks.gguf_files import write_gguf
 from benchmarks.systems import base
 
 
@@ -28,37 +28,6 @@ def prepare(checkpoint: Path, folder: Path, kind: str) -> None:
     if llama_cpp.llama_model_quantize(bytes(source), bytes(target), ctypes.byref(parameters)) != 0:
         raise RuntimeError(f"llama.cpp could not quantise {source} to {kind}")
     source.unlink()
-
-
-def write_gguf(checkpoint: Path, path: Path) -> None:
-    """Write the checkpoint in float32, without a vocabulary: the benchmark speaks in ids."""
-    import gguf
-    from safetensors.torch import load_file
-
-    config = json.loads((checkpoint / "config.json").read_text())
-    layers = config["num_hidden_layers"]
-    weights = {name: tensor.float().numpy() for name, tensor in load_file(checkpoint / "model.safetensors").items()}
-    writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.LFM2])
-    writer.add_context_length(config["max_position_embeddings"])
-    writer.add_embedding_length(config["hidden_size"])
-    writer.add_block_count(layers)
-    writer.add_feed_forward_length(len(weights["model.layers.0.feed_forward.w1.weight"]))
-    writer.add_head_count(config["num_attention_heads"])
-    kv_heads = config["num_key_value_heads"]
-    writer.add_head_count_kv([0 if kind == "conv" else kv_heads for kind in config["layer_types"]])
-    writer.add_rope_freq_base(config.get("rope_theta") or config["rope_parameters"]["rope_theta"])
-    writer.add_layer_norm_rms_eps(config["norm_eps"])
-    writer.add_shortconv_l_cache(config["conv_L_cache"])
-    writer.add_vocab_size(config["vocab_size"])
-    writer.add_tokenizer_model("none")
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LFM2, layers)
-    for name, tensor in weights.items():
-        target = names.get_name(name, try_suffixes=(".weight", ".bias"))
-        writer.add_tensor(target, np.ascontiguousarray(tensor.squeeze(1) if tensor.ndim == 3 else tensor))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
 
 
 class System(base.System):
