@@ -24,10 +24,12 @@ const HUB_ID = /^\w[\w.-]*\/[\w.-]+$/;
 const imageToken = ({ config, tokenizer }) => config.image_token ?? tokenizer.config.image_token ?? "<image>";
 
 // What a folder can do. `Model` and `Reader` name the library's classes that run it and read a chat, and `read` makes a
-// chat into the model's inputs. `file` is the part that has a file in every precision.
+// chat into the model's inputs. `file` is the part that has a file in every precision, and `refused` has precisions that
+// the page does not choose by itself.
 const TEXT = {
   pictures: false,
   file: "model",
+  refused: [],
   Model: "AutoModelForCausalLM",
   Reader: "AutoTokenizer",
   tokenizer: (reader) => reader,
@@ -36,6 +38,7 @@ const TEXT = {
 const TEXT_AND_PICTURES = {
   pictures: true,
   file: "decoder_model_merged",
+  refused: [],
   Model: "AutoModelForImageTextToText",
   Reader: "AutoProcessor",
   tokenizer: (reader) => reader.tokenizer,
@@ -52,8 +55,11 @@ const TEXT_AND_PICTURES = {
     return pictures.length ? reader(pictures, text, options) : reader.tokenizer(text, options);
   },
 };
+// In these files QMoE rounds activations to 8 bits, which onnxruntime takes only from 1.31 on (docs/moe.md).
+const WITH_EXPERTS = { ...TEXT, refused: ["q4", "q8"] };
 // By the model type in config.json. All others are models of text.
-const KINDS = { lfm2_vl: TEXT_AND_PICTURES, lfm3_vl: TEXT_AND_PICTURES };
+const KINDS = { lfm2_moe: WITH_EXPERTS, lfm2_vl: TEXT_AND_PICTURES, lfm3_vl: TEXT_AND_PICTURES };
+const kindOf = (config) => KINDS[config.model_type] ?? TEXT;
 
 // What follows the name of a precision's file, and the precisions in the order in which a device prefers them.
 const SUFFIXES = { fp32: "", fp16: "_fp16", q8: "_quantized", q4: "_q4", q4f16: "_q4f16" };
@@ -95,10 +101,12 @@ export async function chooseDevice() {
 }
 
 /** Return the file that a device prefers among those that config.json names, and its precision. fp32 if it names none. */
-export function chooseFile(config, kind, device, half, dtype) {
+export function chooseFile(config, device, half, dtype) {
+  const kind = kindOf(config);
   const named = config["transformers.js_config"]?.use_external_data_format ?? {};
   const file = (precision) => `${kind.file}${SUFFIXES[precision]}.onnx`;
-  const suits = (precision) => file(precision) in named && (half || !IN_HALF.includes(precision));
+  const runs = (precision) => !kind.refused.includes(precision) && (half || !IN_HALF.includes(precision));
+  const suits = (precision) => file(precision) in named && runs(precision);
   const chosen = dtype ?? PREFERRED[device].find(suits) ?? "fp32";
   return { dtype: chosen, file: chosen in SUFFIXES ? file(chosen) : chosen };
 }
@@ -116,8 +124,8 @@ export async function load({ dtype = null, device = null, onProgress = () => {},
   const has = await chooseDevice();
   const chosen = device ?? has.device;
   const config = await library.AutoConfig.from_pretrained(name);
-  const kind = KINDS[config.model_type] ?? TEXT;
-  const taken = chooseFile(config, kind, chosen, has.half, dtype);
+  const kind = kindOf(config);
+  const taken = chooseFile(config, chosen, has.half, dtype);
   const [reader, model] = await Promise.all([
     library[kind.Reader].from_pretrained(name),
     library[kind.Model].from_pretrained(name, {

@@ -195,17 +195,22 @@ def test_a_chat_that_goes_on_is_not_read_again(visit, gold, tokenizer):
 @browser
 def test_webgpu_takes_a_file_for_it_and_reads_in_chunks(hub_folder, plain, tokenizer, tmp_path):
     """A GPU in software does not compute in half precision, so the page takes q4 in place of q4f16."""
-    (message,) = LONG_CHAT
-    result = browse(hub_folder, tmp_path, gpu="software", chat=[message["content"]])
+    messages = [*LONG_CHAT, {"role": "user", "content": CHAT[0]}]
+    result = browse(hub_folder, tmp_path, gpu="software", chat=[message["content"] for message in messages])
     if "WebGPU" not in result["status"]:
         pytest.skip("this Chromium has no WebGPU in software")
     assert result["status"] == "Ready: model_q4.onnx, WebGPU"
-    ids = tokenizer.apply_chat_template(LONG_CHAT, add_generation_prompt=True, return_dict=False)
-    assert 256 < len(ids) < 512
-    (told,) = result["told"]
-    assert told["read"] == [256, len(ids) - 256]
-    # A GPU rounds activations to 8 bits for a prompt, as accuracy_level asks it to.
-    plain(hub_folder / PRECISIONS["q4"].file).assert_greedy(ids, told["ids"], PRECISIONS["q4"].rounded)
+    model, turns, before, reads = plain(hub_folder / PRECISIONS["q4"].file), [], 0, []
+    for message, answer, told in zip(messages, result["answers"], result["told"], strict=True):
+        turns.append(message)
+        ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
+        # A GPU rounds activations to 8 bits for a prompt, as accuracy_level asks it to.
+        model.assert_greedy(ids, told["ids"], PRECISIONS["q4"].rounded)
+        reads.append(len(ids) - before)
+        before = len(ids) + len(told["ids"]) - 1
+        turns.append({"role": "assistant", "content": answer})
+    assert 256 < reads[0] < 512
+    assert [told["read"] for told in result["told"]] == [[256, reads[0] - 256], [reads[1]]]
     assert result["errors"] == []
 
 
@@ -216,20 +221,23 @@ ALL = ["", "_fp16", "_quantized", "_q4", "_q4f16"]
 def test_the_file_that_a_device_prefers():
     """Among the files that config.json names. A name in the address wins."""
     cases = {
-        ("webgpu", True, None, *ALL): "model_q4f16.onnx",
-        ("webgpu", False, None, *ALL): "model_q4.onnx",
-        ("webgpu", True, None, "", "_fp16"): "model_fp16.onnx",
-        ("webgpu", True, None, ""): "model.onnx",
-        ("wasm", False, None, *ALL): "model_q4.onnx",
-        ("wasm", False, None, "", "_fp16"): "model.onnx",
-        ("wasm", False, None): "model.onnx",
-        ("wasm", False, "q8", *ALL): "model_quantized.onnx",
+        ("lfm2", "webgpu", True, None, *ALL): "model_q4f16.onnx",
+        ("lfm2", "webgpu", False, None, *ALL): "model_q4.onnx",
+        ("lfm2", "webgpu", True, None, "", "_fp16"): "model_fp16.onnx",
+        ("lfm2", "webgpu", True, None, ""): "model.onnx",
+        ("lfm2", "wasm", False, None, *ALL): "model_q4.onnx",
+        ("lfm2", "wasm", False, None, "", "_fp16"): "model.onnx",
+        ("lfm2", "wasm", False, None): "model.onnx",
+        ("lfm2", "wasm", False, "q8", *ALL): "model_quantized.onnx",
+        ("lfm2_moe", "webgpu", True, None, *ALL): "model_q4f16.onnx",
+        ("lfm2_moe", "wasm", False, None, *ALL): "model.onnx",
+        ("lfm2_vl", "wasm", False, None): "decoder_model_merged.onnx",
     }
     code = """import(process.argv[1]).then(({ chooseFile }) => console.log(JSON.stringify(
-      JSON.parse(process.argv[2]).map(([device, half, dtype, ...suffixes]) => {
+      JSON.parse(process.argv[2]).map(([model_type, device, half, dtype, ...suffixes]) => {
         const named = Object.fromEntries(suffixes.map((suffix) => [`model${suffix}.onnx`, true]));
-        const config = { "transformers.js_config": { use_external_data_format: named } };
-        return chooseFile(config, { file: "model" }, device, half, dtype).file;
+        const config = { model_type, "transformers.js_config": { use_external_data_format: named } };
+        return chooseFile(config, device, half, dtype).file;
       }))))"""
     done = subprocess.run(
         ["node", "-e", code, str(WEB / "lfm2.js"), json.dumps(list(cases))], capture_output=True, text=True, check=True
