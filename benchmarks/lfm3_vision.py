@@ -1,8 +1,8 @@
-"""Measure the vision encoder of LFM3-VL's default shape on one square picture, in turns with transformers.
+"""Measure the vision encoder of LFM3-VL's default shape on a square picture, in turns with transformers.
 
 `python -m benchmarks.lfm3_vision --work FOLDER` makes a checkpoint with random weights, exports its encoder in float32,
-and prints a table. The decoder that the checkpoint needs has one layer: no figure here depends on it. Ratios to
-transformers are taken within a round. It needs transformers 5.23.
+and prints a table for each size of the picture. The decoder that the checkpoint needs has one layer: no figure here
+depends on it. Ratios to transformers are taken within a round. It needs transformers 5.23.
 """
 
 from __future__ import annotations
@@ -60,8 +60,14 @@ def picture(config: Any, side: int) -> dict[str, torch.Tensor]:
     return {"pixel_values": pixels, "image_grid_thw": torch.tensor([[1, patches, patches]])}
 
 
-def load(work: Path, side: int, threads: int) -> dict[str, Callable[[], torch.Tensor]]:
-    """Return what encodes the picture, by the system's name: float32 (picture tokens, hidden_size)."""
+Encode = Callable[[dict[str, torch.Tensor]], torch.Tensor]
+
+
+def load(work: Path, threads: int) -> tuple[Any, dict[str, Encode]]:
+    """Return the model's configuration and, by the system's name, what encodes a picture.
+
+    The features are float32 (picture tokens, hidden_size).
+    """
     import onnxruntime
     from transformers import AutoModelForImageTextToText
 
@@ -70,23 +76,24 @@ def load(work: Path, side: int, threads: int) -> dict[str, Callable[[], torch.Te
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     session = onnxruntime.InferenceSession(work / "vision_encoder.onnx", options)
-    shown = picture(gold.config, side)
-    feeds = {name: values.numpy() for name, values in shown.items()}
 
     @torch.inference_mode()
-    def transformers() -> torch.Tensor:
+    def transformers(shown: dict[str, torch.Tensor]) -> torch.Tensor:
         return picture_features(gold, shown)
 
-    return {"transformers": transformers, "ours-fp32": lambda: torch.from_numpy(session.run(None, feeds)[0])}
+    def ours(shown: dict[str, torch.Tensor]) -> torch.Tensor:
+        return torch.from_numpy(session.run(None, {name: values.numpy() for name, values in shown.items()})[0])
+
+    return gold.config, {"transformers": transformers, "ours-fp32": ours}
 
 
-def take_turns(systems: dict[str, Callable[[], torch.Tensor]], rounds: int) -> dict[str, list[float]]:
+def take_turns(systems: dict[str, Encode], shown: dict[str, torch.Tensor], rounds: int) -> dict[str, list[float]]:
     """Return the seconds of each system in each round. One round more comes first."""
     orders, seconds = random.Random(0), {name: [] for name in systems}
     for _ in range(rounds + 1):
         for name in shuffled(systems, orders):
             start = time.perf_counter()
-            systems[name]()
+            systems[name](shown)
             seconds[name].append(time.perf_counter() - start)
     return {name: own[1:] for name, own in seconds.items()}
 
@@ -103,7 +110,7 @@ def table(seconds: dict[str, Sequence[float]]) -> str:
 def main(arguments: list[str] | None = None, **changes: Any) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="where the checkpoint and the export are kept")
-    parser.add_argument("--side", type=int, default=512, help="of the picture, in pixels")
+    parser.add_argument("--side", type=int, nargs="+", default=[256, 512], help="of the picture, in pixels")
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args(arguments)
@@ -111,10 +118,12 @@ def main(arguments: list[str] | None = None, **changes: Any) -> None:
         make(args.work / "checkpoint", **changes)
     if not (args.work / "vision_encoder.onnx").is_file():
         export(args.work / "checkpoint", args.work / "vision_encoder.onnx")
-    systems = load(args.work, args.side, args.threads)
-    own, gold = systems["ours-fp32"](), systems["transformers"]()
-    torch.testing.assert_close(own, gold, rtol=1e-3, atol=1e-4 * float(gold.abs().max()))
-    print(table(take_turns(systems, args.rounds)), flush=True)
+    config, systems = load(args.work, args.threads)
+    for side in args.side:
+        shown = picture(config, side)
+        own, gold = systems["ours-fp32"](shown), systems["transformers"](shown)
+        torch.testing.assert_close(own, gold, rtol=1e-3, atol=1e-4 * float(gold.abs().max()))
+        print(f"\n{side} pixels\n\n{table(take_turns(systems, shown, args.rounds))}", flush=True)
 
 
 if __name__ == "__main__":

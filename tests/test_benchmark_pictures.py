@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 
 import pytest
 import torch
@@ -16,9 +17,10 @@ from benchmarks import (
 from optimum_lfm2 import compat
 
 
-pytestmark = [pytest.mark.once, pytest.mark.usefixtures("no_pauses")]
+pytestmark = pytest.mark.usefixtures("no_pauses")
 
 
+@pytest.mark.once
 def test_encoders(tmp_path, capsys):
     systems = "torch,ours-fp32,ours-q8"
     with_library = importlib.util.find_spec("sentence_transformers") is not None
@@ -40,6 +42,7 @@ def test_encoders(tmp_path, capsys):
         torch.testing.assert_close(own, gold, atol=1e-4, rtol=0, msg=name)
 
 
+@pytest.mark.once
 def test_a_picture(tmp_path, capsys):
     """Every system is measured, those in float32 generate the same tokens, and a ratio is of a system to the first."""
     text = {"vocab_size": 2048, "hidden_size": 64, "intermediate_size": 96, "block_multiple_of": 8}
@@ -64,6 +67,7 @@ def test_a_picture(tmp_path, capsys):
     assert tokens[0] == tokens[1]
 
 
+@pytest.mark.once
 def test_ratios_of_pictures_are_taken_within_a_round():
     slow = [vision.Turn(2, 4, 0.1), vision.Turn(4, 8, 0.2), vision.Turn(6, 9, 0.4)]
     fast = [vision.Turn(1, 2, 0.05), vision.Turn(2, 2, 0.1), vision.Turn(3, 3, 0.1)]
@@ -76,7 +80,10 @@ def test_ratios_of_pictures_are_taken_within_a_round():
 @pytest.mark.skipif("lfm3_vl" in compat.STAND_INS, reason="this transformers has no lfm3_vl")
 def test_the_encoder_of_lfm3_vl(tmp_path, capsys):
     tower = {"hidden_size": 64, "intermediate_size": 72, "num_hidden_layers": 3, "num_attention_heads": 8}
-    lfm3_vision.main(["--work", str(tmp_path), "--side", "64", "--rounds", "2", "--threads", "1"], **tower)
-    rows = cells(capsys.readouterr().out.splitlines()[2:])
-    assert [row[0] for row in rows] == ["transformers", "ours-fp32"]
+    sides = ["--side", "64", "32"]
+    lfm3_vision.main(["--work", str(tmp_path), *sides, "--rounds", "2", "--threads", "1"], **tower)
+    written = capsys.readouterr().out
+    assert re.findall(r"(\d+) pixels", written) == sides[1:]
+    rows = cells(re.findall(r"^\| [to].*", written, flags=re.MULTILINE))
+    assert [row[0] for row in rows] == ["transformers", "ours-fp32"] * 2
     assert min(float(row[1]) for row in rows) > 0

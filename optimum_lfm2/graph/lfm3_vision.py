@@ -9,19 +9,17 @@ picture token. Layers mix patches of one pair alone. It is called a frame below.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import PretrainedConfig
 
-from optimum_lfm2.caches import head_dim
 from optimum_lfm2.errors import Lfm2Error
 from optimum_lfm2.fields import POSITIVE, SIZE, Field
 from optimum_lfm2.graph import ops, shapes
 from optimum_lfm2.graph import vision_ops as vision
 from optimum_lfm2.graph.blocks import AttentionParts, attention, feed_forward
-from optimum_lfm2.graph.call import Rotation
+from optimum_lfm2.graph.lfm3_frames import THETA, Frames, read_frames
 from optimum_lfm2.graph.member import Weight
 from optimum_lfm2.graph.tower import PIXELS, Medium, Pictures, ProcessorSettings, Tower
 
@@ -30,59 +28,6 @@ CONV, FULL_ATTENTION = "conv", "full_attention"
 AXIAL = "axial"
 ATTENTION = AttentionParts(norm="norm")
 PROJECTOR_EPSILON = 1e-6
-THETA = 1e6  # transformers' default
-
-
-@dataclass(frozen=True)
-class Frames:
-    """The patches of one call.
-
-    Attributes:
-        rotation: the angles of the patches, by their rows and columns.
-        near: for each tap of a kernel, row by row, the patch that it sees, int64 (patches). The number of patches
-            stands for a place outside the frame.
-        seats: the patches of each frame, int64 (frames, longest frame). A shorter frame ends in copies of patch 0.
-        bias: 0 on patches and `ops.MASKED` on such copies, (frames, 1, longest frame, longest frame).
-        seat: where each patch is among all `seats`, int64 (patches).
-    """
-
-    rotation: Rotation
-    near: tuple[torch.Tensor, ...]
-    seats: torch.Tensor
-    bias: torch.Tensor
-    seat: torch.Tensor
-
-    def attend(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        past: tuple[torch.Tensor, ...] | None,
-        config: PretrainedConfig,
-        scale: float | None = None,
-    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
-        """Compute attention of all patches of a frame to each other.
-
-        Args:
-            query: (1, patches, heads * head_dim), rotated.
-            key, value: (1, patches, kv_heads * head_dim), the key rotated.
-            past: None, for a tower has no caches.
-            scale: the factor of the scores; None for `head_dim ** -0.5`.
-
-        Returns:
-            The context, of the shape of `query`, and no caches.
-        """
-        heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, head_dim(config)
-        shared = torch.arange(heads) // (heads // kv_heads)
-
-        def seated(x: torch.Tensor) -> torch.Tensor:
-            return shapes.picked(shapes.resized(x, (-1, heads * dim)), self.seats, axis=0)
-
-        if kv_heads < heads:  # each query head gets a copy of the head that it shares
-            key, value = (shapes.picked(shapes.resized(x, (-1, kv_heads, dim)), shared, axis=1) for x in (key, value))
-        context = vision.attention(seated(query), seated(key), seated(value), self.bias, heads, scale)
-        rows = shapes.picked(shapes.resized(context, (-1, heads * dim)), self.seat, axis=0)
-        return shapes.sized_like(rows, query), (), ()
 
 
 def inputs(config: PretrainedConfig) -> dict[str, tuple[int | str, ...]]:
@@ -119,81 +64,6 @@ def image_features(
     for i, kind in enumerate(settings.layer_types[: settings.num_hidden_layers]):
         hidden = layer(hidden, kind, frames, weight, f"{tower}layers.{i}", settings)
     return project(hidden, weight, f"{prefix}multi_modal_projector.", config).to(torch.float32)
-
-
-def read_frames(pixels: torch.Tensor, grid: torch.Tensor, settings: PretrainedConfig, dtype: torch.dtype) -> Frames:
-    """What all layers share. The first two arguments are the graph's inputs."""
-    pairs, heights, widths = (grid[:, axis] for axis in range(3))
-    areas = heights * widths
-    first_patch, first_frame = ((x.cumsum(0) - x) for x in (pairs * areas, pairs))
-
-    patch = torch.arange(pixels.shape[0])
-    picture = (patch[:, None] >= first_patch + pairs * areas).sum(1)
-    height, width, area = (shapes.picked(x, picture, axis=0) for x in (heights, widths, areas))
-    frame, place = vision.divided(patch - shapes.picked(first_patch, picture, axis=0), area)
-    row, column = row_and_column(place, width, settings.spatial_merge_size)
-    near = neighbours(patch, place, row, column, height, width, settings)
-
-    number = vision.counted(pairs.sum())
-    owner = (number[:, None] >= first_frame + pairs).sum(1)
-    length = shapes.picked(areas, owner, axis=0)[:, None]
-    begin = (
-        shapes.picked(first_patch, owner, axis=0) + (number - shapes.picked(first_frame, owner, axis=0)) * length[:, 0]
-    )
-    longest = areas.amax()
-    columns = vision.counted(longest)[None]
-    taken = columns < length
-    seats = torch.where(taken, begin[:, None] + columns, torch.zeros((), dtype=torch.int64))
-    masked = torch.where(taken, torch.zeros((), dtype=dtype), torch.full((), ops.MASKED, dtype=dtype))
-    return Frames(
-        rotation=rotation(row, column, settings, dtype),
-        near=near,
-        seats=seats,
-        bias=masked[:, None, None, :].expand(-1, 1, columns.shape[1], -1),
-        seat=(shapes.picked(first_frame, picture, axis=0) + frame) * longest + place,
-    )
-
-
-def row_and_column(place: torch.Tensor, width: torch.Tensor, merge: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where in its frame a patch is, which lies at a place of the order block by block: int64 (patches) each."""
-    side = torch.full((), merge)
-    block, corner = vision.divided(place, side * side)
-    block_row, block_column = vision.divided(block, width // merge)
-    down, right = vision.divided(corner, side)
-    return block_row * merge + down, block_column * merge + right
-
-
-def neighbours(
-    patch: torch.Tensor,
-    place: torch.Tensor,
-    row: torch.Tensor,
-    column: torch.Tensor,
-    height: torch.Tensor,
-    width: torch.Tensor,
-    settings: PretrainedConfig,
-) -> tuple[torch.Tensor, ...]:
-    """Return `Frames.near`. The arguments are int64 (patches): undo `row_and_column` for each tap's row and column."""
-    taps, merge = settings.conv_kernel_size, settings.spatial_merge_size
-    begin, outside = patch - place, patch[-1] + 1
-    side = torch.full((), merge)
-
-    def at(row: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
-        inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
-        (block_row, down), (block_column, right) = vision.divided(row, side), vision.divided(column, side)
-        block = block_row * (width // merge) + block_column
-        return torch.where(inside, begin + block * merge**2 + down * merge + right, outside)
-
-    offsets = range(-(taps // 2), taps - taps // 2)
-    return tuple(at(row + down, column + right) for down in offsets for right in offsets)
-
-
-def rotation(row: torch.Tensor, column: torch.Tensor, settings: PretrainedConfig, dtype: torch.dtype) -> Rotation:
-    """The angles of the patches: half of them are of its row, and half of its column."""
-    half = head_dim(settings) // 2
-    theta = (getattr(settings, "rope_parameters", None) or {}).get("rope_theta", THETA)
-    frequencies = 1.0 / theta ** (torch.arange(0, half, 2, dtype=torch.float32) / half)
-    tables = ops.rotary_table(torch.stack([row, column], dim=1), frequencies, 1.0, dtype)
-    return Rotation(torch.arange(row.shape[0])[None], *(shapes.resized(table, (-1, half)) for table in tables))
 
 
 def layer(

@@ -1,4 +1,4 @@
-"""The type of the record that describes a vision tower. A tower has one file with its graph and its record."""
+"""The type of the record that describes a vision tower. A tower has a file with its graph and its record."""
 
 from __future__ import annotations
 

@@ -7,6 +7,7 @@ compute are in `ops.py`, and those that only move values in `shapes.py`.
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 
 import torch
 from torch.autograd import Function
@@ -42,6 +43,15 @@ def none(g):
     value = g.op("prim::Constant")
     value.setType(torch._C.OptionalType.ofTensor())
     return value
+
+
+def either(g, condition, *branches):
+    """Emit an `If`: the value that the first branch emits where `condition` holds, and else that of the second."""
+    chosen = g.op("If", condition)
+    for branch in branches:
+        block = chosen.node().addBlock()
+        block.registerOutput(branch(replace(g, block=block)))
+    return chosen
 
 
 def typed(*ranks: int | None, like: int = 0, dtype: torch.dtype | None = None):

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from optimum_lfm2.graph.ops import ONNX_TYPE
-from optimum_lfm2.graph.tracing import Node, constant, none, typed
+from optimum_lfm2.graph.tracing import Node, constant, either, none, typed
 
 
 class _LayerNorm(Node):
@@ -51,6 +51,12 @@ class _TanhGelu(Node):
 ACTIVATIONS = {"gelu": _Gelu.apply, "gelu_pytorch_tanh": _TanhGelu.apply}
 
 
+def _attended(g, query, key, value, bias, heads, scale):
+    inputs = (query, key, value, none(g), none(g), bias)
+    scaled = {} if scale is None else {"scale_f": scale}
+    return g.op("com.microsoft::MultiHeadAttention", *inputs, num_heads_i=heads, **scaled)
+
+
 class _Attention(Node):
     @staticmethod
     def forward(ctx, query, key, value, bias, heads, scale):
@@ -59,9 +65,7 @@ class _Attention(Node):
     @staticmethod
     @typed(3)
     def symbolic(g, query, key, value, bias, heads, scale):
-        inputs = (query, key, value, none(g), none(g), bias)
-        scaled = {} if scale is None else {"scale_f": scale}
-        return g.op("com.microsoft::MultiHeadAttention", *inputs, num_heads_i=heads, **scaled)
+        return _attended(g, query, key, value, bias, heads, scale)
 
 
 def attention(
@@ -79,6 +83,58 @@ def attention(
         scale: the factor of the scores; None for the width of a head to the power of -0.5.
     """
     return _Attention.apply(query, key, value, bias, heads, scale)
+
+
+class _AttentionOfFrames(Node):
+    @staticmethod
+    def forward(ctx, query, key, value, even, seats, masked, seat, heads, scale):
+        return torch.zeros_like(query)
+
+    @staticmethod
+    @typed(3)
+    def symbolic(g, query, key, value, even, seats, masked, seat, heads, scale):
+        def flat(g, x):
+            return g.op("Reshape", x, constant(g, [1, -1, 0]))
+
+        def as_they_lie(g):
+            sizes = g.op("Concat", g.op("Shape", seats), constant(g, [-1]), axis_i=0)
+            seated = (g.op("Reshape", x, sizes) for x in (query, key, value))
+            return flat(g, _attended(g, *seated, none(g), heads, scale))
+
+        def padded(g):
+            one = constant(g, [1])
+            sizes = g.op("Concat", one, one, g.op("Shape", seats, start_i=1), one, axis_i=0)
+            bias = g.op("Expand", g.op("Unsqueeze", masked, constant(g, [1, 2])), sizes)
+            rows = (g.op("Squeeze", x, constant(g, [0])) for x in (query, key, value))
+            seated = (g.op("Gather", x, seats, axis_i=0) for x in rows)
+            return g.op("Gather", flat(g, _attended(g, *seated, bias, heads, scale)), seat, axis_i=1)
+
+        return either(g, even, as_they_lie, padded)
+
+
+def attention_of_frames(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    even: torch.Tensor,
+    seats: torch.Tensor,
+    masked: torch.Tensor,
+    seat: torch.Tensor,
+    heads: int,
+    scale: float | None = None,
+) -> torch.Tensor:
+    """Attention of all patches of a frame to each other: (1, patches, width) each → (1, patches, width).
+
+    Without a bias onnxruntime needs no memory for the scores, so a bias is made for frames of several sizes alone.
+
+    Args:
+        even: whether all frames have the same size, a bool scalar.
+        seats: the patches of each frame, int64 (frames, longest frame). A shorter frame ends in copies of patch 0.
+        masked: 0 on patches and `ops.MASKED` on such copies, (frames, longest frame).
+        seat: where each patch is among all `seats`, int64 (patches).
+        scale: the factor of the scores; None for the width of a head to the power of -0.5.
+    """
+    return _AttentionOfFrames.apply(query, key, value, even, seats, masked, seat, heads, scale)
 
 
 class _Divided(Node):

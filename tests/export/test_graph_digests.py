@@ -18,6 +18,7 @@ import onnx_ir as ir
 import pytest
 from checkpoints import ATTENTION, CONV, DELTA, GRANITE_ATTENTION, MAMBA, SLIDING, make_checkpoint
 from embedding import make_embedding
+from lfm3_pictures import make_lfm3_vl
 from pictures import make_vl_checkpoint
 
 import optimum_lfm2  # noqa: F401  before Optimum's
@@ -41,6 +42,22 @@ KWARGS = [
 LENGTH_OF_SMALL = 64  # values
 
 
+def lines_of(graph: ir.Graph) -> list[str]:
+    """Return the nodes of a graph as text, and those of the graphs that its nodes have."""
+    lines = []
+    for node in graph:
+        attributes = {}
+        for name, attribute in sorted(node.attributes.items()):
+            value = attribute.value
+            if attribute.type == ir.AttributeType.GRAPH:
+                attributes[name] = [*lines_of(value), [output.name for output in value.outputs]]
+            else:
+                attributes[name] = value.numpy().tolist() if attribute.type == ir.AttributeType.TENSOR else value
+        names = [[value.name if value is not None else None for value in side] for side in (node.inputs, node.outputs)]
+        lines.append(f"{node.domain} {node.op_type} {node.name} {names} {attributes}")
+    return lines
+
+
 def text_of(path: Path) -> str:
     """Return all that a graph says but for the values of its weights, as text."""
     model = ir.load(path)
@@ -52,13 +69,7 @@ def text_of(path: Path) -> str:
         tensor = value.const_value
         small = tensor.numpy().tolist() if tensor.size <= LENGTH_OF_SMALL and tensor.dtype == ir.DataType.INT64 else ""
         lines.append(f"weight {name} {tensor.dtype} {list(tensor.shape)} {small}")
-    for node in graph:
-        attributes = {}
-        for name, attribute in sorted(node.attributes.items()):
-            value = attribute.value
-            attributes[name] = value.numpy().tolist() if attribute.type == ir.AttributeType.TENSOR else value
-        names = [[value.name if value is not None else None for value in side] for side in (node.inputs, node.outputs)]
-        lines.append(f"{node.domain} {node.op_type} {node.name} {names} {attributes}")
+    lines += lines_of(graph)
     # The module `vision_model` is one that transformers 5 no longer has.
     return "\n".join(lines).replace("vision_tower.vision_model.", "vision_tower.")
 
@@ -89,6 +100,8 @@ def makers() -> dict:
             lambda folder: make_checkpoint("lfm3", folder, **layers),
             [*KWARGS, {"model_kwargs": {"sliding_cache": "growing"}}],
         )
+    if "lfm3_vl" not in compat.STAND_INS:
+        made["lfm3_vl"] = (lambda folder: make_lfm3_vl(folder / "vl"), KWARGS[:2])
     return made
 
 

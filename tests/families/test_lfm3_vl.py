@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import json
 import os
 import re
@@ -37,7 +38,7 @@ from transformers import AutoProcessor, AutoTokenizer
 
 from optimum_lfm2 import ORTLfm2VlForConditionalGeneration, ORTLfm3VlForConditionalGeneration, compat
 from optimum_lfm2.errors import Lfm2Error
-from optimum_lfm2.graph import lfm3_vision
+from optimum_lfm2.graph import lfm3_frames, lfm3_vision
 from optimum_lfm2.loading.tasks_manager import Lfm2TasksManager
 from optimum_lfm2.vision_configs import VisionOnnxConfig
 
@@ -137,9 +138,11 @@ def assert_is_gold(file: Path, gold, grids: list) -> None:
     torch.testing.assert_close(torch.from_numpy(own), features, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("grids", [GRIDS, GRIDS[::-1], [(1, 8, 8)], [(4, 2, 4), (2, 6, 2)]], ids=str)
+@pytest.mark.parametrize(
+    "grids", [GRIDS, GRIDS[::-1], [(1, 8, 8)], [(4, 2, 4), (2, 6, 2)], [(2, 4, 6), (1, 6, 4), (1, 2, 12)]], ids=str
+)
 def test_the_vision_encoder_is_transformers(grids, folder, vl_gold):
-    """Pictures of several sizes and videos in one call."""
+    """Pictures of several sizes and videos in one call. Frames of the last one have as many patches."""
     assert_is_gold(folder / "onnx" / "vision_encoder.onnx", vl_gold, grids)
 
 
@@ -161,13 +164,14 @@ def test_the_tower_of_a_quantised_file_has_8_bits(source, tmp_path):
 
 @pytest.mark.parametrize("broken", ["gated_conv", "row_and_column"])
 def test_a_wrong_vision_encoder_is_refused(broken, source, tmp_path, monkeypatch):
-    original = getattr(lfm3_vision, broken)
+    module = lfm3_vision if broken == "gated_conv" else lfm3_frames
+    original = getattr(module, broken)
 
     def wrong(*arguments):
         result = original(*arguments)
         return result[::-1] if isinstance(result, tuple) else result * 1.01
 
-    monkeypatch.setattr(lfm3_vision, broken, wrong)
+    monkeypatch.setattr(module, broken, wrong)
     config, model = vision_part(source, tmp_path / "vision.onnx")
     with pytest.raises(Lfm2Error, match="image_features differs from transformers"):
         config.validate(model, tmp_path / "vision.onnx")
@@ -313,11 +317,12 @@ def test_the_folder_has_every_file_of_the_processor(source, folder):
 
 
 @pytest.mark.skipif(not torchvision_python.is_installed(), reason="no torchvision")
-def test_transformers_own_processor_and_pipeline(folder, model, vl_gold, tmp_path):
+def test_transformers_own_processor_in_a_pipeline_the_chat_and_the_server(folder, model, vl_gold, tmp_path):
     """Of files, two pictures and a video; the video beside a picture in one text."""
+    serves = ["serve"] if all(importlib.util.find_spec(name) for name in ("fastapi", "openai")) else []
     support = Path(torchvision_python.__file__).parent
-    command = [sys.executable, support / "torchvision_python.py", support / "lfm3_child.py", folder]
-    env = os.environ | {"PYTHONPATH": str(support.parents[1]), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, support / "torchvision_python.py", support / "lfm3_child.py", folder, *serves]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (support.parents[1], support))), "OMP_NUM_THREADS": "1"}
     subprocess.run(command, cwd=tmp_path, env=env, check=True)
     inputs = torch.load(tmp_path / "inputs.pt")
     assert inputs["pictures"]["image_grid_thw"].tolist() == [[1, 4, 12], [1, 18, 2]]
@@ -329,8 +334,11 @@ def test_transformers_own_processor_and_pipeline(folder, model, vl_gold, tmp_pat
         assert new_tokens(model, {"input_ids": ids, "attention_mask": mask, **given}, max_new_tokens=12) == [
             golds[name]
         ]
-    said = json.loads((tmp_path / "said.json").read_text())["pipeline"]
-    assert said == AutoTokenizer.from_pretrained(folder).decode(golds["one"], skip_special_tokens=True)
+    said = json.loads((tmp_path / "said.json").read_text())
+    gold = AutoTokenizer.from_pretrained(folder).decode(golds["one"], skip_special_tokens=True)
+    assert said["pipeline"] == gold
+    assert said["chat"] == {"out": f"{gold}\n", "err": ""}
+    assert not serves or said["serve"] == gold
 
 
 @pytest.mark.parametrize(

@@ -32,9 +32,8 @@ def one_thread(self: onnxruntime.SessionOptions) -> None:
 onnxruntime.SessionOptions.__init__ = one_thread
 
 
-def chat(export: str, question: str, new: str) -> dict:
-    """Two turns in the terminal, as lines from a pipe."""
-    lines = ["/picture broken.png", "/picture 0.png", question, "/picture 1.png", question, "/save chat.json"]
+def chat(export: str, new: str, *lines: str) -> dict:
+    """What is written to the terminal and as errors, for lines from a pipe."""
     out, err = io.StringIO(), io.StringIO()
     sys.argv = ["optimum-cli", "lfm2", "chat", export, "--max-new-tokens", new]
     sys.stdin = io.StringIO("\n".join(lines))
@@ -108,7 +107,8 @@ def serve(export: str, question: str, new: str) -> dict:
 
 
 def main(export: str, question: str, new: str, *further: str) -> None:
-    said = {"chat": chat(export, question, new)}
+    turns = ["/picture broken.png", "/picture 0.png", question, "/picture 1.png", question]
+    said = {"chat": chat(export, new, *turns, "/save chat.json")}
     if further:
         said |= serve(export, question, new)
     Path("said.json").write_text(json.dumps(said))
