@@ -51,8 +51,8 @@ class _TanhGelu(Node):
 ACTIVATIONS = {"gelu": _Gelu.apply, "gelu_pytorch_tanh": _TanhGelu.apply}
 
 
-def _attended(g, query, key, value, bias, heads, scale):
-    inputs = (query, key, value, none(g), none(g), bias)
+def _attended(g, inputs, bias, heads, scale):
+    inputs = (*inputs, none(g), none(g), bias)
     scaled = {} if scale is None else {"scale_f": scale}
     return g.op("com.microsoft::MultiHeadAttention", *inputs, num_heads_i=heads, **scaled)
 
@@ -65,7 +65,7 @@ class _Attention(Node):
     @staticmethod
     @typed(3)
     def symbolic(g, query, key, value, bias, heads, scale):
-        return _attended(g, query, key, value, bias, heads, scale)
+        return _attended(g, (query, key, value), bias, heads, scale)
 
 
 def attention(
@@ -99,7 +99,7 @@ class _AttentionOfFrames(Node):
         def as_they_lie(g):
             sizes = g.op("Concat", g.op("Shape", seats), constant(g, [-1]), axis_i=0)
             seated = (g.op("Reshape", x, sizes) for x in (query, key, value))
-            return flat(g, _attended(g, *seated, none(g), heads, scale))
+            return flat(g, _attended(g, seated, none(g), heads, scale))
 
         def padded(g):
             one = constant(g, [1])
@@ -107,7 +107,7 @@ class _AttentionOfFrames(Node):
             bias = g.op("Expand", g.op("Unsqueeze", masked, constant(g, [1, 2])), sizes)
             rows = (g.op("Squeeze", x, constant(g, [0])) for x in (query, key, value))
             seated = (g.op("Gather", x, seats, axis_i=0) for x in rows)
-            return g.op("Gather", flat(g, _attended(g, *seated, bias, heads, scale)), seat, axis_i=1)
+            return g.op("Gather", flat(g, _attended(g, seated, bias, heads, scale)), seat, axis_i=1)
 
         return either(g, even, as_they_lie, padded)
 
