@@ -11,7 +11,7 @@ QUESTION ?= Describe the picture.
 OUT ?= .demo/onnx
 PORT ?= 8000
 # A worker for each core; a file's tests stay together, since they share exports.
-PYTEST := -rs -n auto --dist loadfile --no-loadscope-reorder
+PYTEST := -rs --durations=30 -n auto --dist loadfile --no-loadscope-reorder
 REST := -m "not slow and not once" --ignore=tests/test_packaging.py
 # transformers' processor of pictures needs torchvision. PyPI's is built for another torch than the CPU's, and works for
 # the tests in part (tests/support/torchvision_python.py), so it gets a folder of its own. torch 2.13 has torchvision 0.28.

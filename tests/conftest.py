@@ -10,6 +10,7 @@ import sys
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test needs the Hub, and none may wait for it
 
+from collections import Counter
 from collections.abc import Callable
 from functools import cache, wraps
 from pathlib import Path
@@ -47,7 +48,7 @@ DEMO = Path(__file__).parent.parent / "demo"
 TRAINED = {"trained": DEMO / "checkpoint", "trained_vision": DEMO / "vision_checkpoint"}
 
 
-# Files whose few tests take long. pytest-xdist would take them last, and one core would idle in the end.
+# Files whose few tests take long.
 LONG = (
     "test_readme_environment.py",
     "test_benchmarks.py",
@@ -62,8 +63,9 @@ LONG = (
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the files of `LONG`."""
-    items.sort(key=lambda item: item.path.name not in LONG)
+    """Begin with the files of `LONG`, go on with those of many tests. A long file at the end leaves one core idle."""
+    tests = Counter(item.path for item in items)
+    items.sort(key=lambda item: (item.path.name not in LONG, -tests[item.path]))
 
 
 @pytest.fixture(scope="session")
