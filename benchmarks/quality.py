@@ -27,7 +27,7 @@ def divergences(bench: Bench, names: Sequence[str], chunks: int, length: int) ->
         bench: of `CHECKPOINT`.
         chunks: how many chunks of the text to read, of `length` tokens each.
     """
-    ids = _chunks(chunks, length)
+    ids = read_chunks(chunks, length)
     with tempfile.TemporaryDirectory() as folder:
 
         def logits(name: str) -> np.ndarray:
@@ -46,7 +46,8 @@ def divergences(bench: Bench, names: Sequence[str], chunks: int, length: int) ->
         return found
 
 
-def _chunks(count: int, length: int) -> list[list[int]]:
+def read_chunks(count: int, length: int) -> list[list[int]]:
+    """Return the ids of the first chunks of the held-out text, of so many tokens each."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(CHECKPOINT)

@@ -197,6 +197,9 @@ def _by_blocks(weight: torch.Tensor, blocks: Blocks, method: Method) -> torch.Te
     return method(values, blocks.bits, size).reshape(len(weight), -1)[:, : weight.shape[1]]
 
 
+PREFILL, DECODE = "prefill", "typical_step"  # what a run has of each
+
+
 def speed(work: Path, rounds: int, threads: int) -> None:
     """Print the table of `speed`."""
     print("| bits | block | table | prefill tok/s | decode tok/s | MB |\n| --- | --- | --- | --- | --- | --- |")
@@ -229,9 +232,6 @@ def mixes(work: Path, rounds: int, threads: int) -> None:
     for label, runs, prefill, decode, size in rows:
         by = " | ".join((f"{prefill:.0f}", _ratio(base, runs, PREFILL), f"{decode:.1f}", _ratio(base, runs, DECODE)))
         print(f"| {label} | {by} | {size:.0f} |")
-
-
-PREFILL, DECODE = "prefill", "typical_step"
 
 
 def _ratio(base: Sequence[Any], runs: Sequence[Any], which: str) -> str:
@@ -338,7 +338,7 @@ def _export(checkpoint: Path, folder: Path, scheme: Scheme | None) -> None:
     if scheme is None:
         main_export(str(checkpoint), folder, do_validation=False)
         return
-    # Otherwise `stored` is what a GGUF file has.
+    # The package takes `stored` from a GGUF file alone.
     with patch.dict(SCHEMES, q4=scheme), patch.object(configs, "keeping", lambda asked, _: _as_stored(asked, scheme)):
         main_export(str(checkpoint), folder, _variant="q4", do_validation=False)
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from benchmarks.bench import Bench, say
-from benchmarks.quality import CHECKPOINT, _chunks
+from benchmarks.quality import CHECKPOINT, read_chunks
 
 
 SYSTEMS = ("ours-fp32", "ours-q8", "ours-q4")
@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--tokens", type=int, nargs="+", default=[2, 4, 8], help="of a call")
     args = parser.parse_args(argv)
 
-    chunks = _chunks(args.chunks, args.length)
+    chunks = read_chunks(args.chunks, args.length)
     bench = Bench(args.work, CHECKPOINT, 1, {})
     gold: list[torch.Tensor] = []
     calls = " | ".join(f"{tokens} tokens a call" for tokens in args.tokens)

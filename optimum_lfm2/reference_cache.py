@@ -80,21 +80,6 @@ if TRANSFORMERS_5:
             for kept, layer in zip(states, cache.layers, strict=True)
         ]
 
-    def call(
-        model: PreTrainedModel, tokens: torch.Tensor, cache: Any, length: int, name: str = "input_ids"
-    ) -> torch.Tensor:
-        """Return the first output of transformers' forward for one row: logits or hidden states, (1, new, width).
-
-        Args:
-            tokens: the new tokens, int64 (1, new), or what `name` says.
-            cache: one of `hybrid_cache`. The call extends it.
-            length: the number of tokens that the cache holds.
-            name: the argument of the forward that takes them. `inputs_embeds` takes float32 (1, new, hidden_size).
-        """
-        cache.length = length
-        positions = torch.arange(length, length + tokens.shape[1], device=tokens.device)
-        return model(position_ids=positions[None], use_cache=True, **{name: tokens, CACHE: cache})[0]
-
 else:
     from transformers.models.lfm2.modeling_lfm2 import Lfm2HybridConvCache
 
@@ -174,17 +159,19 @@ else:
             for i, kept in enumerate(states)
         ]
 
-    def call(
-        model: PreTrainedModel, tokens: torch.Tensor, cache: Any, length: int, name: str = "input_ids"
-    ) -> torch.Tensor:
-        """Return the first output of transformers' forward for one row: logits or hidden states, (1, new, width).
 
-        Args:
-            tokens: the new tokens, int64 (1, new), or what `name` says.
-            cache: one of `hybrid_cache`. The call extends it.
-            length: the number of tokens that the cache holds.
-            name: the argument of the forward that takes them. `inputs_embeds` takes float32 (1, new, hidden_size).
-        """
-        cache.length = length
-        positions = torch.arange(length, length + tokens.shape[1], device=tokens.device)
-        return model(past_key_values=cache, use_cache=True, cache_position=positions, **{name: tokens})[0]
+def call(
+    model: PreTrainedModel, tokens: torch.Tensor, cache: Any, length: int, name: str = "input_ids"
+) -> torch.Tensor:
+    """Return the first output of transformers' forward for one row: logits or hidden states, (1, new, width).
+
+    Args:
+        tokens: the new tokens, int64 (1, new), or what `name` says.
+        cache: one of `hybrid_cache`. The call extends it.
+        length: the number of tokens that the cache holds.
+        name: the argument of the forward that takes them. `inputs_embeds` takes float32 (1, new, hidden_size).
+    """
+    cache.length = length
+    positions = torch.arange(length, length + tokens.shape[1], device=tokens.device)
+    where = {"position_ids": positions[None]} if TRANSFORMERS_5 else {"cache_position": positions}
+    return model(use_cache=True, **{name: tokens, CACHE: cache}, **where)[0]

@@ -178,31 +178,3 @@ def test_without_a_gpu_cuda_says_so():
 def test_every_system_has_its_module():
     for name, entry in SYSTEMS.items():
         assert (ROOT / "benchmarks" / "systems" / f"{entry.module}.py").is_file(), name
-
-
-SERVER = """
-import http.server, json, sys, time
-
-class Handler(http.server.BaseHTTPRequestHandler):
-    def do_GET(self):
-        self.answer(b"{}")
-
-    def do_POST(self):
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        time.sleep(len(body["prompt"]) / 20000)
-        if body.get("stream"):
-            texts = [{"choices": [{"text": text}]} for text in ("", "a", "b")]
-            self.answer("".join(f"data: {json.dumps(text)}\\n\\n" for text in texts).encode() + b"data: [DONE]\\n\\n")
-        else:
-            self.answer(json.dumps({"usage": {"completion_tokens": body["max_tokens"] - 1}}).encode())
-
-    def answer(self, data):
-        self.send_response(200 if sys.argv[2] == "right" else 400)
-        self.end_headers()
-        self.wfile.write(data)
-
-    def log_message(self, *_):
-        pass
-
-http.server.ThreadingHTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
-"""

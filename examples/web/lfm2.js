@@ -94,7 +94,7 @@ export async function open({ library, runtime, model } = {}) {
   return { library: imported, name: onHub ? place : folder.slice(end) };
 }
 
-/** Return the device that the browser has: "webgpu" where it has an adapter, else "wasm". And whether it halves floats. */
+/** Return what the browser has: "webgpu" with an adapter, else "wasm", and whether that computes in half precision. */
 export async function chooseDevice() {
   const adapter = await navigator.gpu?.requestAdapter().catch(() => null);
   return adapter ? { device: "webgpu", half: adapter.features.has("shader-f16") } : { device: "wasm", half: false };

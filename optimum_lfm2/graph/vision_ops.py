@@ -125,7 +125,8 @@ def attention_of_frames(
 ) -> torch.Tensor:
     """Attention of all patches of a frame to each other: (1, patches, width) each → (1, patches, width).
 
-    Without a bias onnxruntime needs no memory for the scores, so a bias is made for frames of several sizes alone.
+    Without a bias onnxruntime's kernel on the CPU (1.32) never holds all scores at once. So only frames of several
+    sizes get one.
 
     Args:
         even: whether all frames have the same size, a bool scalar.

@@ -86,7 +86,7 @@ class ScheduledRequest:
         self.ids, self.picker, self._make_graph = ids, picker, graph
         self.read_ids = ids if read_ids is None else read_ids
         self.key = ids.numpy() if key is None else key
-        self.columns = len(ids) + picker.max_new_tokens
+        self.columns = len(ids) + picker.max_new_tokens  # kept, since each step asks for it
         self._on_token, self._on_end = on_token, on_end
         self.tokens: list[int] = []
         self.ended: str | None = None

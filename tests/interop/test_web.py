@@ -65,8 +65,8 @@ serve = load_serve()
 
 
 @contextmanager
-def served(folder):
-    server = serve.make_server(folder)
+def running(server):
+    """Yield the address of a server that a thread runs."""
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     try:
@@ -75,6 +75,10 @@ def served(folder):
         server.shutdown()
         thread.join()
         server.server_close()
+
+
+def served(folder):
+    return running(serve.make_server(folder))
 
 
 def browse(folder, artifacts, query="", gpu="none", server=served, **asked):
@@ -249,14 +253,8 @@ def test_the_file_that_a_device_prefers():
 def plainly_served(site):
     """A web host that serves files, and nothing else."""
     handler = partial(SimpleHTTPRequestHandler, directory=str(site.parent))
-    with ThreadingHTTPServer(("localhost", 0), handler) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        try:
-            yield f"http://localhost:{server.server_port}/{site.name}"
-        finally:
-            server.shutdown()
-            thread.join()
+    with running(ThreadingHTTPServer(("localhost", 0), handler)) as url:
+        yield f"{url}/{site.name}"
 
 
 @installed
