@@ -99,7 +99,7 @@ def measure(bench: Bench, args: argparse.Namespace) -> dict[str, Any]:
         "options": {"rounds": args.rounds, "threads": args.threads, "chats": [str(chat) for chat in args.chats]},
         "systems": systems(bench, names, args),
     }
-    if args.quality:
+    if args.quality and results["systems"]:
         quality = Bench(args.work / "quality", CHECKPOINT, args.threads, bench.pythons)
         own = [name for name in results["systems"] if SYSTEMS[name].of is None]
         for name, divergence in divergences(quality, own, args.quality, QUALITY_LENGTH).items():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import json
 import os
 import shutil
 import sys
@@ -66,6 +68,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with the files of `LONG`, go on with those of many tests. A long file at the end leaves one core idle."""
     tests = Counter(item.path for item in items)
     items.sort(key=lambda item: (item.path.name not in LONG, -tests[item.path]))
+
+
+def pytest_collection_finish() -> None:
+    """What the imports made stays. Garbage collection that looks at it each time takes 7 % of the tests' time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
@@ -224,19 +232,48 @@ def no_pauses():
         yield
 
 
+@pytest.fixture(scope="module")
+def jobs_here():
+    """Benchmarks make their files in this process. To import the libraries anew takes longer than all the rest."""
+    from benchmarks import worker
+    from benchmarks.bench import Bench
+
+    in_a_process = Bench.job
+
+    def job(self: Bench, name: str, job: str, **values: Any) -> dict[str, Any]:
+        if job in ("load", "memory"):  # these say what a process takes
+            return in_a_process(self, name, job, **values)
+        return worker.JOBS[job](json.loads(self._command(name, job, values)[-1]))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Bench, "job", job)
+        yield
+
+
 @pytest.fixture
-def cli(monkeypatch, capfd):
-    """`cli(*arguments)` runs `optimum-cli` in this process and returns the exit code and standard error."""
+def cli_said(monkeypatch, capfd):
+    """`cli_said(*arguments)` runs `optimum-cli` in this process: the exit code, standard output and standard error."""
     from optimum.commands.optimum_cli import main
 
-    def run(*args: object) -> tuple[int, str]:
+    def run(*args: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["optimum-cli", *map(str, args)])
         code = 0
         try:
             main()
         except SystemExit as exit_:
             code = exit_.code or 0
-        return code, capfd.readouterr().err
+        return code, *capfd.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def cli(cli_said):
+    """The same without standard output."""
+
+    def run(*args: object) -> tuple[int, str]:
+        code, _, err = cli_said(*args)
+        return code, err
 
     return run
 

@@ -33,7 +33,7 @@ from optimum_lfm2.runtime.session import GraphSession
 from optimum_lfm2.weights.blocks import Blocks
 
 
-pytestmark = [pytest.mark.once, pytest.mark.usefixtures("no_pauses")]
+pytestmark = [pytest.mark.once, pytest.mark.usefixtures("no_pauses", "jobs_here")]
 
 ROOT = Path(__file__).parent.parent
 

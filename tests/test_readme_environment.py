@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ast
 import importlib
-import json
 import os
 import re
 import shutil
@@ -96,66 +95,75 @@ def test_the_environment_holds_no_more_than_readme_says(packages):
     assert not {"pytest", "coverage", "pip", "diffusers"} & set(found)
 
 
-PUBLIC = {
-    **{
-        f"from optimum.onnxruntime import {name}": module
-        for module, names in optimum.onnxruntime._import_structure.items()
-        for name in names
-    },
-    **{
-        f"from optimum.exporters.onnx import {name}": module
-        for module, names in optimum.exporters.onnx._import_structure.items()
-        for name in names
-    },
-    "from optimum.pipelines import pipeline": "pipelines",
-    "from optimum.exporters.tasks import TasksManager": "tasks",
-}
-# Each statement in a child of an interpreter that has imported this package alone: as in a fresh one, and at once.
+# Names that a user imports, in groups that one module defines.
+PUBLIC = [
+    *(
+        [f"from optimum.onnxruntime import {name}" for name in names]
+        for names in optimum.onnxruntime._import_structure.values()
+    ),
+    *(
+        [f"from optimum.exporters.onnx import {name}" for name in names]
+        for names in optimum.exporters.onnx._import_structure.values()
+    ),
+    ["from optimum.pipelines import pipeline"],
+    ["from optimum.exporters.tasks import TasksManager"],
+]
+# Each program in a child of an interpreter that has imported one thing alone: as in a fresh one, and at once.
 IN_CHILDREN = """
-import json, os, sys, traceback
-import optimum_lfm2
-for statement in json.loads({statements!r}):
+import json, os, sys
+{first}
+for program in {programs!r}:
     sys.stdout.flush()
     child = os.fork()
     if not child:
         try:
-            exec(statement)
+            exec(program, {{}})
         except BaseException as error:
-            print(json.dumps([statement, repr(error)]), flush=True)
+            print(json.dumps([program, repr(error)]), flush=True)
+        sys.stdout.flush()
         os._exit(0)
     os.waitpid(child, 0)
 """
 
 
 def test_each_public_name_is_imported_first(packages):
-    assert len(PUBLIC) > 60
-    assert python(packages, IN_CHILDREN.format(statements=json.dumps(list(PUBLIC)))) == ""
+    """Or right after those of its module, which imports nothing more."""
+    assert sum(map(len, PUBLIC)) > 60
+    programs = ["\n".join(statements) for statements in PUBLIC]
+    assert python(packages, IN_CHILDREN.format(first="import optimum_lfm2", programs=programs)) == ""
 
 
 @pytest.mark.parametrize(
-    "before",
+    ("first", "then"),
     [
-        "import optimum_lfm2",
-        "import transformers, transformers.pipelines, optimum_lfm2",
-        "from transformers import AutoModelForCausalLM, AutoProcessor; import optimum_lfm2",
-        "import optimum_lfm2; from optimum.onnxruntime import ORTModelForCausalLM; import transformers.pipelines",
+        (
+            "import optimum_lfm2",
+            ["", "from optimum.onnxruntime import ORTModelForCausalLM; import transformers.pipelines"],
+        ),
+        (
+            "import transformers",
+            [
+                "import transformers.pipelines, optimum_lfm2",
+                "from transformers import AutoModelForCausalLM, AutoProcessor; import optimum_lfm2",
+            ],
+        ),
     ],
 )
-def test_pipelines_whatever_was_imported_before(before, packages, exported, tmp_path):
+def test_pipelines_whatever_was_imported_before(first, then, packages, exported, tmp_path):
     shutil.copytree(exported("trained"), tmp_path / "lfm2_onnx")
-    code = f"""
-{before}
+    code = """
 from optimum.onnxruntime import ORTModelForSeq2SeqLM, ORTModelForVision2Seq, pipeline
 import optimum.pipelines
-for make, options in ((pipeline, {{}}), (optimum.pipelines.pipeline, {{"accelerator": "ort"}})):
+for make, options in ((pipeline, {}), (optimum.pipelines.pipeline, {"accelerator": "ort"})):
     write = make("text-generation", model="lfm2_onnx", **options)
     print(type(write.model).__name__)
     print(write("Once upon a time", max_new_tokens=8, do_sample=False)[0]["generated_text"])
 """
-    name, first, other, second = python(packages, code, tmp_path).splitlines()
-    assert name == other == "ORTLfm2ForCausalLM"
-    assert first == second
-    assert len(first.split()) > 8
+    said = python(packages, IN_CHILDREN.format(first=first, programs=[before + code for before in then]), tmp_path)
+    name, text, *others = said.splitlines()
+    assert name == "ORTLfm2ForCausalLM"
+    assert others == [name, text] * (2 * len(then) - 1)
+    assert len(text.split()) > 8
 
 
 def test_readme_chats(packages, exported, tmp_path):

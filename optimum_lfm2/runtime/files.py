@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import onnx_ir as ir
+import onnx
+from onnx.external_data_helper import ExternalDataInfo, uses_external_data
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 from optimum.onnxruntime.constants import ONNX_WEIGHTS_NAME
 from transformers import GenerationConfig
@@ -55,8 +56,8 @@ def _weight_files(path: Path) -> list[Path]:
     """Return the files beside a graph that hold its weights. A large graph holds them itself."""
     if path.stat().st_size > LARGEST_WITHOUT_WEIGHTS:
         return []
-    values = (value.const_value for value in ir.load(path).graph.initializers.values())
-    names = {str(value.location) for value in values if isinstance(value, ir.ExternalTensor)}
+    tensors = onnx.load_model(path, load_external_data=False).graph.initializer
+    names = {ExternalDataInfo(tensor).location for tensor in tensors if uses_external_data(tensor)}
     return [file for name in sorted(names) if (file := path.parent / name).is_file()]
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 
 import numpy as np
 import onnx_ir as ir
@@ -122,9 +120,8 @@ def test_a_file_that_a_user_removed_is_not_declared(small):
     assert genai_weights(small) == {"model_quantized.onnx_data"}
 
 
-def test_help_teaches():
-    command = [sys.executable, "-m", "optimum.commands.optimum_cli", "export", "lfm2", "--help"]
-    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+def test_help_teaches(cli_said):
+    _, out, _ = cli_said("export", "lfm2", "--help")
     for name, precision in PRECISIONS.items():
         assert re.search(rf"OUT/onnx/{re.escape(precision.file)} +{name} ", out)
     assert "examples:" in out

@@ -175,12 +175,12 @@ def test_a_graph_of_one_logit(exported, tmp_path):
             run_()
 
 
-def test_through_optimum_cli(exported):
+def test_through_optimum_cli(exported, cli):
     command = [sys.executable, "-m", "optimum.commands.optimum_cli", "lfm2", "evaluate"]
     done = subprocess.run([*command, *arguments(exported("trained"))], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "same top token" in done.stdout
     assert "transformers" not in done.stderr  # nor any warning of transformers
-    done = subprocess.run([*command, *arguments(Path("nowhere"))], capture_output=True, text=True, check=False)
-    assert done.returncode == 1
-    assert done.stderr.splitlines()[-1].startswith("optimum-cli: error: nowhere does not exist")
+    code, err = cli("lfm2", "evaluate", *arguments(Path("nowhere")))
+    assert code == 1
+    assert err.splitlines()[-1].startswith("optimum-cli: error: nowhere does not exist")

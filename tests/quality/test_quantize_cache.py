@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -310,18 +308,17 @@ def test_a_folder_stands_for_the_float_cache(folder, tmp_path):
     assert torch.int8 in ORTModelForCausalLM.from_pretrained(other).layout.dtypes.values()
 
 
-def test_through_optimum_cli(exported, tmp_path):
+def test_through_optimum_cli(exported, cli_said, tmp_path):
     shutil.copytree(exported("trained"), tmp_path / "export")
-    command = [sys.executable, "-m", "optimum.commands.optimum_cli", "lfm2", "quantize-cache", str(tmp_path / "export")]
-    command += ["--text", str(TEXT), "--chunks", "4", "--length", "64"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "model_kv8.onnx: KL divergence from model.onnx" in done.stdout
-    assert 'from_pretrained("' in done.stdout.splitlines()[-1]
-    assert done.stdout.splitlines()[-1].endswith('file_name="model_kv8.onnx")')
-    done = subprocess.run([*command, "--length", "100000"], capture_output=True, text=True, check=False)
-    assert done.returncode == 1
-    assert done.stderr.splitlines()[-1].startswith(f"optimum-cli: error: {TEXT} has")
+    command = ("lfm2", "quantize-cache", tmp_path / "export", "--text", TEXT, "--chunks", 4, "--length", 64)
+    code, out, err = cli_said(*command)
+    assert code == 0, err
+    assert "model_kv8.onnx: KL divergence from model.onnx" in out
+    assert 'from_pretrained("' in out.splitlines()[-1]
+    assert out.splitlines()[-1].endswith('file_name="model_kv8.onnx")')
+    code, _, err = cli_said(*command, "--length", 100000)
+    assert code == 1
+    assert err.splitlines()[-1].startswith(f"optimum-cli: error: {TEXT} has")
 
 
 def test_the_benchmarks_systems(tmp_path):
