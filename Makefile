@@ -80,10 +80,14 @@ $(NODE_MODULES): examples/web/package-lock.json
 	cd examples/web && npm ci --ignore-scripts --no-audit --no-fund
 	touch $@
 
-.venv-transformers5/ready: pyproject.toml
+# Apart, since the other environment can be made at the same time.
+.venv-transformers5/libraries: pyproject.toml
 	$(PYTHON) -m venv .venv-transformers5
 	.venv-transformers5/bin/pip install --quiet "$(TORCH)"
 	.venv-transformers5/bin/pip install --quiet "transformers>=5" onnxruntime onnxruntime-genai==0.18.0 onnx "onnx-ir>=1.1" requests tqdm sentence-transformers gguf pytest pytest-cov pytest-xdist fastapi uvicorn openai llguidance
+	touch $@
+
+.venv-transformers5/ready: .venv-transformers5/libraries
 	.venv-transformers5/bin/pip install --quiet --no-deps optimum==2.1.0 optimum-onnx==0.1.0 -e .
 	$(call add_torchvision,.venv-transformers5)
 	touch $@

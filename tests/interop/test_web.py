@@ -50,8 +50,8 @@ CHATS = [
 ]
 
 
-# Longer than what a GPU reads at once.
-LONG_CHAT = [{"role": "user", "content": f"{'Ben put the silver key next to the well. ' * 30}Where is the silver key?"}]
+# Longer than what a GPU reads at once. The answers are short: a GPU in software takes a second for a token.
+LONG_CHAT = ["Ben put the silver key next to the well. " * 30 + CHAT[0], "Thank you."]
 
 
 def load_serve():
@@ -199,14 +199,13 @@ def test_a_chat_that_goes_on_is_not_read_again(visit, gold, tokenizer):
 @browser
 def test_webgpu_takes_a_file_for_it_and_reads_in_chunks(hub_folder, plain, tokenizer, tmp_path):
     """A GPU in software does not compute in half precision, so the page takes q4 in place of q4f16."""
-    messages = [*LONG_CHAT, {"role": "user", "content": CHAT[0]}]
-    result = browse(hub_folder, tmp_path, gpu="software", chat=[message["content"] for message in messages])
+    result = browse(hub_folder, tmp_path, gpu="software", chat=LONG_CHAT)
     if "WebGPU" not in result["status"]:
         pytest.skip("this Chromium has no WebGPU in software")
     assert result["status"] == "Ready: model_q4.onnx, WebGPU"
     model, turns, before, reads = plain(hub_folder / PRECISIONS["q4"].file), [], 0, []
-    for message, answer, told in zip(messages, result["answers"], result["told"], strict=True):
-        turns.append(message)
+    for message, answer, told in zip(LONG_CHAT, result["answers"], result["told"], strict=True):
+        turns.append({"role": "user", "content": message})
         ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
         # A GPU rounds activations to 8 bits for a prompt, as accuracy_level asks it to.
         model.assert_greedy(ids, told["ids"], PRECISIONS["q4"].rounded)
