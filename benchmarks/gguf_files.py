@@ -10,9 +10,14 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.gguf_architectures import ARCHITECTURES
+
 
 # Takes a tensor's values and its type, and returns its bytes.
 Quantiser = Callable[[np.ndarray, Any], np.ndarray]
+
+# Takes gguf's writer and the number of ids, and writes their words.
+Vocabulary = Callable[[Any, int], None]
 
 
 def write_gguf(
@@ -20,60 +25,54 @@ def write_gguf(
     path: Path,
     kind: Callable[[str, int], str] = lambda name, width: "F32",
     quantise: Quantiser | None = None,
-    words: bool = False,
     factors: Mapping[str, float] = {},
+    vocabulary: Vocabulary | None = None,
 ) -> None:
-    """Write the file of a dense LFM2 checkpoint.
+    """Write the file of a checkpoint of one of `gguf_architectures.ARCHITECTURES`.
 
     Args:
         checkpoint: its folder.
         path: the file.
         kind: the type of a matrix, by its name in the file and the length of its rows. What is no matrix stays float32.
         quantise: makes the bytes of types that are not F32.
-        words: whether it has a vocabulary. The words stand for their ids alone. llama.cpp's server needs one; its
-            library does not.
         factors: of norms, by a part of their names in the file.
+        vocabulary: writes it; by default `add_words`.
     """
     import gguf
     from safetensors.torch import load_file
 
     config = json.loads((checkpoint / "config.json").read_text())
-    layers = config["num_hidden_layers"]
     weights = load_file(checkpoint / "model.safetensors")
-    writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.LFM2])
-    writer.add_context_length(config["max_position_embeddings"])
-    writer.add_embedding_length(config["hidden_size"])
-    writer.add_block_count(layers)
-    writer.add_feed_forward_length(len(weights["model.layers.0.feed_forward.w1.weight"]))
-    writer.add_head_count(config["num_attention_heads"])
-    kv_heads = config["num_key_value_heads"]
-    writer.add_head_count_kv([0 if kind == "conv" else kv_heads for kind in config["layer_types"]])
-    writer.add_rope_freq_base(config.get("rope_theta") or config["rope_parameters"]["rope_theta"])
-    writer.add_layer_norm_rms_eps(config["norm_eps"])
-    writer.add_shortconv_l_cache(config["conv_L_cache"])
-    writer.add_vocab_size(config["vocab_size"])
-    if words:
-        _add_words(writer, config["vocab_size"])
-    else:
-        writer.add_tokenizer_model("none")
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LFM2, layers)
+    architecture = ARCHITECTURES[config["model_type"]](config)
+    known = gguf.MODEL_ARCH[architecture.name]
+    writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[known])
+    architecture.describe(writer, weights)
+    (vocabulary or add_words)(writer, config["vocab_size"])
+    names = gguf.get_tensor_name_map(known, config["num_hidden_layers"])
     for name, tensor in weights.items():
-        target = names.get_name(name, try_suffixes=(".weight", ".bias"))
-        values = np.ascontiguousarray((tensor.squeeze(1) if tensor.ndim == 3 else tensor).float().numpy())
-        values *= next((factor for part, factor in factors.items() if part in target), 1)
-        stored = kind(target, values.shape[-1]) if tensor.ndim == 2 else "F32"
-        if stored == "F32":
-            writer.add_tensor(target, values)
-        else:
-            of = gguf.GGMLQuantizationType[stored]
-            writer.add_tensor(target, quantise(values, of), raw_dtype=of)
+        for own, value in architecture.tensors(name, tensor):
+            target = names.get_name(own, try_suffixes=(".weight", ".bias"))
+            values = np.ascontiguousarray(value.float().numpy())
+            values *= next((factor for part, factor in factors.items() if part in target), 1)
+            stored = kind(target, values.shape[-1]) if tensor.ndim == 2 else "F32"
+            if stored == "F32":
+                writer.add_tensor(target, values)
+            else:
+                of = gguf.GGMLQuantizationType[stored]
+                writer.add_tensor(target, quantise(values, of), raw_dtype=of)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
 
 
-def _add_words(writer: Any, count: int) -> None:
+def token_of(word: str) -> int:
+    """Return the id for which a word of `add_words` stands."""
+    return int(word.removeprefix("t"))
+
+
+def add_words(writer: Any, count: int) -> None:
+    """Write a vocabulary whose words stand for their ids alone."""
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("lfm2")
     writer.add_token_list([f"t{i}" for i in range(count)])
@@ -82,6 +81,31 @@ def _add_words(writer: Any, count: int) -> None:
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(0)  # that nobody writes, so no text ends
     writer.add_add_bos_token(False)
+
+
+def tokenizer_of(checkpoint: Path) -> Vocabulary:
+    """Return what writes a checkpoint's tokenizer of LFM2's kind, as the converter does (`get_vocab_base`)."""
+    import gguf
+
+    stored = json.loads((checkpoint / "tokenizer.json").read_text(encoding="utf-8"))
+    config = json.loads((checkpoint / "config.json").read_text())
+    words = {i: text for text, i in stored["model"]["vocab"].items()}
+    kinds = dict.fromkeys(words, gguf.TokenType.NORMAL)
+    for token in stored["added_tokens"]:
+        words[token["id"]] = token["content"]
+        kinds[token["id"]] = gguf.TokenType.CONTROL if token["special"] else gguf.TokenType.USER_DEFINED
+
+    def add(writer: Any, count: int) -> None:
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre("lfm2")
+        writer.add_token_list([words.get(i, f"[PAD{i}]") for i in range(count)])
+        writer.add_token_types([kinds.get(i, gguf.TokenType.UNUSED) for i in range(count)])
+        writer.add_token_merges([one if isinstance(one, str) else " ".join(one) for one in stored["model"]["merges"]])
+        writer.add_bos_token_id(config["bos_token_id"])
+        writer.add_eos_token_id(config["eos_token_id"])
+        writer.add_add_bos_token(True)
+
+    return add
 
 
 def ggml_quantiser() -> Quantiser:

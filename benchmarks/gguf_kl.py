@@ -28,7 +28,7 @@ from benchmarks.bench import say
 from benchmarks.checkpoint import random_checkpoint
 from benchmarks.gguf_files import MIXES, ggml_quantiser, write_gguf
 from benchmarks.quality import CHECKPOINT, read_chunks
-from benchmarks.systems.base import Timing
+from benchmarks.systems.llama import LlamaCpp
 
 
 FACTORS = {"demo": {}, "350m": {"attn_q_norm": 5, "token_embd_norm": 5}}
@@ -51,46 +51,11 @@ class Text:
     found: torch.Tensor
 
 
-class LlamaCpp:
-    """llama.cpp's server in this process, for one text at a time."""
-
-    def __init__(self, path: Path, threads: int, vocabulary: int) -> None:
-        import xllamacpp
-
-        settings = xllamacpp.CommonParams()
-        settings.model.path = str(path)
-        settings.n_ctx, settings.n_parallel, settings.warmup, settings.verbosity = 1024, 1, False, -1
-        settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = threads
-        self.server = xllamacpp.Server(settings)
-        self.vocabulary = vocabulary
-
-    def run(self, prompt: list[int], new: int) -> Timing:
-        """As `systems.base.System.run`, by llama.cpp's own clock, which is the mean of the steps."""
-        asked = {"prompt": prompt, "n_predict": new + 1, "temperature": 0, "cache_prompt": False}
-        clock = self.server.handle_completions(asked)["timings"]
-        first, step = clock["prompt_ms"] / 1000, clock["predicted_per_token_ms"] / 1000
-        return Timing(stamps=[0.0, *(first + step * i for i in range(new + 1))])
-
-    def go_on(self, prompt: list[int], new: int) -> Text:
-        """Continue a prompt greedily.
-
-        Raises:
-            RuntimeError: it does not give the whole distribution of each token.
-        """
-        asked = {"prompt": prompt, "n_predict": new, "n_probs": self.vocabulary, "temperature": 0}
-        answer = self.server.handle_completions({**asked, "cache_prompt": False})
-        if "choices" not in answer:
-            raise RuntimeError(f"llama.cpp does not answer: {str(answer)[:200]}")
-        steps = answer["choices"][0]["logprobs"]["content"]
-        found = torch.full((len(steps), self.vocabulary), -torch.inf, dtype=torch.float64)
-        for row, step in zip(found, steps, strict=True):
-            ids = [entry["id"] for entry in step["top_logprobs"]]
-            row[ids] = torch.tensor([entry["logprob"] for entry in step["top_logprobs"]], dtype=torch.float64)
-        if len(steps) != new or (found.exp().sum(-1) - 1).abs().max() > 1e-3:
-            raise RuntimeError(f"llama.cpp gave {len(steps)} of {new} distributions, or not all of each")
-        # They are rounded, and sum to 1 but for some millionths, which is as much as is compared. A probability of 0 is
-        # not written as a finite number.
-        return Text(prompt, [step["id"] for step in steps], found.clamp(min=-200).log_softmax(-1))
+def go_on(llama: LlamaCpp, prompt: list[int], new: int) -> Text:
+    """Continue a prompt greedily by llama.cpp."""
+    tokens, found = llama.distributions(prompt, new)
+    # A probability of 0 is not written as a finite number.
+    return Text(prompt, tokens, torch.from_numpy(found).clamp(min=-200).log_softmax(-1))
 
 
 def gold_of(checkpoint: Path, path: Path) -> Any:
@@ -180,8 +145,8 @@ def prompts(model: str, count: int) -> list[list[int]]:
 def compare(path: Path, folder: Path, checkpoint: Path, asked: Sequence[list[int]], new: int, threads: int) -> Iterator:
     """Yield the name and the cells of each system."""
     gold_model = gold_of(checkpoint, path)
-    llama = LlamaCpp(path, threads, gold_model.config.vocab_size)
-    texts = [llama.go_on(prompt, new) for prompt in asked]
+    llama = LlamaCpp(path, threads, length=1024)
+    texts = [go_on(llama, prompt, new) for prompt in asked]
     del llama
     gold = torch.cat([read_gold(gold_model, text) for text in texts])
     # Without a cache, since transformers 4 fills that of a short prompt wrongly.
@@ -225,7 +190,7 @@ def main(argv: list[str] | None = None) -> None:
         for mix in args.files:
             path = args.work / "gguf" / f"{model}.{mix}.gguf"
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_gguf(checkpoint, path, MIXES[mix], quantise, words=True, factors=FACTORS[model])
+            write_gguf(checkpoint, path, MIXES[mix], quantise, factors=FACTORS[model])
             peak = export(path, path.with_suffix(""))
             say(f"{path.name}: {path.stat().st_size / 1e6:.0f} MB, exported in {peak / 1e6:.0f} MB of memory at most")
             for name, cells in compare(path, path.with_suffix(""), checkpoint, asked, args.new, args.threads):

@@ -31,8 +31,8 @@ from transformers import AutoModelForCausalLM
 from benchmarks.bench import say
 from benchmarks.checkpoint import random_checkpoint
 from benchmarks.gguf_files import ggml_quantiser, q8_0, write_gguf
-from benchmarks.gguf_kl import LlamaCpp
 from benchmarks.systems import loop
+from benchmarks.systems.llama import LlamaCpp
 from optimum_lfm2.quality import quantize_cache
 from optimum_lfm2.quality.evaluate import evaluate
 from optimum_lfm2.weights.blocks import SCHEMES, Blocks, Scheme, dequantize_tensor, quantize_tensor
@@ -254,8 +254,8 @@ def activations(work: Path, rounds: int, threads: int) -> None:
     if find_spec("xllamacpp"):
         path = work / "gguf" / "speed.Q8_0.gguf"
         path.parent.mkdir(exist_ok=True)
-        write_gguf(checkpoint, path, q8_0, ggml_quantiser(), words=True)
-        systems["llama.cpp, Q8_0"] = LlamaCpp(path, threads, 65536)
+        write_gguf(checkpoint, path, q8_0, ggml_quantiser())
+        systems["llama.cpp, Q8_0"] = LlamaCpp(path, threads, 1024)
     timings = _turns(systems, rounds)
     base = timings["q8, accuracy_level 4"]
     print("| system | prefill tok/s | to level 4 | decode tok/s | to level 4 |\n" + "| --- " * 5 + "|")

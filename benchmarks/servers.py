@@ -8,7 +8,7 @@ wrote. Figures are medians, with the lowest and the highest.
   python -m benchmarks.servers --tokenizer M \
       "ours=optimum-cli lfm2 serve M_onnx --port {port}" \
       "torch=transformers serve M --device cpu --port {port}" \
-      "llama.cpp=llama-server -m M.gguf -np 8 -c 32768 --port {port}"
+      "llama.cpp=python -m benchmarks.llama_server M M.gguf --port {port}"
 """
 
 from __future__ import annotations

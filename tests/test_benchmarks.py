@@ -163,8 +163,8 @@ def test_a_package_that_is_missing_is_left_out(checkpoint, tmp_path, capsys):
         "--out",
         str(tmp_path / "out"),
     ]
-    run.main([*places, "--systems", "llama-q4_0", "--python", f"llama-cpp-python={empty}", "--long-prompt", "0"])
-    assert "llama-q4_0 left out: llama-cpp-python is not installed" in capsys.readouterr().err
+    run.main([*places, "--systems", "llama-q4_0", "--python", f"xllamacpp={empty}", "--long-prompt", "0"])
+    assert "llama-q4_0 left out: xllamacpp is not installed" in capsys.readouterr().err
 
 
 def test_without_a_gpu_cuda_says_so(monkeypatch):

@@ -117,7 +117,7 @@ SYSTEMS: dict[str, Entry] = {
         ),
     ),
     **_each(
-        "llama.cpp", "llama", "llama", "llama-cpp-python", ("llama_cpp",), "kind",
+        "llama.cpp", "llama", "llama", "xllamacpp", ("xllamacpp",), "kind",
         (("F32", "F32", 32, 32), ("Q8_0", "Q8_0", 8, 8), ("Q4_0", "Q4_0, blocks of 32", 4, 6)),
     ),
     **_each(
