@@ -39,7 +39,7 @@ from optimum_lfm2.runtime.cache import Lfm2Cache
 from optimum_lfm2.runtime.files import FileIdentity, generation_config_of, only_file, refused_graphs, save_session
 from optimum_lfm2.runtime.layout import GraphLayout
 from optimum_lfm2.runtime.padding_warning import right_padding_allowed
-from optimum_lfm2.runtime.readers import criteria, processors
+from optimum_lfm2.runtime.readers import criteria, noted, processors
 from optimum_lfm2.runtime.request import REQUEST, SETTLED, Request, check_length, request_of
 from optimum_lfm2.runtime.rows import RowRunner
 from optimum_lfm2.runtime.session import GraphSession
@@ -168,6 +168,8 @@ class ORTLfm2ForCausalLM(AssistedGeneration, compat.GenerationWithoutExperts, OR
             logits = rows.run(ids, attention_mask, cache, keep, self.use_io_binding)
         else:
             logits = rows.run(ids, attention_mask, cache, 0, self.use_io_binding)[:, keep]
+        if cache is not None and request is not None and (behind := request.behind_ends(total)) is not None:
+            cache.hide(behind)
         cache = cache if use_cache else None
         if return_dict is False:
             return (logits,) if cache is None else (logits, cache)
@@ -207,8 +209,10 @@ class ORTLfm2ForCausalLM(AssistedGeneration, compat.GenerationWithoutExperts, OR
         if request is None and ids.shape[1] > 1 and length > longest:  # single tokens go on, as in transformers
             check_length(length if mask is None else int((mask != 0).sum(1).max()), longest)
         if mask is None:
-            return torch.ones((batch, length), dtype=torch.int64, device=ids.device)
-        return mask if request is not None else (mask != 0).to(torch.int64)
+            mask = torch.ones((batch, length), dtype=torch.int64, device=ids.device)
+        elif request is None:
+            mask = (mask != 0).to(torch.int64)
+        return mask if cache is None else cache.shown(mask)
 
     def _refuse(self, kwargs: dict[str, Any]) -> None:
         for name in ("inputs_embeds", "labels"):
@@ -307,7 +311,11 @@ class ORTLfm2ForCausalLM(AssistedGeneration, compat.GenerationWithoutExperts, OR
 
     def _get_stopping_criteria(self, generation_config: GenerationConfig, *args: Any, **kwargs: Any) -> Any:
         inner = super()._get_stopping_criteria(generation_config, *args, **kwargs)
-        return criteria(inner, getattr(generation_config, SETTLED).order)
+        request = getattr(generation_config, SETTLED)
+        inner = criteria(inner, request.order)
+        # A graph that is wrong on padding would run its rows one by one. Beams end as a whole.
+        together = generation_config.use_cache and generation_config.num_beams == 1 and self.layout.any_padding
+        return noted(inner, request.note_ends) if together else inner
 
     def prepare_inputs_for_generation(
         self,
@@ -326,7 +334,7 @@ class ORTLfm2ForCausalLM(AssistedGeneration, compat.GenerationWithoutExperts, OR
         return {
             "input_ids": input_ids[:, input_ids.shape[1] - request.unseen(input_ids, cache) :],
             compat.CACHE: cache,
-            "attention_mask": attention_mask,
+            "attention_mask": request.shown(attention_mask, input_ids.shape[1]),
             "use_cache": use_cache,
             "logits_to_keep": logits_to_keep,
             REQUEST: _request,

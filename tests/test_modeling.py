@@ -188,6 +188,34 @@ def test_end_of_text_stops_a_row_and_not_its_neighbour(model, gold):
     assert out[1] == other_tokens
 
 
+@pytest.mark.parametrize("given", ["mask", "mask that shows", "nothing"])
+def test_a_batch_goes_on_where_a_row_had_ended_before_another(given, exported, gold_model):
+    """The padding behind a row's end is in no state, so every row goes on as alone, also after a third turn."""
+    tokenizer = AutoTokenizer.from_pretrained(exported("trained"), padding_side="left")
+    model, gold = ORTModelForCausalLM.from_pretrained(exported("trained")), gold_model("trained")
+    ask = "<|im_start|>user\nWhat is {}?<|im_end|>\n<|im_start|>assistant\n"
+    inputs = tokenizer([ask.format("3 plus 4"), "Once upon a time there was a girl"], return_tensors="pt", padding=True)
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    chats = [row[shown == 1] for row, shown in zip(ids, mask, strict=True)]
+    settings, cache = {"do_sample": False, "max_new_tokens": 14, "return_dict_in_generate": True}, None
+    for turn in range(3):
+        golds = [gold.generate(chat[None], use_cache=False, **settings).sequences[0] for chat in chats]
+        shows, begun = mask.clone(), inputs["input_ids"].shape[1]
+        shows[:, begun : cache.get_seq_length() if cache else begun] = 1
+        asked = {"mask": {"attention_mask": mask}, "mask that shows": {"attention_mask": shows}, "nothing": {}}
+        out = model.generate(ids, past_key_values=copy.deepcopy(cache), **asked[given], **settings)
+        answers, cache = out.sequences[:, ids.shape[1] :], out[compat.CACHE]
+        chats = [torch.cat([chat, row[row != 0]]) for chat, row in zip(chats, answers, strict=True)]
+        assert [chat.tolist() for chat in chats] == [one.tolist() for one in golds], turn
+        assert (answers == 0).any() == (turn == 0), "only the first answer of one row ends early"
+        more = tokenizer([" Then", " So"], add_special_tokens=False, return_tensors="pt")["input_ids"]
+        chats = [torch.cat(pair) for pair in zip(chats, more, strict=True)]
+        ids = torch.cat([out.sequences, more], dim=1)
+        mask = torch.cat([mask, (answers != 0).to(torch.int64), torch.ones_like(more)], dim=1)
+    cache.reorder_cache(torch.tensor([1, 0]))
+    assert cache.hidden.any(1).tolist() == [False, True]
+
+
 def test_arguments_of_generate_by_position(model, gold):
     """As transformers' `generate` takes them: the ids, the settings, processors, stopping criteria."""
     prompt, tokens = gold(9)

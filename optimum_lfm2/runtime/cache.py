@@ -38,6 +38,7 @@ class Lfm2Cache(Rollback, Cache):
     is_initialized = True  # type: ignore[assignment]
     is_linear = (False,)  # not all layers: so `generate` asks how many columns were seen
     batch_size = 0  # type: ignore[assignment]
+    hidden: torch.Tensor | None = None  # here for caches that an older release pickled
 
     def __init__(self, layout: GraphLayout, batch_size: int, device: torch.device, capacity: int = 0) -> None:
         super().__init__(layers=[])  # the graph updates the tensors below; transformers' layers would hold them twice
@@ -60,6 +61,8 @@ class Lfm2Cache(Rollback, Cache):
         self.record = Record()
         # Set while rows change places within the buffers: an interrupt then leaves nothing to go on from.
         self.broken = False
+        # Columns behind the end of a row, bool (rows, columns), which stay hidden whatever a later mask says; or None.
+        self.hidden = None
         # What a session prepared for these very buffers: dropped when they are replaced, or another session comes.
         self.bindings: dict[object, object] = {}
         self.bound_to: object = None
@@ -116,6 +119,20 @@ class Lfm2Cache(Rollback, Cache):
         # At once: an interrupt in between would leave buffers that do not belong together.
         self.__dict__.update(tensors=tensors, spare=spare, batch_size=batch_size, capacity=capacity, bindings={})
 
+    def hide(self, columns: torch.Tensor) -> None:
+        """Hide columns, bool (rows, columns), from later calls too: padding, which no row has read."""
+        if self.hidden is not None:
+            columns = columns.clone()
+            columns[:, : self.hidden.shape[1]] |= self.hidden
+        self.hidden = columns
+
+    def shown(self, mask: torch.Tensor) -> torch.Tensor:
+        """Return a mask, (rows, columns from the first one on), without the columns that stay hidden."""
+        if self.hidden is None:
+            return mask
+        hidden = self.hidden[:, : self.get_seq_length()].to(mask.device)
+        return torch.cat([mask[:, : hidden.shape[1]].masked_fill(hidden, 0), mask[:, hidden.shape[1] :]], dim=1)
+
     def skip(self, columns: int) -> None:
         """Append masked columns without a call of the graph. They are zeros, since a masked column must be finite."""
         self.reserve(self.length + columns, exact=True)
@@ -133,6 +150,8 @@ class Lfm2Cache(Rollback, Cache):
         if chosen == list(range(self.batch_size)):
             return
         self.record.select(beam_idx)
+        if self.hidden is not None:
+            self.hidden = self.hidden.index_select(0, beam_idx.to(self.hidden.device))
         if self.alone is not None:
             self.alone = [copy.deepcopy(self.alone[i]) for i in chosen]
             self.batch_size = len(chosen)
@@ -175,6 +194,7 @@ class Lfm2Cache(Rollback, Cache):
         return [
             self._twin(
                 batch_size=1,
+                hidden=None,  # whoever splits a cache has masked what is hidden
                 tensors={name: tensor[i : i + 1] for name, tensor in self.tensors.items()},
                 spare={name: tensor[i : i + 1] for name, tensor in self.spare.items()},
             )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -41,6 +41,27 @@ class _Criterion(StoppingCriteria):
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> Any:
         return self._inner(_hidden_first(input_ids, self._order), scores, **kwargs)
+
+
+class _Noted(StoppingCriteriaList):
+    """Criteria that tell which rows have ended, bool (rows), and how many ids they had."""
+
+    def __init__(self, criteria: Iterable[StoppingCriteria], note: Callable[[torch.Tensor, int], None]) -> None:
+        super().__init__(criteria)
+        self._note = note
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:  # type: ignore[override]
+        done = super().__call__(input_ids, scores, **kwargs)  # type: ignore[arg-type]
+        self._note(done, input_ids.shape[1])
+        return done
+
+
+def noted(inner: StoppingCriteriaList, note: Callable[[torch.Tensor, int], None]) -> StoppingCriteriaList:
+    """Return criteria that call `note` with the rows that have ended, and the length of the ids.
+
+    Without a criterion of end tokens transformers pads no row, and they are returned as they are.
+    """
+    return _Noted(inner, note) if any(hasattr(one, "eos_token_id") for one in inner) else inner
 
 
 def processors(inner: LogitsProcessorList, order: torch.Tensor | None) -> LogitsProcessorList:

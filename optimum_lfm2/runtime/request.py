@@ -19,6 +19,7 @@ from optimum_lfm2.runtime.cache import Lfm2Cache
 
 
 REQUEST = "_request"  # its name among the arguments that transformers' loop hands on
+OPEN = 2**62  # where a row ends that goes on
 # Its name in the settings of the call. Another one, or transformers would take the argument for a setting.
 SETTLED = "_settled_request"
 
@@ -48,6 +49,7 @@ class Request:
         ends_apart: whether rows end in different columns, since they have padding on the right.
         order: puts the hidden columns of each row first, int64 (batch_size, given); None where they are.
         pictures: those of the prompt.
+        ends: of each row the columns of the text that has ended, int64 (rows), or `OPEN`; None while all rows go on.
     """
 
     total: int
@@ -57,6 +59,7 @@ class Request:
     ends_apart: bool = False
     order: torch.Tensor | None = None
     pictures: Pictures | None = None
+    ends: torch.Tensor | None = None
 
     @classmethod
     def of(cls, ids: torch.Tensor | None, mask: torch.Tensor | None, cache: Lfm2Cache | None) -> Request:
@@ -127,6 +130,29 @@ class Request:
     def unseen(self, ids: torch.Tensor, cache: Lfm2Cache | None) -> int:
         """Return how many columns of the loop's ids the cache has not seen; all of them without a cache."""
         return ids.shape[1] if cache is None else ids.shape[1] + self.before - cache.get_seq_length()
+
+    def note_ends(self, done: torch.Tensor, length: int) -> None:
+        """Note which rows of several have ended, bool (rows), after so many of the loop's ids.
+
+        transformers writes padding behind them. A row that has not read it can go on in a later turn.
+        """
+        if self.ends is None:
+            if len(done) == 1 or not bool(done.any()):
+                return
+            self.ends = torch.full((len(done),), OPEN)
+        self.ends = torch.where(done.cpu() & (self.ends == OPEN), length + self.before, self.ends)
+
+    def behind_ends(self, total: int) -> torch.Tensor | None:
+        """Return the columns behind the end of each row, bool (rows, total); None while all rows go on."""
+        return None if self.ends is None else torch.arange(total) >= self.ends[:, None]
+
+    def shown(self, mask: torch.Tensor | None, length: int) -> torch.Tensor | None:
+        """Return the mask of a call that ends after so many of the loop's ids. It hides what is behind a row's end."""
+        behind = self.behind_ends(length + self.before)
+        if behind is None:
+            return mask
+        mask = torch.ones(behind.shape, dtype=torch.int64) if mask is None else mask
+        return mask.masked_fill(behind.to(mask.device), 0)
 
     def is_prompt(self, length: int) -> bool:
         """Whether a call that ends at this length of the text is the one that reads the prompt."""

@@ -35,6 +35,7 @@ class Rollback:
     length: int
     capacity: int
     alone: Any
+    hidden: torch.Tensor | None
     bindings: dict[object, object]
 
     def activate_past_recording(self) -> None:
@@ -65,6 +66,7 @@ class Rollback:
             raise Lfm2Error(f"crop({tokens}) takes back more tokens than the {seen} that the cache has.")
         if length < seen:
             self._go_back(seen, length)
+            self.hidden = None if self.hidden is None else self.hidden[:, :length]
         self.record.forget_points()
 
     def _go_back(self, seen: int, length: int) -> None:
