@@ -60,8 +60,13 @@ def loading(task: str, folder: str | Path, own: str = "ORTLfm2ForCausalLM", **na
     package = "optimum_lfm2" if name == own else "optimum.onnxruntime"
     # On transformers 5, optimum-onnx 0.1.0 cannot be imported before us.
     first = "  import optimum_lfm2\n" if package != "optimum_lfm2" and TRANSFORMERS_5 else ""
-    given = ", ".join([json.dumps(str(folder)), *(f"{key}={json.dumps(value)}" for key, value in names.items())])
+    given = ", ".join([_quoted(str(folder)), *(f"{key}={_quoted(value)}" for key, value in names.items())])
     return f"{first}  from {package} import {name}\n  model = {name}.from_pretrained({given})"
+
+
+def _quoted(text: str) -> str:
+    """Return a text as Python writes it between double quotes, with letters of any alphabet as they are."""
+    return json.dumps(text, ensure_ascii=False)
 
 
 def loading_file(task: str, path: Path) -> str | None:

@@ -141,6 +141,7 @@ def test_a_file_is_loaded_from_the_folder_that_has_the_configuration(tmp_path, m
         ("hub/onnx/a.onnx", '"hub", subfolder="onnx", file_name="a.onnx"'),
         ("hub/a.onnx", '"hub", file_name="a.onnx"'),
         ("elsewhere/a.onnx", '"elsewhere", file_name="a.onnx"'),
+        ("für mich/a.onnx", '"für mich", file_name="a.onnx"'),
     ]:
         assert report.loading_file("text-generation", Path(path)).endswith(f"from_pretrained({options})")
 
