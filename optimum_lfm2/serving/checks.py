@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from math import isfinite
 from typing import Any
 
+from transformers import GenerationConfig
 from transformers.cli.serving.utils import Modality
 
 from optimum_lfm2.errors import Lfm2Error
@@ -35,9 +38,18 @@ def check_range(name: str, value: Any) -> None:
 def check_biases(biases: Any) -> dict[str, float]:
     """Return the biases of tokens as floats, which transformers asks for. Raise `Lfm2Error` for what is none."""
     try:
-        return {str(int(token)): float(bias) for token, bias in biases.items()}
+        found = {str(int(token)): float(bias) for token, bias in biases.items()}
     except (AttributeError, TypeError, ValueError):
-        raise Lfm2Error('logit_bias has to be an object of numbers by tokens, such as {"7": -100}.') from None
+        found = None
+    if found is None or not all(map(isfinite, found.values())):
+        raise Lfm2Error('logit_bias has to be an object of numbers by tokens, such as {"7": -100}.')
+    return found
+
+
+def check_biased(biases: Mapping[str, float], size: int) -> None:
+    """Raise `Lfm2Error` for a bias of a token beyond a vocabulary of this size."""
+    if beyond := [token for token in biases if not 0 <= int(token) < size]:
+        raise Lfm2Error(f"logit_bias has the token {beyond[0]}; this model's are 0 to {size - 1}.")
 
 
 def check_stops(stop: Any) -> list[str]:
@@ -71,9 +83,43 @@ def _is_part(part: Any) -> bool:
     return part.get("type") == "image_url"
 
 
+def complete_calls(messages: list[Any]) -> None:
+    """Give calls of earlier turns that have an empty text of arguments, as clients send for none, an empty object."""
+    for message in messages:
+        calls = message.get("tool_calls")
+        for call in calls if isinstance(calls, list) else ():
+            function = call.get("function") if isinstance(call, dict) else None
+            if isinstance(function, dict) and function.get("arguments") in (None, ""):
+                function["arguments"] = "{}"
+
+
+def generation_settings(text: Any) -> dict[str, Any]:
+    """Return the settings of `generate` that a request gives as a JSON text or as an object; none for None.
+
+    Raises:
+        Lfm2Error: it is neither, has what is no setting, or asks for several answers.
+    """
+    if text is None:
+        return {}
+    try:
+        settings = json.loads(text) if isinstance(text, str) else text
+    except ValueError:
+        settings = None
+    if not isinstance(settings, Mapping):
+        raise Lfm2Error('generation_config has to be a JSON object of settings of generate, such as {"num_beams": 3}.')
+    known = GenerationConfig()
+    if unknown := sorted(name for name in settings if not hasattr(known, name) or callable(getattr(known, name))):
+        raise Lfm2Error(f"generation_config: {', '.join(unknown)} is no setting of generate. Leave it out.")
+    for name in ("num_return_sequences", "return_dict_in_generate"):
+        if settings.get(name) not in (None, False, 1) or settings.get(name) is True:
+            raise Lfm2Error(f"generation_config: {name}: this server gives one answer of text. Leave it out.")
+    return dict(settings)
+
+
 def check_tools(tools: Any) -> None:
     """Raise `Lfm2Error` for what is no list of functions."""
-    functions = [tool.get("function") if isinstance(tool, Mapping) else None for tool in tools if tools]
+    listed = tools if isinstance(tools, list) else [None]
+    functions = [tool.get("function") if isinstance(tool, Mapping) else None for tool in listed]
     if not all(isinstance(one, Mapping) and isinstance(one.get("name"), str) for one in functions):
         raise Lfm2Error('tools has to be a list of {"type": "function", "function": {"name": ...}}.')
 

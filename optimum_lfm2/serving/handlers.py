@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from contextvars import ContextVar
@@ -23,6 +24,7 @@ from optimum_lfm2.serving.checks import (
     OURS,
     RANGES,
     called_functions,
+    check_biased,
     check_biases,
     check_choice,
     check_messages,
@@ -30,6 +32,8 @@ from optimum_lfm2.serving.checks import (
     check_range,
     check_stops,
     check_tools,
+    complete_calls,
+    generation_settings,
 )
 from optimum_lfm2.serving.grammar_support import grammar_for
 from optimum_lfm2.serving.manager import Extras, GoneError
@@ -40,6 +44,7 @@ NOTHING: dict[str, tuple[Any, ...]] = {
     "n": (1,),
     "best_of": (1,),
     "echo": (False,),
+    "suffix": ("",),
     "logprobs": (False, 0),
     "top_logprobs": (0,),
     "presence_penalty": (0,),
@@ -117,6 +122,8 @@ class Served(BaseHandler):
                 check_range(name, value)
             elif name in NOTHING and value not in NOTHING[name] and not (name in PROMPTED and self._reads_prompts):
                 raise Lfm2Error(f"{name}: this server cannot honour it. Leave it out.")
+        if not isinstance(body.get("stream", False), bool):
+            raise Lfm2Error("stream has to be true or false.")
         if "logit_bias" in body:
             body["logit_bias"] = check_biases(body["logit_bias"])
         check_choice(body)
@@ -127,10 +134,16 @@ class Served(BaseHandler):
         return self.model_manager.resolve(body.get("model"))
 
     def _build_generation_config(self, body: dict, model_generation_config: GenerationConfig, use_cb: bool = False):
-        given = {name: value for name, value in body.items() if name != "seed"}  # not of the whole process
-        config: Any = super()._build_generation_config(given, model_generation_config, use_cb=use_cb)
+        # A seed would be one of the whole process, and transformers' own reading of settings forgets the model's.
+        given = {name: value for name, value in body.items() if name not in ("seed", "generation_config")}
+        settings = generation_settings(body.get("generation_config"))
+        config: Any = copy.deepcopy(model_generation_config)
+        for name, value in settings.items():
+            setattr(config, name, value)
+        config = super()._build_generation_config(given, config, use_cb=use_cb)
         asked = [body.get(name) for name in ("max_completion_tokens", "max_tokens", "max_output_tokens")]
         if all(one is None for one in asked):
+            config.max_new_tokens = settings.get("max_new_tokens", config.max_new_tokens)
             config.max_new_tokens = min(config.max_new_tokens or self.bounds.new, self.bounds.new)
         elif config.max_new_tokens > self.bounds.new:
             raise Lfm2Error(
@@ -144,7 +157,7 @@ class Served(BaseHandler):
         if config.do_sample is False:
             config.temperature = config.top_p = config.top_k = config.min_p = None
         config.extras = Extras(seed=body.get("seed"))
-        config.called = called_functions(body)
+        config.called, config.biased = called_functions(body), body.get("logit_bias", {})
         return config
 
     def _check_length(self, inputs: Any, config: Any, model: Any) -> None:
@@ -196,6 +209,7 @@ class Served(BaseHandler):
     def _prepare(self, model: Any, processor: Any, args: tuple[Any, ...]) -> None:
         inputs, config = self._inputs(args)
         self._check_length(inputs, config, model)
+        check_biased(config.__dict__.pop("biased", {}), model.config.get_text_config().vocab_size)
         form, called = (config.__dict__.pop(name, None) for name in ("response_format", "called"))
         tokenizer, width = getattr(processor, "tokenizer", processor), model.config.get_text_config().vocab_size
         config.extras.processors += grammar_for(tokenizer, width, inputs["input_ids"], form, called)
@@ -224,6 +238,7 @@ class ServedChats(Served, ChatCompletionHandler):
     def _validate_request(self, body: dict) -> None:
         super()._validate_request(body)
         check_messages(body.get("messages"))
+        complete_calls(body["messages"])
         if body.get("tools") is not None:
             check_tools(body["tools"])
 
@@ -252,6 +267,12 @@ class ServedCompletions(Served, CompletionHandler):
         super()._validate_request(body)
         if not isinstance(body.get("prompt"), str) or not body["prompt"]:
             raise Lfm2Error("prompt has to be a text.")
+
+    def _build_generation_config(self, body: dict, model_generation_config: GenerationConfig, use_cb: bool = False):
+        config = super()._build_generation_config(body, model_generation_config, use_cb=use_cb)
+        if body.get("logit_bias"):  # transformers' own handler reads it in chats alone
+            config.sequence_bias = {(int(token),): bias for token, bias in body["logit_bias"].items()}
+        return config
 
 
 class ServedResponses(Served, ResponseHandler):

@@ -64,6 +64,7 @@ class TokenStream(DirectStreamer):
         self._held = ""  # may be the beginning of a stop string
         self._unsent = ""  # what the parser has taken since it gave something
         self._stopped = False
+        self.error: Exception | None = None
 
     def take(self, token: int) -> None:
         """Take a new token."""
@@ -96,6 +97,7 @@ class TokenStream(DirectStreamer):
 
     def fail(self, error: Exception) -> None:
         """Send an error in the place of the end."""
+        self.error = error
         # The handlers put the message between quotes.
         self._enqueue(_StreamError(json.dumps(describe(error))[1:-1]))
 
@@ -222,6 +224,8 @@ class SharedManager(BaseGenerateManager):
         try:
             while (item := await queue.get()) is not None:
                 if isinstance(item, _StreamError):
+                    if isinstance(stream.error, Lfm2Error):
+                        raise stream.error
                     raise RuntimeError(json.loads(f'"{item.msg}"'))
                 if item is GoneError:
                     raise GoneError

@@ -11,6 +11,7 @@ import uvicorn
 from fastapi import FastAPI, HTTPException
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException as AnyHTTPException
 from transformers.cli.serving.server import build_server
 
 from optimum_lfm2.errors import Lfm2Error
@@ -31,6 +32,7 @@ from optimum_lfm2.serving.models import Models, State
 
 
 SERVED = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/models", "/health")
+NO_OBJECT = "The body is no JSON object in UTF-8, or the header Content-Type does not say application/json."
 
 
 @dataclass(frozen=True)
@@ -133,6 +135,10 @@ def _answer_errors(app: FastAPI) -> None:
     async def refused(_: Any, error: HTTPException) -> JSONResponse:
         return answer(error.status_code, str(error.detail), "model_not_found" if error.status_code == 404 else None)
 
+    @app.exception_handler(AnyHTTPException)  # of a body that is no text, or is nested too deep
+    async def unreadable(_: Any, error: AnyHTTPException) -> JSONResponse:
+        return answer(error.status_code, NO_OBJECT if error.status_code == 400 else str(error.detail))
+
     @app.exception_handler(404)
     @app.exception_handler(405)
     async def absent(_: Any, error: Any) -> JSONResponse:
@@ -141,7 +147,7 @@ def _answer_errors(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def unread(_: Any, error: RequestValidationError) -> JSONResponse:
-        return answer(400, "The body is no JSON object.")
+        return answer(400, NO_OBJECT)
 
     @app.exception_handler(GoneError)
     async def gone(_: Any, error: Exception) -> JSONResponse:

@@ -27,6 +27,8 @@ def test_the_other_endpoints(client, served, loaded):
     fields = {"model": "tiny", "prompt": prompt, "max_tokens": 20}
     assert client.completions.create(**fields).choices[0].text == gold
     assert "".join(event.choices[0].text for event in client.completions.create(**fields, stream=True)) == gold
+    biased = client.completions.create(**fields, logit_bias={str(int(out[0])): -100}).choices[0].text
+    assert biased[:6] != gold[:6]
     said = client.responses.create(model="tiny", input=QUESTION[0]["content"], max_output_tokens=24)
     assert said.output_text == alone(loaded, QUESTION)
     events = client.responses.create(model="tiny", input=QUESTION[0]["content"], max_output_tokens=24, stream=True)
@@ -54,8 +56,10 @@ def test_a_stop_string_is_left_out(client, loaded):
 
 
 def test_beams_run_alone(client, loaded):
-    config = json.dumps({"num_beams": 3, "eos_token_id": 7, "pad_token_id": 0, "do_sample": False})
-    fields = {"extra_body": {"generation_config": config}, "max_tokens": 12}
+    settings = {"num_beams": 3, "do_sample": False}
+    fields = {"extra_body": {"generation_config": json.dumps(settings)}, "max_tokens": 12}
+    answer = ask(client, extra_body={"generation_config": settings})  # what it does not name is the model's: its end
+    assert (answer.choices[0].message.content, answer.choices[0].finish_reason) == ("3 plus 4 is 7.", "stop")
     gold = alone(loaded, STORY, new=12, num_beams=3)
     assert ask(client, STORY, **fields).choices[0].message.content == gold
     assert streamed(ask(client, STORY, stream=True, **fields)) == gold

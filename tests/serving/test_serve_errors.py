@@ -22,6 +22,8 @@ ANY = {"type": "json_object"}
     [
         (CHATS, b"{", 400, "no JSON object"),
         (CHATS, b"[]", 400, "no JSON object"),
+        (CHATS, b'{"messages": "\xfc"}', 400, "no JSON object"),
+        (CHATS, b"[" * 10**5, 400, "no JSON object"),
         (CHATS, {}, 400, "messages has to be"),
         (CHATS, {"messages": "hello"}, 400, "messages has to be"),
         (CHATS, {"messages": [{"content": "x"}]}, 400, "role"),
@@ -46,8 +48,16 @@ ANY = {"type": "json_object"}
         ),
         (CHATS, {"messages": QUESTION, "nonsense": 1}, 400, "nonsense: no such field"),
         (CHATS, {"messages": QUESTION, "logit_bias": {"x": 1}}, 400, "logit_bias has to be"),
+        (CHATS, {"messages": QUESTION, "logit_bias": {"7": float("nan")}}, 400, "logit_bias has to be"),
+        (CHATS, {"messages": QUESTION, "logit_bias": {"2048": 1}}, 400, "logit_bias has the token 2048; this model's"),
+        (CHATS, {"messages": QUESTION, "generation_config": "{"}, 400, "generation_config has to be"),
+        (CHATS, {"messages": QUESTION, "generation_config": [3]}, 400, "generation_config has to be"),
+        (CHATS, {"messages": QUESTION, "generation_config": {"beams": 3}}, 400, "beams is no setting"),
+        (CHATS, {"messages": QUESTION, "generation_config": {"validate": 3}}, 400, "validate is no setting"),
+        (CHATS, {"messages": QUESTION, "generation_config": {"num_return_sequences": 3}}, 400, "one answer"),
         (CHATS, {"messages": QUESTION, "stop": [1]}, 400, "stop has to be"),
         (CHATS, {"messages": QUESTION, "tools": [{}]}, 400, "tools has to be"),
+        (CHATS, {"messages": QUESTION, "tools": 5}, 400, "tools has to be"),
         (CHATS, {"messages": QUESTION, "response_format": {"type": "xml"}}, 400, "response_format"),
         (
             CHATS,
@@ -64,6 +74,7 @@ ANY = {"type": "json_object"}
             "cannot be read",
         ),
         ("/v1/completions", {"prompt": ["a", "b"]}, 400, "prompt has to be a text"),
+        ("/v1/completions", {"prompt": "a", "suffix": "b"}, 400, "suffix: this server cannot"),
         ("/v1/responses", {"input": 3}, 400, "input has to be"),
         ("/v1/nowhere", {}, 404, "This server has /v1/chat/completions"),
         ("/reset", {}, 404, "This server has"),
@@ -79,6 +90,13 @@ def test_what_is_wrong_is_said_in_one_line(path, body, status, words, stream, se
     assert (found, error["type"]) == (status, "invalid_request_error")
     assert words in error["message"]
     assert "\n" not in error["message"]
+
+
+def test_what_no_exported_graph_can_do_is_the_requests_fault(served):
+    settings = {"num_beams": 2, "cache_implementation": "static"}
+    found, text = post(served[0], CHATS, {"messages": QUESTION, "max_tokens": 3, "generation_config": settings})
+    assert (found, "cannot be honoured" in text) == (400, True)
+    assert post(served[0], CHATS, {"messages": QUESTION, "stream": "no"})[0] == 400
 
 
 def test_a_model_that_fails_harms_no_other_request(client, served, loaded, monkeypatch):

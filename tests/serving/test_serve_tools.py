@@ -62,6 +62,9 @@ def test_a_tool_call_its_result_and_the_answer(client, loaded, says, monkeypatch
     for call in shown[1]["tool_calls"]:
         call["function"]["arguments"] = json.loads(call["function"]["arguments"])
     assert ask(client, chat).choices[0].message.content == alone(loaded, shown)
+    for call, without in zip(chat[1]["tool_calls"], shown[1]["tool_calls"], strict=True):
+        call["function"]["arguments"], without["function"]["arguments"] = "", {}  # as clients send a call without any
+    assert ask(client, chat).choices[0].message.content == alone(loaded, shown)
 
 
 @pytest.mark.parametrize(
