@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import string
 import sys
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ def random_checkpoint(work: Path, shape: str = SHAPES[0], layers: int | None = N
     if not (path / "tokenizer.json").exists():  # this file is written last
         print(f"making {path}", file=sys.stderr, flush=True)
         work.mkdir(parents=True, exist_ok=True)
-        add_tokenizer(make_8b_a1b(path, layers or LAYERS) if experts else DENSE[shape](path))
+        spell_out(add_tokenizer(make_8b_a1b(path, layers or LAYERS) if experts else DENSE[shape](path)))
     return path
 
 
@@ -165,3 +166,19 @@ def add_tokenizer(path: Path) -> Path:
     for file in TOKENIZER.glob("*token*"):
         shutil.copy(file, path)
     return path
+
+
+def spell_out(path: Path) -> Path:
+    """Add made-up words to the demo's tokenizer, so that each id has a text. A server's answers have none without."""
+    tokenizer = json.loads((path / "tokenizer.json").read_text(encoding="utf-8"))
+    model, rows = tokenizer["model"], json.loads((path / "config.json").read_text())["vocab_size"]
+    model["vocab"] |= {made_up_word(i): i for i in range(len(model["vocab"]), rows)}
+    model["ignore_merges"] = True  # a word of the vocabulary is a token, also where no merges lead to it
+    (path / "tokenizer.json").write_text(json.dumps(tokenizer, ensure_ascii=False), encoding="utf-8")
+    return path
+
+
+def made_up_word(token: int) -> str:
+    """A blank, as byte pairs spell it, and letters that no other word has."""
+    letters = "".join(string.ascii_lowercase[token // 26**place % 26] for place in range(4))
+    return f"\u0120zq{letters}"

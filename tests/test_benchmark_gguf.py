@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from types import SimpleNamespace
 
 import gguf
 import numpy as np
@@ -15,7 +16,7 @@ from tables import cells
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks import gguf_kl, llama_server, servers
-from benchmarks.checkpoint import TOKENIZER
+from benchmarks.checkpoint import TOKENIZER, add_tokenizer, spell_out
 from benchmarks.gguf_architectures import Granite
 from benchmarks.gguf_files import MIXES, token_of, tokenizer_of, write_gguf
 from benchmarks.systems.llama import LlamaCpp
@@ -108,6 +109,22 @@ def test_a_vocabulary_of_the_checkpoint(tmp_path):
         i for i, token in own.added_tokens_decoder.items() if token.special
     }
     assert (keys["tokenizer.ggml.bos_token_id"], keys["tokenizer.ggml.eos_token_id"]) == (1, 7)
+
+
+def test_made_up_words_are_tokens_and_texts(tmp_path):
+    """In the checkpoint as in the file: every id of the vocabulary has a word, and the word is that id."""
+    config = json.loads((TOKENIZER / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"vocab_size": 2100}))
+    tokenizer = AutoTokenizer.from_pretrained(spell_out(add_tokenizer(tmp_path)))
+    ids = [2048, 2099, 2050]
+    text = tokenizer.decode(ids)
+    assert text.count(" zq") == 3
+    assert tokenizer(text, add_special_tokens=False).input_ids == ids
+    words: list[str] = []
+    writer = SimpleNamespace(**{name: lambda *_: None for name in dir(gguf.GGUFWriter) if name.startswith("add_")})
+    writer.add_token_list = words.extend
+    tokenizer_of(tmp_path)(writer, 2100)
+    assert [words[i] for i in ids] == tokenizer.convert_ids_to_tokens(ids)
 
 
 def test_a_word_stands_for_its_id(tmp_path):
