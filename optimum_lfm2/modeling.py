@@ -110,6 +110,10 @@ class ORTLfm2ForCausalLM(AssistedGeneration, compat.GenerationWithoutExperts, OR
         self._connect()
         return self
 
+    def eval(self) -> ORTLfm2ForCausalLM:
+        """Return the model as it is, for code that was written for transformers: an exported graph does not train."""
+        return self
+
     def forward(
         self,
         input_ids: torch.Tensor,

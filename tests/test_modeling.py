@@ -262,7 +262,7 @@ def test_scores_and_logits(model, gold, gold_model):
 
 def test_without_a_cache(model, gold):
     prompt, tokens = gold(9)
-    assert model.generate(prompt[None], use_cache=False, **GREEDY)[0, len(prompt) :].tolist() == tokens
+    assert model.eval().to("cpu").generate(prompt[None], use_cache=False, **GREEDY)[0, len(prompt) :].tolist() == tokens
     assert model(input_ids=prompt[None], use_cache=False).past_key_values is None
     assert len(model(input_ids=prompt[None], use_cache=False, return_dict=False)) == 1
 

@@ -94,9 +94,11 @@ def load_all(folders: Sequence[str], file_name: str | None = None, session_optio
 
 
 def named(folder: str) -> tuple[str, Path]:
-    """Return the name of a model and its folder."""
+    """Return the name of a model and its folder. Raise `Lfm2Error` where one of them is empty."""
     name, given, path = folder.partition("=")
-    if given and not Path(folder).exists():
+    if not folder or (given and not Path(folder).exists()):
+        if not name or not path:
+            raise Lfm2Error(f'"{folder}" names no model. Give FOLDER or NAME=FOLDER.')
         return name, Path(path)
     return Path(folder).resolve().name, Path(folder)
 

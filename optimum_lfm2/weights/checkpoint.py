@@ -45,6 +45,7 @@ FOREIGN_NAMES = {
 }
 # Buffers that older releases stored. They follow from the configuration.
 COMPUTED = ("inv_freq", "original_inv_freq", "position_ids")
+POINTER = b"version https://git-lfs"  # how a file begins that Git LFS has not fetched
 
 
 class Checkpoint(Mapping[str, torch.Tensor]):
@@ -346,4 +347,8 @@ def _opened(path: Path) -> Any:
     try:
         return safe_open(path, framework="pt")
     except SafetensorError as error:
+        with path.open("rb") as file:
+            pointer = file.read(len(POINTER)) == POINTER
+        if pointer:
+            raise Lfm2Error(f"{path} is a pointer of Git LFS and no weights. Run: git lfs pull") from None
         raise Lfm2Error(f"{path} is not a complete safetensors file ({error}). Download or copy it again.") from None

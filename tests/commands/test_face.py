@@ -187,6 +187,7 @@ def test_the_version_is_that_of_the_package():
         (["export", "lfm2", "--model", "./nowhere", "out"], "./nowhere is neither a folder nor an id of the Hub"),
         (["export", "lfm2", "--model", "nowhere/at", "out"], "nowhere/at is no folder"),
         (["export", "lfm2", "--model", "text", "out"], "text is a file"),
+        (["export", "onnx", "--model", "checkpoint/config.json", "out"], "checkpoint/config.json is a file. Give the"),
         (["export", "lfm2", "--model", "checkpoint", "out", "--text", "nowhere"], "nowhere cannot be read"),
         (["export", "lfm2", "--model", "checkpoint", "--precisions", "q4"], "OUT is missing"),
     ],

@@ -122,6 +122,12 @@ def _misshaped(source: Path) -> str:
     return name
 
 
+def _pointer(source: Path) -> str:
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 2858912\n"
+    (source / "model.safetensors").write_text(pointer)
+    return "git lfs pull"
+
+
 def _truncated(source: Path) -> str:
     path = source / "model.safetensors"
     with path.open("r+b") as file:
@@ -179,6 +185,7 @@ DEFECTS = [
     _missing,
     _misshaped,
     _truncated,
+    _pointer,
     _empty,
     _missing_shard,
     _not_a_number,

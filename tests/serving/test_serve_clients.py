@@ -13,6 +13,7 @@ import pytest
 from checkpoints import prompts
 from servers import STORY, alone, ask, openai, post, serving, streamed
 
+from optimum_lfm2.errors import Lfm2Error
 from optimum_lfm2.runtime.scheduler import QueueFullError, Scheduler
 from optimum_lfm2.serving.server import named
 
@@ -107,3 +108,6 @@ def test_the_name_of_a_folder(tmp_path):
     odd = tmp_path / "a=b"
     odd.mkdir()
     assert named(str(odd)) == ("a=b", odd)
+    for wrong in ("small=", "=folder", "=", ""):
+        with pytest.raises(Lfm2Error, match="NAME=FOLDER"):
+            named(wrong)

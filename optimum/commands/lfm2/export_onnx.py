@@ -111,8 +111,17 @@ def read_config(args: Namespace) -> dict[str, Any]:
             raise ValueError(f"{folder} holds no LFM2 checkpoint: it has no config.json. Give the folder that has.")
         return _parsed(path)
     if folder.exists():
-        raise ValueError(f"{folder} is a file. Give the checkpoint's folder.")
+        kind = NoSuchModelError if _lies_in_ours(folder) else ValueError
+        raise kind(f"{folder} is a file. Give the checkpoint's folder.")
     return _parsed(_download(args))
+
+
+def _lies_in_ours(file: Path) -> bool:
+    """Return whether a file lies beside a `config.json` of ours."""
+    try:
+        return _parsed(file.parent / "config.json").get("model_type") in MODEL_TYPES
+    except ValueError:
+        return False
 
 
 def _parsed(path: Path) -> dict[str, Any]:
