@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 import time
@@ -264,6 +265,10 @@ class Terminal:
                 self._obey(words)
             except Lfm2Error as error:
                 print(f"optimum-cli: {error}", file=sys.stderr)
+            except BrokenPipeError:  # nobody reads the answers any more, nor what Python flushes at its end
+                with suppress(OSError):
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), self._target.fileno())
+                return
             except OSError as error:
                 print(f"optimum-cli: {' '.join(str(error).split())}", file=sys.stderr)
 
@@ -283,6 +288,8 @@ class Terminal:
                 yield line
 
     def _obey(self, words: str) -> None:
+        if not words.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in words):
+            raise Lfm2Error("The line has bytes that are no text in UTF-8.")
         name, _, rest = words.partition(" ")
         if name in self._commands:
             self._commands[name](rest.strip())

@@ -161,6 +161,19 @@ def piped(loaded, *lines: str, target: io.StringIO | None = None, **settings) ->
     return target.getvalue()
 
 
+def test_a_line_that_is_no_text_and_a_reader_that_has_gone(loaded, capsys):
+    assert piped(loaded, "Hi \udcff", TURNS[0]) == "3 plus 4 is 7.\n"
+    assert capsys.readouterr().err == "optimum-cli: The line has bytes that are no text in UTF-8.\n"
+
+    class Closed(io.StringIO):
+        def write(self, text: str) -> int:
+            raise BrokenPipeError
+
+    lines = io.StringIO("\n".join(TURNS))
+    Terminal(Chat(loaded, None, {"max_new_tokens": 24}), lines, Closed()).run()
+    assert lines.read() == "\n".join(TURNS[1:]), "the chat ends, and reads no more"
+
+
 def test_piped_lines_give_answers_alone(loaded, tmp_path, capsys):
     path = tmp_path / "chat.json"
     said = piped(loaded, TURNS[0], "", "/reset", TURNS[1], f"/save {path}", "/exit", TURNS[2])
