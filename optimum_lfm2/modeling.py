@@ -25,6 +25,7 @@ from optimum_lfm2.runtime.arguments import (
     by_name,
     check_cache_type,
     check_columns,
+    check_dtype,
     check_ids,
     check_kept,
     check_mask,
@@ -371,6 +372,7 @@ class ORTLfm2ForCausalLM(AssistedGeneration, compat.GenerationWithoutExperts, OR
         file_name: str | None = None,
         generation_config: GenerationConfig | None = None,
         session_options: SessionOptions | None = None,
+        dtype: torch.dtype | str | None = None,
         **kwargs: Any,
     ) -> ORTLfm2ForCausalLM:
         if getattr(config, "model_type", None) in MODEL_TYPES:
@@ -381,7 +383,7 @@ class ORTLfm2ForCausalLM(AssistedGeneration, compat.GenerationWithoutExperts, OR
         file_name = file_name or only_file(Path(model_id, subfolder))
         generation_config = generation_config or generation_config_of(model_id, subfolder, kwargs)
         with refused_graphs(Path(model_id, subfolder, file_name or ONNX_WEIGHTS_NAME)):
-            return super()._from_pretrained(
+            model = super()._from_pretrained(
                 model_id,
                 config,
                 subfolder=subfolder,
@@ -390,3 +392,5 @@ class ORTLfm2ForCausalLM(AssistedGeneration, compat.GenerationWithoutExperts, OR
                 session_options=session_options,
                 **kwargs,
             )
+        check_dtype(dtype, model.dtype)
+        return model

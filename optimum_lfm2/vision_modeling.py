@@ -21,7 +21,7 @@ from optimum_lfm2.families import member_of
 from optimum_lfm2.file_names import DECODER, EMBEDDING, ONNX_FOLDER, VISION
 from optimum_lfm2.graph.tower import Medium, Tower
 from optimum_lfm2.modeling import WARNINGS_OFF, ORTLfm2ForCausalLM
-from optimum_lfm2.runtime.arguments import check_ids
+from optimum_lfm2.runtime.arguments import check_dtype, check_ids
 from optimum_lfm2.runtime.cache import Lfm2Cache
 from optimum_lfm2.runtime.files import generation_config_of, refused_graphs, save_session
 from optimum_lfm2.runtime.parts import EmbeddedSession, Part, part_files, picture_features
@@ -247,6 +247,7 @@ class VisionModel(ORTLfm2ForCausalLM):
         provider_options: Any = None,
         use_io_binding: bool | None = None,
         model_save_dir: str | Path | TemporaryDirectory | None = None,
+        dtype: torch.dtype | str | None = None,
         **kwargs: Any,
     ) -> VisionModel:
         check_type(getattr(config, "model_type", None), cls.LOADER, model_id)
@@ -269,7 +270,7 @@ class VisionModel(ORTLfm2ForCausalLM):
                 sessions[part] = InferenceSession(
                     path, providers=providers, provider_options=provider_options, sess_options=session_options
                 )
-        return cls(
+        model = cls(
             config=config,
             session=sessions[DECODER],
             vision_session=sessions[VISION],
@@ -278,6 +279,8 @@ class VisionModel(ORTLfm2ForCausalLM):
             generation_config=generation_config or generation_config_of(model_id, hub.get("subfolder", ""), kwargs),
             model_save_dir=model_save_dir or Path(sessions[DECODER]._model_path).parent,
         )
+        check_dtype(dtype, model.dtype)
+        return model
 
 
 class ORTLfm2VlForConditionalGeneration(VisionModel):

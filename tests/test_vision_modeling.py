@@ -175,6 +175,8 @@ def test_a_saved_model_loads_again(model, rows, tmp_path):
     assert again.session.get_session_options().intra_op_num_threads == 2
     assert again.generation_config.top_k == 3
     assert again.to("cpu") is again
+    with pytest.raises(Lfm2Error, match="keeps its dtype"):
+        ORTLfm2VlForConditionalGeneration.from_pretrained(tmp_path, dtype=torch.float16)
     assert new_tokens(again, inputs, max_new_tokens=4)[0] == rows[0][2][:4]
     ids = inputs.pop("input_ids")  # by position, as transformers takes them too
     out = again.generate(ids, **inputs, max_new_tokens=4, do_sample=False, eos_token_id=None)

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
 from optimum_lfm2.caches import CACHE_NAMES
 from optimum_lfm2.errors import Lfm2Error
 from optimum_lfm2.export.options import check_atol, check_model
@@ -92,6 +95,7 @@ class Job:
         if args.text is not None:
             read_text(args.text)  # a wrong path is refused before the work
         check_atol(args.atol)
+        _check_repo_id(args.repo_id)
         as_stored = () if bits is None else OF_GGUF[bits]
         default = [name for name in as_stored or DEFAULT if name not in kind.measured]
         return cls(
@@ -110,3 +114,11 @@ class Job:
             member.loader,
             as_stored,
         )
+
+
+def _check_repo_id(repo_id: str | None) -> None:
+    try:
+        if repo_id is not None:
+            validate_repo_id(repo_id)
+    except HFValidationError:
+        raise Lfm2Error(f"--repo-id {repo_id} is no id on the Hub. Give one such as YOU/YOUR-MODEL.") from None

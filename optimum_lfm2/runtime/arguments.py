@@ -144,6 +144,11 @@ def check_target(args: Sequence[Any], kwargs: dict[str, Any], dtype: torch.dtype
             raise Lfm2Error(f"ONNX Runtime runs no model on {value}. Give cpu or cuda.")
 
 
+def check_dtype(asked: torch.dtype | str | None, dtype: torch.dtype) -> None:
+    """Raise `Lfm2Error` for another dtype than the model's own, as `from_pretrained` takes it. "auto" is any."""
+    check_target([getattr(torch, asked, None) if isinstance(asked, str) else asked], {}, dtype)
+
+
 def one_cache(past_key_values: Any, cache: Any) -> Any:
     """Return the cache, which has two names in transformers. Raise `Lfm2Error` for two different ones."""
     if None not in (past_key_values, cache) and past_key_values is not cache:

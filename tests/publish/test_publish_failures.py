@@ -144,6 +144,7 @@ def test_a_checkpoint_that_does_not_belong_here_is_refused(spoil, small, tmp_pat
         ),
         (["--cache-names", "mine"], "--cache-names mine is not known. Choose among hub, genai."),
         (["--atol", "nan"], "--atol"),
+        (["--repo-id", "a b/c/d"], "--repo-id a b/c/d is no id on the Hub. Give one such as YOU/YOUR-MODEL."),
     ],
 )
 def test_an_option_is_refused_before_any_work(options, says, tmp_path, capfd):

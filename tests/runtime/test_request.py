@@ -168,6 +168,11 @@ def test_where_a_model_can_be(model):
         refused(lambda target=target: model.to(target), says)
     refused(lambda: model.to(dtype=torch.bfloat16), "keeps its dtype")
     refused(lambda: model.to("nowhere"), "no model on nowhere")
+    folder = model.model_save_dir
+    for dtype in (torch.float16, "bfloat16"):
+        refused(lambda dtype=dtype: ORTModelForCausalLM.from_pretrained(folder, dtype=dtype), "keeps its dtype")
+    for dtype in (torch.float32, "float32", "auto", None):
+        assert ORTModelForCausalLM.from_pretrained(folder, dtype=dtype).dtype == torch.float32
     assert model.device.type == "cpu"
 
 
