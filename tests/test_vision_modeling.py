@@ -71,6 +71,30 @@ def test_rows_of_a_batch_get_the_tokens_that_they_get_alone(side, use_cache, mod
     assert new_tokens(model, batch(rows, side), use_cache=use_cache) == [gold for *_, gold in rows]
 
 
+def test_a_batch_goes_on_where_a_row_had_ended_before_another(model, vl_gold, rows):
+    """The padding behind a row's end is in no state, so every row goes on as alone."""
+    pair, new = [rows[0], rows[3]], 10
+    first, other = (gold[:new] for *_, gold in pair)
+    end = next(token for token in first[2:] if token not in other)
+    first = first[: first.index(end) + 1]
+    assert len(first) < new
+    inputs = batch(pair, "left")
+    settings = {"max_new_tokens": new, "do_sample": False, "pad_token_id": 0, "return_dict_in_generate": True}
+    out = model.generate(**inputs, **settings, eos_token_id=end)
+    answers = out.sequences[:, inputs["input_ids"].shape[1] :].tolist()
+    assert answers == [first + [0] * (new - len(first)), other]
+    more = row("And this?")[1:].expand(2, -1)
+    written = torch.tensor([[1] * len(first) + [0] * (new - len(first)), [1] * new])
+    chats = [torch.cat([ids, torch.tensor(own), more[0]]) for (ids, *_), own in zip(pair, (first, other), strict=True)]
+    golds = [gold_vl_tokens(vl_gold, chat, shown, new) for chat, (_, shown, _) in zip(chats, pair, strict=True)]
+    for behind in (written, torch.ones_like(written)):
+        mask = torch.cat([inputs["attention_mask"], behind, torch.ones_like(more)], dim=1)
+        again = {compat.CACHE: copy.deepcopy(out[compat.CACHE]), "attention_mask": mask, **settings}
+        ids = torch.cat([out.sequences, more], dim=1)
+        found = model.generate(ids, **again, eos_token_id=None).sequences
+        assert found[:, ids.shape[1] :].tolist() == golds
+
+
 def test_the_text_depends_on_the_picture(vl_gold, rows):
     ids, _, gold = rows[0]
     others = [gold_vl_tokens(vl_gold, ids, pictures([(2, 3)], vl_gold.config, seed), NEW) for seed in (7, 8)]
