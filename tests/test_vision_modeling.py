@@ -83,11 +83,12 @@ def test_a_batch_goes_on_where_a_row_had_ended_before_another(model, vl_gold, ro
     out = model.generate(**inputs, **settings, eos_token_id=end)
     answers = out.sequences[:, inputs["input_ids"].shape[1] :].tolist()
     assert answers == [first + [0] * (new - len(first)), other]
-    more = row("And this?")[1:].expand(2, -1)
+    more = torch.tensor([[30], [30]])
     written = torch.tensor([[1] * len(first) + [0] * (new - len(first)), [1] * new])
     chats = [torch.cat([ids, torch.tensor(own), more[0]]) for (ids, *_), own in zip(pair, (first, other), strict=True)]
     golds = [gold_vl_tokens(vl_gold, chat, shown, new) for chat, (_, shown, _) in zip(chats, pair, strict=True)]
-    for behind in (written, torch.ones_like(written)):
+    shown = torch.cat([torch.ones_like(written[:, 1:]), written[:, -1:]], dim=1)  # over what the cache has read
+    for behind in (written, shown):
         mask = torch.cat([inputs["attention_mask"], behind, torch.ones_like(more)], dim=1)
         again = {compat.CACHE: copy.deepcopy(out[compat.CACHE]), "attention_mask": mask, **settings}
         ids = torch.cat([out.sequences, more], dim=1)
