@@ -6,6 +6,7 @@ import copy
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessor, LogitsProcessorList
 from transformers.generation import GenerationMode
@@ -79,16 +80,17 @@ class Picker:
         self._text = self._ids.numpy()[0]  # the same memory
         self._length, self._prompt = len(ids), len(ids)
 
-    def pick(self, logits: torch.Tensor) -> int:
+    def pick(self, logits: np.ndarray) -> int:
         """Return the next token.
 
         Args:
-            logits: float (vocab_size), on the CPU. They stay as they are.
+            logits: float (vocab_size). They stay as they are.
         """
         if not self._sample and not self._processors:
-            token = int(logits.numpy().argmax())
+            token = int(logits.argmax())
         else:
-            scores = self._processors(self._ids[:, : self._length], logits[None].to(torch.float32, copy=True))
+            values = torch.from_numpy(logits)[None].to(torch.float32, copy=True)
+            scores = self._processors(self._ids[:, : self._length], values)
             if self._sample:
                 chosen = torch.multinomial(scores.softmax(-1), 1, generator=self._generator)
             else:

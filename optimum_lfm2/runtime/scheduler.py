@@ -109,7 +109,7 @@ class ScheduledRequest:
         """Let the scheduler drop it at its next step. Any thread may call it."""
         self.cancelled = True
 
-    def take(self, logits: torch.Tensor) -> None:
+    def take(self, logits: np.ndarray) -> None:
         """Choose the next token from logits, float (vocab_size), and end where the text does."""
         token = self.picker.pick(logits)
         self.tokens.append(token)
@@ -252,7 +252,7 @@ class Scheduler:
                 self._note_point(request, cache, parting)
                 return
             self.prefixes.keep(request.key, cache.tensors, request.points)
-            request.take(logits[0, -1].cpu())
+            request.take(logits.cpu().numpy()[0, -1])
             if request.ended is None:
                 self._rows.enter(cache, max(one.columns for one in (*self._running, request)))
                 self._running.append(request)
@@ -277,8 +277,8 @@ class Scheduler:
             rows.compact()  # a longer row has left
         ids = torch.from_numpy(np.array([[request.tokens[-1]] for request in self._running], dtype=np.int64))
         try:
-            logits = self._graph.run(ids, rows.new_mask(), rows, 1, True)[:, -1].cpu()
-            found: list[torch.Tensor | Exception] = [*logits.unbind()]
+            logits = self._graph.run(ids, rows.new_mask(), rows, 1, True)
+            found: list[np.ndarray | Exception] = [*logits.cpu().numpy()[:, -1]]
         except Exception as error:  # of whose row, the call does not say
             logger.warning(f"A shared call failed, so its rows run one by one: {error}")
             found = self._run_one_by_one(ids)
@@ -292,14 +292,14 @@ class Scheduler:
                 self._fail(request, error)
         self._remove_ended()
 
-    def _run_one_by_one(self, ids: torch.Tensor) -> list[torch.Tensor | Exception]:
+    def _run_one_by_one(self, ids: torch.Tensor) -> list[np.ndarray | Exception]:
         """Run each row alone, in the same columns, and return its logits (vocab_size) or what it raised."""
         rows, mask = self._rows, self._rows.new_mask()
-        found: list[torch.Tensor | Exception] = []
+        found: list[np.ndarray | Exception] = []
         for i in range(len(ids)):
             try:
                 logits = self._graph.run(ids[i : i + 1], mask[i : i + 1], rows.row(i), 1, True)
-                found.append(logits[0, -1].cpu())
+                found.append(logits.cpu().numpy()[0, -1])
             except Exception as error:  # noqa: PERF203  as above
                 found.append(error)
         rows.swap()

@@ -163,7 +163,7 @@ class SharedRows(Lfm2Cache):
         rows = len(self.counts)
         self.reserve(self.length + 1)
         self._marks[:rows, self.length] = 1
-        return self.mask[:rows, : self.length + 1]
+        return torch.from_numpy(np.ascontiguousarray(self._marks[:rows, : self.length + 1]))
 
     def count_tokens(self) -> None:
         """Note that each row has a token more."""

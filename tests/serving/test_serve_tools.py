@@ -6,8 +6,8 @@ import dataclasses
 import json
 import shutil
 
+import numpy as np
 import pytest
-import torch
 from pages import snippets
 from servers import CALL, QUESTION, STORY, TOOL, alone, ask, openai, serving, streamed
 from transformers import AutoTokenizer
@@ -24,7 +24,7 @@ def says(monkeypatch, loaded):
         pick = Picker.pick
 
         def scripted(self, logits):
-            logits = torch.zeros_like(logits)
+            logits = np.zeros_like(logits)
             logits[ids[self._length - self._prompt]] = 1
             return pick(self, logits)
 
@@ -105,7 +105,7 @@ def test_the_snippet_of_the_page(served, loaded, monkeypatch, capsys):
 
     def calls_first(self, logits):
         if "sunny, 21 degrees" not in loaded.tokenizer.decode(self._text[: self._prompt]):
-            logits = torch.zeros_like(logits)
+            logits = np.zeros_like(logits)
             logits[ids[self._length - self._prompt]] = 1
         return pick(self, logits)
 
@@ -225,7 +225,7 @@ def test_a_schema_begins_after_the_reasoning(thinker, loaded, monkeypatch):
     def thinks(self, logits):
         written = self._length - self._prompt
         if written < len(ids):
-            logits = torch.full_like(logits, -1.0)
+            logits = np.full_like(logits, -1.0)
             logits[ids[written]] = 10
         return pick(self, logits)
 
